@@ -1,0 +1,32 @@
+"""JSON as Loratory writes it: the same values are always the same bytes, and Chinese is readable in an editor."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """The value in one of Loratory's own JSON files."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` indented, keys in the order in which they were put in."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of one of Loratory's own JSON-lines files. Only "\\n" ends a line: U+2028 may stand inside a string."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one row a line. A lone surrogate, which UTF-8 cannot hold, stays as its \\u escape."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False)
+            try:
+                file.write(line + "\n")
+            except UnicodeEncodeError:
+                file.write(json.dumps(row) + "\n")

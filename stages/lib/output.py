@@ -1,0 +1,48 @@
+"""Outputs appear under their name only when they are whole."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; it takes the name `path`, and replaces what stood there, when the block ends well.
+
+    A stage that fails leaves nothing. One that is killed leaves `<path>.partial`, which no stage reads and which the next
+    run removes.
+    """
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _remove(path)
+        partial.rename(path)
+    finally:
+        _remove(partial)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """The same for one file."""
+    partial = _partial(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _partial(path: Path) -> Path:
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    return partial
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

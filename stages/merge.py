@@ -1,0 +1,258 @@
+"""Streams the adapter into the base's weights, and proves that the merged model is the model that was trained."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from pydantic import Field
+from safetensors.torch import load_file
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from stages.lib.batch import pad
+from stages.lib.device import pick_device, pick_dtype
+from stages.lib.jsonl import read_json, write_json
+from stages.lib.loss import label_logits
+from stages.lib.output import fresh_file, fresh_folder
+from stages.lib.params import Section
+from stages.lib.problem import Problem
+from stages.lib.quantized import Quantization, load_quantized, round_trip
+from stages.lib.tokens import read_tokens, stop_token_ids
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Params(Section):
+    """What the adapter is added to, and how close the result must be."""
+
+    base: Literal["dequantized", "full"]
+    """dequantized: the rounded weights that training saw; full: the original ones, which the adapter never met."""
+    parity_rows: int = Field(gt=0)
+    """Validation rows on which the two models are compared."""
+    max_mean_kl: float = Field(gt=0)
+    """The stage fails above this mean Kullback-Leibler divergence, in nats a token, from the trained model."""
+    min_top1_agreement: float = Field(ge=0, le=1)
+    """The stage fails if the likeliest token agrees at a smaller share of the positions."""
+
+
+def merge(params: Params, base: Path, adapter: Path, validation: Path, template: Path, merged: Path, report: Path) -> None:
+    """Writes `base` + `adapter` as an ordinary Hugging Face folder, loads it again and measures it.
+
+    Tensor by tensor, in float32, written in the base's types and sharding; no model is built for it. The folder gets the
+    tokenizer, the chat `template` it was trained with, a generation config with the right stop tokens, and a README.
+    `report` gets the comparison with the adapter on the quantized base, over the labelled tokens of `validation`.
+
+    Raises Problem if a tensor of the adapter has no place in the base, or if the merged model is not the trained one.
+    """
+    logging.disable_progress_bar()
+    settings = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
+    table = read_tokens(validation)
+    rows = table.slice(0, params.parity_rows).to_pylist()
+    with fresh_folder(merged) as folder:
+        changed = _merge_weights(params, settings, base, adapter, folder)
+        _copy_the_rest(base, template, stop_token_ids(table), folder)
+        parity = _compare(_trained_logits(base, adapter, settings, rows), _merged_logits(folder, settings, rows))
+        figures = {
+            "model": read_json(base / "manifest.json")["model"],
+            "base": params.base,
+            "merged_layers": changed,
+            "rows": len(rows),
+            **parity,
+        }
+        _check_parity(params, figures)
+        _write_card(folder, base, adapter, figures)
+    with fresh_file(report) as file:
+        write_json(file, figures)
+    print(
+        f"merge: {changed} layers into {merged}; mean KL {parity['mean_kl']:.2e}, the likeliest token agrees at "
+        f"{100 * parity['top1_agreement']:.2f} % of {parity['tokens']:,} positions"
+    )
+
+
+# Weights
+
+
+def _merge_weights(params: Params, settings: Quantization, base: Path, adapter: Path, folder: Path) -> int:
+    """Writes the shards, and returns how many layers got a low-rank product."""
+    lora = _Lora(adapter)
+    quantized = set(read_json(adapter / "training.json")["quantized_layers"])
+    rounded = {f"{name}.weight" for name in quantized} if params.base == "dequantized" else set()
+    shards = sorted(base.glob("*.safetensors"))
+    names = {name for shard in shards for name in _header(shard)[0] if name != "__metadata__"}
+    problems = [f"{adapter}: trained {name}, which {base} does not have" for name in sorted(set(lora.pairs) - names)]
+    problems += [f"{adapter}: quantized {name}, which {base} does not have" for name in sorted(rounded - names)]
+    if problems:
+        raise Problem(*problems)
+    for shard in shards:
+        _merge_shard(shard, folder / shard.name, lora, rounded, settings)
+    return len(lora.pairs)
+
+
+class _Lora:
+    """The adapter's factors by the name of the weight that they are added to."""
+
+    def __init__(self, adapter: Path) -> None:
+        config = read_json(adapter / "adapter_config.json")
+        unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+        if config["peft_type"] != "LORA" or config["bias"] != "none" or unknown:
+            raise Problem(f"{adapter}: cannot merge {config['peft_type']} with {', '.join(unknown) or 'bias'}")
+        self.scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name in tensors:
+            if name.endswith(".lora_A.weight"):
+                stem = name.removesuffix(".lora_A.weight")
+                weight = stem.removeprefix("base_model.model.") + ".weight"
+                self.pairs[weight] = (tensors[name], tensors[f"{stem}.lora_B.weight"])
+        if 2 * len(self.pairs) != len(tensors):
+            raise Problem(f"{adapter}: holds tensors that are no LoRA pair; train it again")
+
+    def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        a, b = (factor.to(weight) for factor in self.pairs[name])
+        return torch.addmm(weight, b, a, alpha=self.scale)
+
+
+def _header(shard: Path) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's table of tensors, and the bytes that hold it (8 bytes of length, then JSON)."""
+    with shard.open("rb") as file:
+        raw = file.read(8)
+        raw += file.read(struct.unpack("<Q", raw)[0])
+    return json.loads(raw[8:]), raw
+
+
+def _merge_shard(shard: Path, target: Path, lora: _Lora, rounded: set[str], settings: Quantization) -> None:
+    """Writes the shard with the same header and so the same places; memory holds one tensor at a time."""
+    header, raw = _header(shard)
+    with shard.open("rb") as reader, target.open("wb") as writer:
+        writer.write(raw)
+        tensors = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        for name, entry in sorted(tensors, key=lambda tensor: tensor[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            reader.seek(len(raw) + start)
+            data = bytearray(reader.read(end - start))
+            if name in lora.pairs or name in rounded:
+                dtype = DTYPES[entry["dtype"]]
+                original = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+                weight = round_trip(original, settings) if name in rounded else original.to(pick_device()).float()
+                if name in lora.pairs:
+                    weight = lora.add_to(weight, name)
+                # numpy has no bfloat16, so the bytes go out as integers.
+                writer.write(weight.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+            else:
+                writer.write(data)
+
+
+def _copy_the_rest(base: Path, template: Path, stops: list[int], folder: Path) -> None:
+    """Config and tokenizer as they are; the chat template and the stop tokens as they were trained."""
+    for file in base.iterdir():
+        if file.suffix != ".safetensors" and file.name != "manifest.json":
+            shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(template, folder / "chat_template.jinja")
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        config = read_json(settings)
+        if config.pop("chat_template", None) is not None:
+            write_json(settings, config)
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    if stops:
+        generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    write_json(path, generation)
+    manifest = read_json(base / "manifest.json")
+    write_json(folder / "manifest.json", {key: manifest[key] for key in ("model", "revision", "trust_remote_code")})
+
+
+# Proof
+
+
+def _trained_logits(base: Path, adapter: Path, settings: Quantization, rows: list[dict[str, Any]]) -> "_Logits":
+    model = load_quantized(base, settings).model
+    return _Logits.of(PeftModel.from_pretrained(model, str(adapter)).eval(), rows)
+
+
+def _merged_logits(folder: Path, settings: Quantization, rows: list[dict[str, Any]]) -> "_Logits":
+    device = pick_device()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=pick_dtype(settings.dtype, device),
+        device_map={"": device},
+        trust_remote_code=read_json(folder / "manifest.json")["trust_remote_code"],
+        use_safetensors=True,
+    )
+    return _Logits.of(model.eval(), rows)
+
+
+class _Logits:
+    """What a model says at the labelled tokens of some rows: logits (labels, vocabulary) in float32 on the CPU."""
+
+    def __init__(self, logits: list[torch.Tensor], labels: list[torch.Tensor]) -> None:
+        self.logits, self.labels = torch.cat(logits), torch.cat(labels)
+
+    @classmethod
+    def of(cls, model: Any, rows: list[dict[str, Any]]) -> "_Logits":
+        parts = []
+        with torch.no_grad():
+            for row in rows:  # one by one: padding may change the last bits, and this is about the last bits
+                batch = {name: tensor.to(model.device) for name, tensor in pad([row]).items()}
+                logits, labels = label_logits(model, batch)
+                parts.append((logits.float().cpu(), labels.cpu()))
+        return cls([part[0] for part in parts], [part[1] for part in parts])
+
+
+def _compare(trained: _Logits, merged: _Logits) -> dict[str, Any]:
+    """How far the merged model is from the trained one; KL in nats a token."""
+    p, q = log_softmax(trained.logits, -1), log_softmax(merged.logits, -1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    labels = trained.labels.unsqueeze(-1)
+    return {
+        "tokens": len(labels),
+        "mean_kl": kl.mean().item(),
+        "max_kl": kl.max().item(),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+        "max_abs_logit_difference": (trained.logits - merged.logits).abs().max().item(),
+        "trained_loss": -p.gather(-1, labels).mean().item(),
+        "merged_loss": -q.gather(-1, labels).mean().item(),
+    }
+
+
+def _check_parity(params: Params, figures: dict[str, Any]) -> None:
+    problems = []
+    if not figures["mean_kl"] <= params.max_mean_kl:
+        problems.append(f"mean KL {figures['mean_kl']:.3e} is above merge.max_mean_kl {params.max_mean_kl:.3e}")
+    if not figures["top1_agreement"] >= params.min_top1_agreement:
+        problems.append(
+            f"the likeliest token agrees at {figures['top1_agreement']:.4f} of the positions, merge.min_top1_agreement is "
+            f"{params.min_top1_agreement}"
+        )
+    if problems:
+        problems.append(
+            f"the merged model is not the trained one (loss {figures['merged_loss']:.4f} against "
+            f"{figures['trained_loss']:.4f}, largest logit difference {figures['max_abs_logit_difference']:.3f}), "
+            "and was not kept. "
+            + ("merge.base: dequantized is closer" if params.base == "full" else "Train again, and compare the weights")
+        )
+        raise Problem(*problems)
+
+
+def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]) -> None:
+    manifest = read_json(base / "manifest.json")
+    training = read_json(adapter / "training.json")
+    config = read_json(adapter / "adapter_config.json")
+    write_json(folder / "provenance.json", {"base": manifest, "training": training, "parity": figures})
+    quantization = training["quantization"]["quantization"]
+    (folder / "README.md").write_text(
+        f"# {manifest['model']}, fine-tuned\n\n"
+        f"Base: {manifest['model']} at {manifest['revision']}. LoRA with r={config['r']} and "
+        f"lora_alpha={config['lora_alpha']}, trained on the base in {quantization} and merged into its {figures['base']} "
+        "weights.\n\n"
+        f"Measured against the trained model on {figures['tokens']} tokens: mean KL {figures['mean_kl']:.2e} nats, the "
+        f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %. `provenance.json` has the rest.\n",
+        encoding="utf-8",
+        newline="\n",
+    )

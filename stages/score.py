@@ -1,0 +1,243 @@
+"""Compares the answers of the base and of the merged model with the right ones, beside baselines that keep them honest."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from sacrebleu.metrics import CHRF
+
+from stages.lib.intervals import Interval, bootstrap
+from stages.lib.jsonl import read_json, read_jsonl, write_json
+from stages.lib.neighbours import NearestPrompt
+from stages.lib.output import fresh_file, fresh_folder
+from stages.lib.params import Section
+from stages.lib.problem import Problem
+
+SYSTEMS = {
+    "base": "base model",
+    "most_frequent": "most frequent training answer",
+    "nearest": "answer of the nearest training prompt",
+    "merged": "fine-tuned model",
+}
+METRICS = ("exact_match", "valid_json", "json_field_f1", "chrf")
+
+
+class Params(Section):
+    """How sure the intervals are."""
+
+    bootstrap_resamples: int = Field(gt=0)
+    """How often the test rows are drawn again for an interval; more is smoother and slower."""
+
+
+def score(
+    params: Params,
+    base: Path,
+    merged: Path,
+    examples: Path,
+    reports: Path,
+    template: Path,
+    metrics: Path,
+    plots: Path,
+    page: Path,
+) -> None:
+    """Scores data/predictions of `base` and `merged` over the same test rows, with 95 % intervals.
+
+    `examples` gives the training rows for two baselines: the most frequent answer, and the answer of the nearest prompt.
+    `reports` is the folder of the earlier stages' reports; their few figures that matter join the scores in `metrics`, the
+    one file that `dvc exp show` reads. `plots` gets bars.csv. `page` is the report for people, made with `template`.
+
+    Raises Problem if the two files of predictions are not answers to the same test rows.
+    """
+    rows = _rows(base, merged, examples)
+    scores = {system: [_score(row["reference"], row["answers"][system]) for row in rows] for system in SYSTEMS}
+    summary = {
+        system: {metric: _interval([s[metric] for s in scores[system]], params) for metric in METRICS} for system in SYSTEMS
+    }
+    gains = {
+        other: bootstrap(
+            [better - worse for better, worse in zip(_exact(scores["merged"]), _exact(scores[other]), strict=True)],
+            params.bootstrap_resamples,
+        )
+        for other in SYSTEMS
+        if other != "merged"
+    }
+    stages = {stage: read_json(reports / f"{stage}.json") for stage in ("ingest", "encode", "train", "merge")}
+    with fresh_file(metrics) as file:
+        write_json(file, _metrics(stages, summary))
+    with fresh_folder(plots) as folder:
+        (folder / "bars.csv").write_text(_bars(summary), encoding="utf-8", newline="\n")
+    with fresh_file(page) as file:
+        file.write_text(_page(template, reports, stages, summary, gains, rows, scores), encoding="utf-8", newline="\n")
+    _print(summary, gains, len(rows))
+
+
+def _rows(base: Path, merged: Path, examples: Path) -> list[dict[str, Any]]:
+    """A row for each test prompt: the prompt as people read it, the right answer, and the answer of each system."""
+    answers = {"base": _by_id(base), "merged": _by_id(merged)}
+    tests = {row["id"]: row for row in read_jsonl(examples / "test.jsonl")}
+    problems = []
+    for system, path in (("base", base), ("merged", merged)):
+        foreign = sorted(set(answers[system]) - set(tests))
+        if foreign:
+            problems.append(f"{path}: {len(foreign)} rows are no test rows, the first {foreign[0]}; generate again")
+    differing = sorted(set(answers["base"]) ^ set(answers["merged"]))
+    if differing:
+        problems.append(
+            f"{base} and {merged}: {len(differing)} rows stand in one alone, the first {differing[0]}; generate again"
+        )
+    if problems:
+        raise Problem(*problems)
+    train = read_jsonl(examples / "train.jsonl")
+    frequent = Counter(row["messages"][-1]["content"] for row in train).most_common(1)[0][0]
+    nearest = NearestPrompt([_question(row) for row in train])
+    rows = []
+    for id, answer in answers["merged"].items():
+        question = _question(tests[id])
+        neighbour = train[nearest.find(question)]
+        rows.append(
+            {
+                "id": id,
+                "source": tests[id]["source"],
+                "question": question,
+                "reference": answer["reference"],
+                "neighbour": _question(neighbour),
+                "stopped": answer["finish_reason"] == "stop",
+                "answers": {
+                    "base": answers["base"][id]["answer"],
+                    "most_frequent": frequent,
+                    "nearest": neighbour["messages"][-1]["content"],
+                    "merged": answer["answer"],
+                },
+            }
+        )
+    return rows
+
+
+def _by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in read_jsonl(path)}
+
+
+def _question(row: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in row["messages"][:-1])
+
+
+# One answer
+
+
+def _score(reference: str, answer: str) -> dict[str, float | None]:
+    """Each metric of one answer, 0 to 1; None where a metric says nothing of such a reference."""
+    wanted, found = _json(reference), _json(answer)
+    return {
+        "exact_match": float(answer.strip() == reference.strip()),
+        "valid_json": None if wanted is None else float(found is not None),
+        "json_field_f1": None if wanted is None else _field_f1(wanted, found),
+        "chrf": CHRF().sentence_score(answer, [reference]).score / 100,
+    }
+
+
+def _json(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _field_f1(wanted: dict[str, Any], found: dict[str, Any] | None) -> float:
+    """Harmonic mean of precision and recall over the top-level fields with their values."""
+    pairs = [{(key, json.dumps(value, sort_keys=True)) for key, value in each.items()} for each in (wanted, found or {})]
+    return 2 * len(pairs[0] & pairs[1]) / max(1, len(pairs[0]) + len(pairs[1]))
+
+
+# All answers
+
+
+def _exact(scores: list[dict[str, float | None]]) -> list[float]:
+    return [score["exact_match"] or 0.0 for score in scores]
+
+
+def _interval(values: list[float | None], params: Params) -> Interval | None:
+    known = [value for value in values if value is not None]
+    return bootstrap(known, params.bootstrap_resamples) if known else None
+
+
+def _metrics(stages: dict[str, Any], summary: dict[str, dict[str, Interval | None]]) -> dict[str, Any]:
+    """The handful of figures that tell runs apart; exact match in percent."""
+    exact = {system: summary[system]["exact_match"] for system in SYSTEMS}
+    return {
+        "rows": stages["train"]["rows"],
+        "tokens": stages["train"]["tokens"],
+        "loss_base": _short(stages["train"]["validation_loss_before"]),
+        "loss": _short(stages["train"]["validation_loss"]),
+        "merge_kl": _short(stages["merge"]["mean_kl"]),
+        **{f"em_{system}": round(100 * interval.mean, 1) for system, interval in exact.items() if interval},
+    }
+
+
+def _short(value: float) -> float:
+    """Four significant digits: `dvc exp show` prints no more, and the last bits are no news."""
+    return value if value == 0 or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _bars(summary: dict[str, dict[str, Interval | None]]) -> str:
+    lines = [
+        f"{system},{metric},{100 * interval.mean:.2f}"
+        for system, metrics in summary.items()
+        for metric, interval in metrics.items()
+        if interval
+    ]
+    return "system,metric,percent\n" + "".join(f"{line}\n" for line in lines)
+
+
+def _page(
+    template: Path,
+    reports: Path,
+    stages: dict[str, Any],
+    summary: dict[str, dict[str, Interval | None]],
+    gains: dict[str, Interval],
+    rows: list[dict[str, Any]],
+    scores: dict[str, list[dict[str, float | None]]],
+) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    sides = [row | {"scores": {system: scores[system][number] for system in SYSTEMS}} for number, row in enumerate(rows)]
+    sides.sort(key=lambda row: (row["scores"]["merged"]["exact_match"], row["scores"]["merged"]["chrf"]))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        systems=SYSTEMS,
+        metrics=[metric for metric in METRICS if summary["merged"][metric]],
+        summary=summary,
+        gains=gains,
+        stages=stages,
+        rows=sides,
+        train_curve=_curve(reports / "loss" / "train.csv"),
+        validation_curve=_curve(reports / "loss" / "validation.csv"),
+        lengths=_curve(reports / "lengths.csv"),
+    )
+
+
+def _curve(path: Path) -> list[tuple[float, float]]:
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return [(float(x), float(y)) for x, y in (line.split(",") for line in lines)]
+
+
+def _print(summary: dict[str, dict[str, Interval | None]], gains: dict[str, Interval], count: int) -> None:
+    metrics = [metric for metric in METRICS if summary["merged"][metric]]
+    table = Table(title=f"{count} test rows, mean and 95 % interval, in percent")
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for system, name in SYSTEMS.items():
+        table.add_row(name, *(_cell(summary[system][metric]) for metric in metrics))
+    console = Console(width=120)
+    console.print(table)
+    for other, gain in gains.items():
+        console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(gain)} points")
+
+
+def _cell(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
