@@ -3,6 +3,7 @@
 import errno
 import importlib
 import sys
+import warnings
 from inspect import signature
 from pathlib import Path
 
@@ -19,22 +20,19 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m stages <stage> <paths...> | check", file=sys.stderr)
         return 2
     name, *paths = arguments
+    # Libraries warn each other of names that the next version drops; the versions are pinned, and no user can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         check() if name == "check" else run(name, tuple(paths))
     except Problem as problem:
         return fail(name, problem.messages)
     except KeyboardInterrupt:
         return fail(name, ("interrupted; nothing was recorded, dvc repro runs this stage again",), status=130)
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: "the disk is full; free some space (dvc gc -w drops old results) and run dvc repro again",
-            errno.EDQUOT: "the disk quota is used up; free some space and run dvc repro again",
-            errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
-            errno.EROFS: "the file system is read-only",
-        }.get(error.errno or 0)
+    except Exception as error:
+        remedy = find_remedy(error)
         if remedy is None:
             raise
-        return fail(name, (f"{error.filename or 'writing'}: {remedy}",))
+        return fail(name, (f"{getattr(error, 'filename', None) or 'writing'}: {remedy}",))
     return 0
 
 
@@ -62,6 +60,22 @@ def check() -> None:
             messages += problem.messages
     if messages:
         raise Problem(*messages)
+
+
+def find_remedy(error: Exception) -> str | None:
+    """What to do where the system refused; None if the error is a defect of Loratory."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and torch word a full disk in their own way, and not as an OSError.
+    if any(
+        words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
+    ):
+        number = errno.ENOSPC
+    return {
+        errno.ENOSPC: "the disk is full; free some space (dvc gc -w drops old results) and run dvc repro again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run dvc repro again",
+        errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
+        errno.EROFS: "the file system is read-only",
+    }.get(number or 0)
 
 
 def fail(name: str, messages: tuple[str, ...], status: int = 1) -> int:

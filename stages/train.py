@@ -1,6 +1,7 @@
 """Trains a LoRA adapter on the quantized base model."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -16,11 +17,11 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import Field
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from stages.lib.batch import ShuffledByLength, pad
+from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
 from stages.lib.jsonl import read_json, write_json
 from stages.lib.loss import label_logits, next_token_loss
 from stages.lib.mask import IGNORE
@@ -98,9 +99,10 @@ def train(params: Params, tokens: Path, validation: Path, base: Path, adapter: P
     with _checkpoints(_fingerprint(params, tokens, validation, base)) as checkpoints:
         set_seed(params.seed)  # before the adapter: its first weights are random
         quantized = load_quantized(base, params)
+        flat = use_flat_rows(quantized.model)
         model = _with_adapter(params, quantized.model)
         arguments = _arguments(params, checkpoints, model.dtype, cpu=model.device.type == "cpu")
-        trainer = _Trainer(params, model, arguments, rows, validation_rows)
+        trainer = _Trainer(params, model, arguments, rows, validation_rows, flat=flat)
         before = trainer.measure()
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
         after = trainer.measure()
@@ -147,9 +149,14 @@ def _is_linear(layer: torch.nn.Module) -> bool:
 
 def _arguments(params: Params, checkpoints: Path, dtype: torch.dtype, *, cpu: bool) -> TrainingArguments:
     """Transformers' arguments. Raises Problem if a value is not one of theirs."""
-    passed = params.model_dump(exclude={*Quantization.model_fields, *LORA_FIELDS})
+    passed = params.model_dump(exclude={*Quantization.model_fields, *LORA_FIELDS, "gradient_checkpointing"})
+    if params.gradient_checkpointing:
+        # Transformers 5.23 renames it, and warns of the name that 5.17 needs.
+        names = {field.name for field in dataclasses.fields(TrainingArguments)}
+        prefix = "activation" if "activation_checkpointing" in names else "gradient"
+        passed |= {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(checkpoints),
             use_cpu=cpu,
             bf16=dtype == torch.bfloat16,
@@ -161,11 +168,13 @@ def _arguments(params: Params, checkpoints: Path, dtype: torch.dtype, *, cpu: bo
             disable_tqdm=not sys.stderr.isatty(),
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
             **passed,
         )
     except ValueError as error:
         raise Problem(f"params.yaml: train: {' '.join(str(error).split())}") from None
+    # One process drives one GPU. The Trainer would split each batch over all that it sees, with DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
@@ -181,15 +190,18 @@ class _Trainer(Trainer):  # type: ignore[misc]
         arguments: TrainingArguments,
         rows: list[dict[str, Any]],
         validation: list[dict[str, Any]],
+        *,
+        flat: bool,
     ) -> None:
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=validation,
-            data_collator=pad,
+            data_collator=flatten if flat else pad,
             callbacks=[_Watch(rows)],
         )
+        self.remove_callback(PrinterCallback)  # _Watch says the same in words
         self.params = params
         # The loss below divides by the labels of the whole step; without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
@@ -201,9 +213,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
         loss = next_token_loss(logits, labels, num_items_in_batch if num_items_in_batch is not None else len(labels))
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ShuffledByLength:
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        return ShuffledByLength(lengths, self.params.per_device_train_batch_size, self.params.data_seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        return Shuffled(len(self.train_dataset), self.params.data_seed)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         measured = self.measure()
@@ -222,7 +233,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         size = self.params.per_device_eval_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
             for start in range(0, len(rows), size):
-                batch = {name: tensor.to(model.device) for name, tensor in pad(rows[start : start + size]).items()}
+                batch = {
+                    name: tensor.to(model.device) for name, tensor in self.data_collator(rows[start : start + size]).items()
+                }
                 logits, labels = label_logits(model, batch)
                 loss += next_token_loss(logits, labels, 1).item()
                 right += int((logits.argmax(-1) == labels).sum())

@@ -1,12 +1,13 @@
 """Next-token cross-entropy over the labelled tokens, and the logits at those tokens alone."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from stages.lib.batch import row_lengths
 from stages.lib.mask import IGNORE
 
 
@@ -18,15 +19,17 @@ def label_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
 
     Args:
         model: A causal language model, with or without an adapter.
-        batch: input_ids, attention_mask and labels, each (rows, tokens).
+        batch: From `pad`, or from `flatten` for a model that `use_flat_rows` has prepared.
 
     Returns:
         logits (labels, vocabulary) and the labels (labels,), row by row.
     """
     targets = batch["labels"][:, 1:]
     learned = targets != IGNORE
-    with _only(model.get_output_embeddings(), learned):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    apart = row_lengths(batch["lengths"]) if "lengths" in batch else nullcontext()
+    with apart, _only(model.get_output_embeddings(), learned):
+        logits = model(**inputs, use_cache=False).logits
     return logits, targets[learned]
 
 

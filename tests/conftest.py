@@ -1,0 +1,59 @@
+"""Set-up for all tests: offline, quiet, this environment's python first, and one run of the tiny pipeline to share."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    DVC_NO_ANALYTICS="true",
+    HF_HUB_OFFLINE="1",
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    PYTHONPATH="",
+)
+
+# The variables above must be set before Transformers and DVC are imported.
+from tests import preloaded
+from tests.tiny import Workspace, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workspace:
+    """The project's copy, with its seven stages run once by DVC."""
+    workspace = Workspace(tmp_path_factory.mktemp("workspace"), tiny_model)
+    stages = ["fetch", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score"]
+    ran = workspace.repro()
+    assert sorted(ran) == sorted(stages)
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("preloaded")
+    server = preloaded.start(folder, hash_seed=77)
+    yield folder
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def quick_stages(_server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC's stages start with torch loaded, and with another order of sets than in the first run."""
+    monkeypatch.setenv("PATH", f"{_server}{os.pathsep}{os.environ['PATH']}")

@@ -1,0 +1,164 @@
+"""The launcher: one clear message, a status, nothing half-written, and no result recorded for an input that changed."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+import stages.__main__ as launcher
+from stages import ingest
+from stages.lib.output import fresh_file, fresh_folder
+from stages.lib.problem import Problem
+from stages.lib.snapshot import Snapshot
+from tests.tiny import PROJECT, Workspace
+
+OUT = ("data/examples", "reports/ingest.json")
+
+
+@pytest.fixture
+def here(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.chdir(workspace.root)
+    return workspace
+
+
+def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = launcher.main(list(arguments))
+    return status, capsys.readouterr().err
+
+
+def test_usage_and_unknown_stage(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys)[0] == 2
+    status, said = say(capsys, "trian", "a")
+    assert status == 1
+    assert "no stage 'trian' in dvc.yaml; the stages are fetch, ingest" in said
+
+
+def test_the_number_of_paths_is_checked(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = say(capsys, "ingest", "data/raw")
+    assert (status, said) == (1, "ingest: wants 3 paths (raw, examples, report), got 1; see its cmd in dvc.yaml\n")
+
+
+def test_check_names_every_bad_parameter_of_every_stage(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys, "check") == (0, "")
+    with here.edited("params.yaml"):
+        params = here.params()
+        params["train"]["lr"] = 1
+        params["score"]["bootstrap_resamples"] = 0
+        params["evaluate"] = {}
+        here.write(params)
+        status, said = say(capsys, "check")
+    assert status == 1
+    assert "params.yaml: evaluate: no stage has this name" in said
+    assert "params.yaml: train.lr: unknown parameter" in said
+    assert "params.yaml: score.bootstrap_resamples: Input should be greater than 0; found 0" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission"), (errno.EROFS, "read-only")]
+)
+def test_what_the_system_refuses_is_one_message(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "said by the system", "data/examples/train.jsonl")
+
+    before = (here.root / OUT[0] / "train.jsonl").read_bytes()
+    monkeypatch.setattr(ingest, "write_jsonl", refuse)
+    status, said = say(capsys, "ingest", "data/raw", *OUT)
+    assert status == 1
+    assert said.startswith("ingest: data/examples/train.jsonl: ")
+    assert words in said
+    assert (here.root / OUT[0] / "train.jsonl").read_bytes() == before
+    assert not list(here.root.rglob("*.partial"))
+
+
+def test_ctrl_c_is_no_traceback(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ingest, "_files", interrupt)
+    assert say(capsys, "ingest", "data/raw", *OUT)[0] == 130
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at inline_container.cc:626] . PytorchStreamWriter failed writing file data/3: file write failed"
+        ),
+        ValueError(
+            'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
+        ),
+    ],
+    ids=["torch", "safetensors"],
+)
+def test_a_full_disk_that_a_library_words_in_its_own_way_is_the_same_message(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ingest, "write_jsonl", refuse)
+    status, said = say(capsys, "ingest", "data/raw", *OUT)
+    assert (status, "the disk is full" in said) == (1, True)
+
+
+def test_a_defect_keeps_its_traceback(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ingest, "write_jsonl", fail)
+    with pytest.raises(ZeroDivisionError):
+        launcher.main(["ingest", "data/raw", *OUT])
+
+
+@pytest.mark.parametrize(
+    "file", ["params.yaml", "stages/lib/mask.py", "stages/templates/chatml.jinja", "data/examples/test.jsonl"]
+)
+def test_an_edit_during_the_run_is_seen(here: Workspace, file: str) -> None:
+    arguments = ("data/examples", "models/tokenizer", "stages/templates/chatml.jinja", "data/tokens")
+    snapshot = Snapshot.take("encode", arguments, Path())
+    snapshot.check()
+    with here.edited(file):
+        text = Path(file).read_text(encoding="utf-8")
+        Path(file).write_text(text.replace("max_length: 512", "max_length: 99") + "\n", encoding="utf-8")
+        with pytest.raises(Problem, match="changed while 'encode' ran: ") as caught:
+            snapshot.check()
+    assert (file if file != "params.yaml" else "params.yaml (encode)") in str(caught.value) or "data/examples" in str(
+        caught.value
+    )
+
+
+def test_a_matrix_stage_watches_its_own_model(here: Workspace) -> None:
+    taken = Snapshot.take("generate", ("models/merged", "data/tokens/test.arrow", "data/predictions/merged.jsonl"), Path())
+    assert {"models/merged", "data/tokens/test.arrow"} == set(taken.data)
+    assert all(taken.data.values())
+
+
+def test_the_snapshot_comes_before_the_stage_is_imported() -> None:
+    source = (PROJECT / "stages" / "__main__.py").read_text(encoding="utf-8")
+    assert source.index("Snapshot.take(") < source.index("importlib.import_module(f")
+    top = source[: source.index("def main")]
+    assert "torch" not in top
+    assert "transformers" not in top
+
+
+def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
+    out = tmp_path / "models" / "adapter"
+    with fresh_folder(out) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+    with pytest.raises(RuntimeError), fresh_folder(out) as folder:  # noqa: PT012
+        (folder / "b").write_text("2")
+        raise RuntimeError
+    assert [file.name for file in out.iterdir()] == ["a"]
+    (tmp_path / "models" / "adapter.partial").mkdir()  # as a killed run leaves it
+    with fresh_folder(out) as folder:
+        (folder / "c").write_text("3")
+    assert [file.name for file in out.iterdir()] == ["c"]
+    with pytest.raises(RuntimeError), fresh_file(tmp_path / "r.json") as file:  # noqa: PT012
+        file.write_text("half")
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]

@@ -1,0 +1,165 @@
+"""merge: the written model is the trained one, proven by measuring it; a damaged one is not let through."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages import merge as module
+from stages.lib.problem import Problem
+from stages.merge import Params, merge
+from tests.tiny import Workspace
+
+PARAMS = {"base": "dequantized", "parity_rows": 8, "max_mean_kl": 1e-3, "min_top1_agreement": 0.9}
+
+
+class Merge:
+    """One merge of the workspace's adapter, or of a changed copy of it."""
+
+    def __init__(self, workspace: Workspace, tmp_path: Path) -> None:
+        self.root, self.out = workspace.root, tmp_path / "out"
+        self.base = self.root / "models" / "base"
+        self.adapter = Path(shutil.copytree(self.root / "models" / "adapter", tmp_path / "adapter"))
+
+    def run(self, **given: Any) -> dict[str, Any]:
+        tokens = self.root / "data" / "tokens"
+        arguments = (
+            tokens / "validation.arrow",
+            tokens / "chat_template.jinja",
+            self.out / "merged",
+            self.out / "report.json",
+        )
+        merge(Params(**PARAMS | given), self.base, self.adapter, *arguments)
+        report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
+        return report
+
+    def refused(self, **given: Any) -> str:
+        with pytest.raises(Problem) as caught:
+            self.run(**given)
+        assert not (self.out / "merged").exists()
+        assert not list(self.out.glob("*"))
+        return str(caught.value)
+
+    def edit_config(self, **given: Any) -> None:
+        path = self.adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | given))
+
+    def edit_tensors(self, change: Any) -> None:
+        path = self.adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+@pytest.fixture
+def merging(workspace: Workspace, tmp_path: Path) -> Merge:
+    return Merge(workspace, tmp_path)
+
+
+def test_the_merged_model_is_the_trained_one(merging: Merge) -> None:
+    report = merging.run()
+    assert report["mean_kl"] < 1e-4
+    assert report["top1_agreement"] > 0.95
+    assert report["merged_layers"] == 14
+    assert report["trained_loss"] == pytest.approx(report["merged_loss"], abs=0.01)
+
+
+def test_the_dequantized_base_is_closer_than_the_full_one(merging: Merge) -> None:
+    close = merging.run()["mean_kl"]
+    far = merging.run(base="full", max_mean_kl=100, min_top1_agreement=0)["mean_kl"]
+    assert far > 10 * close
+
+
+def test_the_weights_are_pefts_own_on_an_unquantized_base(merging: Merge) -> None:
+    training = json.loads((merging.adapter / "training.json").read_text())
+    training["quantization"]["quantization"], training["quantized_layers"] = "none", []
+    (merging.adapter / "training.json").write_text(json.dumps(training))
+    merging.run(base="full", min_top1_agreement=0.5, max_mean_kl=1)
+    ours = load_file(merging.out / "merged" / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(merging.adapter)).merge_and_unload().state_dict()
+    original = load_file(merging.base / "model.safetensors")
+    assert set(ours) == set(original)
+    for name, weight in ours.items():
+        assert weight.dtype == original[name].dtype
+        assert torch.equal(weight, theirs[name].to(weight.dtype)), name
+    changed = [name for name in ours if not torch.equal(ours[name], original[name])]
+    assert len(changed) == 14
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_the_scale_is_pefts(merging: Merge, rslora: bool) -> None:
+    merging.edit_config(use_rslora=rslora, lora_alpha=8)
+    assert merging.run()["mean_kl"] < 1e-4  # PEFT reads the same config for the trained side
+
+
+def test_a_wrong_formula_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = module._Lora.__init__
+
+    def doubled(self: Any, adapter: Path) -> None:
+        init(self, adapter)
+        self.scale *= 2
+
+    monkeypatch.setattr(module._Lora, "__init__", doubled)
+    said = merging.refused()
+    assert "is above merge.max_mean_kl" in said
+    assert "the merged model is not the trained one" in said
+
+
+def test_a_damaged_tensor_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = module._Lora.__init__
+
+    def damaged(self: Any, adapter: Path) -> None:
+        init(self, adapter)
+        name = sorted(self.pairs)[0]
+        self.pairs[name] = (self.pairs[name][0], torch.randn_like(self.pairs[name][1]))
+
+    monkeypatch.setattr(module._Lora, "__init__", damaged)
+    merging.refused()
+
+
+def test_a_missed_layer_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = module._Lora.__init__
+
+    def forgetful(self: Any, adapter: Path) -> None:
+        init(self, adapter)
+        for name in [name for name in self.pairs if "mlp" in name]:
+            del self.pairs[name]
+
+    monkeypatch.setattr(module._Lora, "__init__", forgetful)
+    merging.refused()
+
+
+def test_a_layer_of_another_base_is_named(merging: Merge) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1.self_attn.q_proj" in name]:
+            tensors[name.replace("layers.1", "layers.7")] = tensors.pop(name)
+
+    merging.edit_tensors(rename)
+    assert "trained model.layers.7.self_attn.q_proj.weight, which" in merging.refused()
+
+
+def test_half_a_pair_and_unknown_kinds_are_refused(merging: Merge) -> None:
+    merging.edit_config(use_dora=True)
+    assert "cannot merge LORA with use_dora" in merging.refused()
+    merging.edit_config(use_dora=False, peft_type="PREFIX_TUNING")
+    assert "cannot merge PREFIX_TUNING" in merging.refused()
+    merging.edit_config(peft_type="LORA")
+    merging.edit_tensors(lambda tensors: tensors.__setitem__("stray", torch.zeros(1)))
+    assert "holds tensors that are no LoRA pair" in merging.refused()
+
+
+def test_the_folder_is_a_whole_model_with_the_template_and_stop_tokens_of_its_training(workspace: Workspace) -> None:
+    merged = workspace.root / "models" / "merged"
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == (workspace.root / "stages/templates/chatml.jinja").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.generation_config.eos_token_id == 2
+    assert "mean KL" in (merged / "README.md").read_text()
+    assert str(workspace.root) not in "".join(path.read_text() for path in merged.glob("*.json"))

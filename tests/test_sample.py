@@ -1,0 +1,33 @@
+"""The sample in data/raw is what its generator writes, and cannot be solved by looking answers up."""
+
+import json
+from pathlib import Path
+
+from stages.lib.neighbours import NearestPrompt
+from tests.tiny import PROJECT, sample
+
+
+def test_the_generator_writes_the_committed_bytes(tmp_path: Path) -> None:
+    sample().main(tmp_path)
+    for name in ("zh.json", "en.json"):
+        assert (tmp_path / name).read_bytes() == (PROJECT / "data" / "raw" / name).read_bytes()
+
+
+def test_two_thirds_are_chinese_and_every_answer_is_one_object() -> None:
+    module = sample()
+    assert 0.6 < module.ROWS["zh"] / sum(module.ROWS.values()) < 0.7
+    for language in module.ROWS:
+        rows = module.rows(language)
+        assert len({row["input"] for row in rows}) == len(rows) == module.ROWS[language]
+        for row in rows:
+            answer = json.loads(row["output"])
+            assert {"intent", "item", "count"} <= set(answer) <= {"intent", "item", "count", "city"}
+            assert str(answer["item"]) in row["input"] or str(answer["item"]).capitalize() in row["input"]
+
+
+def test_the_nearest_message_rarely_has_the_answer() -> None:
+    rows = sample().rows("zh")
+    known, asked = rows[:700], rows[700:]
+    nearest = NearestPrompt([row["input"] for row in known])
+    right = sum(known[nearest.find(row["input"])]["output"] == row["output"] for row in asked)
+    assert right / len(asked) < 0.1

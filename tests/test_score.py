@@ -1,0 +1,146 @@
+"""score: each figure is what it says, has an interval, and stands beside the baselines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import CHRF
+
+from stages.lib.intervals import bootstrap
+from stages.lib.neighbours import NearestPrompt
+from stages.lib.problem import Problem
+from stages.score import Params, _score, score
+from tests.tiny import PROJECT, Workspace
+
+
+def test_the_interval_of_a_mean() -> None:
+    values = [0.0, 1.0] * 200
+    mean, low, high = bootstrap(values, 2000)
+    assert mean == 0.5
+    # For a share of one half among 400, the normal approximation gives 0.5 +- 0.049.
+    assert low == pytest.approx(0.451, abs=0.008)
+    assert high == pytest.approx(0.549, abs=0.008)
+    assert bootstrap(values, 2000) == (mean, low, high)
+    assert bootstrap([0.0] * 9, 100) == (0.0, 0.0, 0.0)
+
+
+def test_the_nearest_prompt_by_shared_pairs_of_characters() -> None:
+    known = ["abcd", "abxy", "中文很好", "z", ""]
+    nearest = NearestPrompt(known)
+    assert [known[nearest.find(text)] for text in ("abcx", "xabx", "中文", "z")] == ["abcd", "abxy", "中文很好", "z"]
+    assert NearestPrompt(["same", "same"]).find("same") == 0
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abc"), 6)) for _ in range(50)]
+    nearest = NearestPrompt(words)
+
+    def dice(a: str, b: str) -> float:
+        x, y = ({text[i : i + 2] for i in range(5)} for text in (a, b))
+        return 2 * len(x & y) / (len(x) + len(y))
+
+    for text in words[:10]:
+        asked = text[::-1]
+        assert dice(asked, words[nearest.find(asked)]) == max(dice(asked, word) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "exact", "valid", "f1"),
+    [
+        ('{"a":1,"b":"x"}', '{"a":1,"b":"x"}', 1, 1, 1),
+        ('{"a":1,"b":"x"}', ' {"a":1,"b":"x"}\n', 1, 1, 1),
+        ('{"a":1,"b":"x"}', '{"a": 1, "b": "y"}', 0, 1, 0.5),
+        ('{"a":1,"b":"x"}', '{"a":1}', 0, 1, 2 / 3),
+        ('{"a":1,"b":"x"}', '{"a":1', 0, 0, 0),
+        ('{"a":1}', '{"a":"1"}', 0, 1, 0),
+        ('{"a":1}', "", 0, 0, 0),
+        ('{"a":1}', "[1]", 0, 0, 0),
+        ("plain", "plain", 1, None, None),
+    ],
+)
+def test_one_answer(reference: str, answer: str, exact: float, valid: float | None, f1: float | None) -> None:
+    found = _score(reference, answer)
+    assert (found["exact_match"], found["valid_json"]) == (exact, valid)
+    assert found["json_field_f1"] == (None if f1 is None else pytest.approx(f1))
+    assert found["chrf"] == pytest.approx(CHRF().sentence_score(answer, [reference]).score / 100)
+
+
+class Inputs:
+    """Predictions and examples to score, made of the workspace's."""
+
+    def __init__(self, workspace: Workspace, root: Path) -> None:
+        self.workspace, self.root = workspace, root
+        self.rows = {
+            system: [
+                json.loads(line) for line in (workspace.root / f"data/predictions/{system}.jsonl").read_text().splitlines()
+            ]
+            for system in ("base", "merged")
+        }
+
+    def score(self) -> dict[str, Any]:
+        for system, rows in self.rows.items():
+            (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        project = self.workspace.root
+        score(
+            Params(bootstrap_resamples=100),
+            self.root / "base.jsonl",
+            self.root / "merged.jsonl",
+            project / "data/examples",
+            project / "reports",
+            PROJECT / "stages/templates/report.html.jinja",
+            *(self.root / name for name in ("score.json", "scores", "report.html")),
+        )
+        metrics: dict[str, Any] = json.loads((self.root / "score.json").read_text())
+        return metrics
+
+
+@pytest.fixture
+def inputs(workspace: Workspace, tmp_path: Path) -> Inputs:
+    return Inputs(workspace, tmp_path)
+
+
+def test_the_metrics_are_a_handful_and_right(inputs: Inputs) -> None:
+    for number, row in enumerate(inputs.rows["merged"]):
+        row["answer"] = row["reference"] if number % 2 else "wrong"
+    metrics = inputs.score()
+    assert list(metrics) == [
+        "rows",
+        "tokens",
+        "loss_base",
+        "loss",
+        "merge_kl",
+        "em_base",
+        "em_most_frequent",
+        "em_nearest",
+        "em_merged",
+    ]
+    count = len(inputs.rows["merged"])
+    assert metrics["em_merged"] == round(100 * (count // 2) / count, 1)
+    report = json.loads((inputs.workspace.root / "reports/train.json").read_text())
+    assert (metrics["rows"], metrics["tokens"]) == (report["rows"], report["tokens"])
+
+
+def test_equal_models_differ_by_nothing(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs.rows["base"] = inputs.rows["merged"]
+    inputs.score()
+    assert "exact match, fine-tuned minus base model: 0.0 (0.0 to 0.0) points" in capsys.readouterr().out
+
+
+def test_the_page_is_one_file_with_every_row_and_nothing_from_outside(inputs: Inputs) -> None:
+    inputs.rows["merged"][0]["answer"] = "<script>alert(1)</script>"
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert page.count('<section class="row"') == len(inputs.rows["merged"])
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    for outside in ("http://", "https://", "src=", "@import", "url("):
+        assert outside not in page
+
+
+def test_answers_to_other_rows_are_named(inputs: Inputs) -> None:
+    inputs.rows["merged"][0]["id"] = "foreign"
+    with pytest.raises(Problem) as caught:
+        inputs.score()
+    assert "merged.jsonl: 1 rows are no test rows, the first foreign" in caught.value.messages[0]
+    assert "2 rows stand in one alone" in caught.value.messages[1]
+    assert not (inputs.root / "score.json").exists()

@@ -1,0 +1,304 @@
+"""Training: the loss is Transformers' own, batches and kills change nothing, and no run takes up another's checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
+from stages.lib.loss import label_logits, next_token_loss
+from stages.lib.mask import IGNORE
+from stages.lib.problem import Problem
+from stages.lib.quantized import Quantization, load_quantized, round_trip
+from stages.lib.tokens import read_tokens
+from stages.train import Params, _checkpoints, _fingerprint, train
+from tests.tiny import Workspace
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORE, IGNORE, 7, 8, 9]},
+    {"input_ids": [11, 12, 13], "labels": [IGNORE, 12, IGNORE]},
+    {"input_ids": [21, 22, 23, 24, 25, 26, 27], "labels": [IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, 26, 27]},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+# Loss
+
+
+def test_the_loss_is_transformers_own(model: Any) -> None:
+    batch = pad(ROWS)
+    logits, labels = label_logits(model, batch)
+    assert labels.tolist() == [7, 8, 9, 12, 26, 27]
+    assert logits.shape == (6, model.config.vocab_size)
+    ours = next_token_loss(logits, labels, len(labels))
+    theirs = model(**batch).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_head_sees_only_what_is_learned_and_is_left_as_it_was(model: Any) -> None:
+    label_logits(model, pad(ROWS))
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
+
+
+def test_rows_weigh_the_same_in_one_batch_and_in_several(model: Any) -> None:
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    total = sum(label != IGNORE for row in ROWS for label in row["labels"])
+    gradients = []
+    for batches in ([ROWS], [[row] for row in ROWS]):
+        weight.grad = None
+        for rows in batches:
+            next_token_loss(*label_logits(model, pad(rows)), total).backward()
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_padding_is_masked_and_not_learned() -> None:
+    batch = pad(ROWS)
+    assert batch["attention_mask"].sum(1).tolist() == [5, 3, 7]
+    assert batch["labels"][1].tolist() == [IGNORE, 12, *[IGNORE] * 5]
+    assert batch["input_ids"].shape == (3, 7)
+
+
+# Order
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
+    order = Shuffled(203, seed=1)
+    first = list(order)
+    assert sorted(first) == list(range(203))
+    assert first != list(range(203))
+    assert len(order) == 203
+    assert list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
+    assert list(Shuffled(203, seed=2)) != first
+
+
+# Flat rows
+
+
+@pytest.fixture(scope="module")
+def flat_model(tiny_model: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    assert use_flat_rows(model)
+    return model
+
+
+def test_flat_rows_give_the_logits_of_each_row_alone(model: Any, flat_model: Any) -> None:
+    flat, labels = label_logits(flat_model, flatten(ROWS))
+    alone = [label_logits(model, pad([row])) for row in ROWS]
+    torch.testing.assert_close(flat, torch.cat([logits for logits, _ in alone]))
+    assert labels.tolist() == [7, 8, 9, 12, 26, 27]
+
+
+def test_no_row_of_a_flat_batch_sees_another(flat_model: Any) -> None:
+    before, _ = label_logits(flat_model, flatten(ROWS))
+    other = [{"input_ids": [30, 31, 32, 33, 34], "labels": ROWS[0]["labels"]}, *ROWS[1:]]
+    after, _ = label_logits(flat_model, flatten(other))
+    assert torch.equal(before[3:], after[3:])
+    assert not torch.allclose(before[:3], after[:3])
+
+
+def test_flat_rows_give_the_gradients_of_padded_ones(model: Any, flat_model: Any) -> None:
+    gradients = []
+    for each, batch in ((model, pad(ROWS)), (flat_model, flatten(ROWS))):
+        weight = each.model.layers[0].self_attn.k_proj.weight
+        weight.grad = None
+        next_token_loss(*label_logits(each, batch), 6).backward()
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=2, **sizes)
+    torch.manual_seed(0)
+    narrow = MistralForCausalLM(config).eval()
+    assert not use_flat_rows(narrow)
+    assert narrow.config._attn_implementation == "sdpa"
+    config.sliding_window = 4096
+    assert use_flat_rows(MistralForCausalLM(config).eval())
+    foreign = AutoModelForCausalLM.from_pretrained(tiny_model)
+    type(foreign)._supports_attention_backend, kept = False, type(foreign)._supports_attention_backend
+    try:
+        assert not use_flat_rows(foreign)
+    finally:
+        type(foreign)._supports_attention_backend = kept
+
+
+# Quantization
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_rounded_weights_are_those_that_the_model_multiplies_with(
+    workspace: Workspace, quantization: Any, double: bool
+) -> None:
+    base = workspace.root / "models" / "base"
+    settings = Quantization(
+        quantization=quantization, bnb_4bit_use_double_quant=double, llm_int8_threshold=6.0, dtype="float32"
+    )
+    loaded = load_quantized(base, settings)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert len(loaded.layers) == (0 if quantization == "none" else 14)
+    assert not any("lm_head" in name for name in loaded.layers)
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for name in loaded.layers:
+        original = plain.get_submodule(name)
+        rounded = round_trip(original.weight.data, settings)
+        assert not torch.equal(rounded, original.weight)
+        if original.in_features == 64:
+            through = loaded.model.get_submodule(name)(inputs)
+            tolerance = {"rtol": 0.02, "atol": 0.15} if quantization == "int8" else {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(through, inputs @ rounded.T, **tolerance)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+# Runs
+
+
+def params(workspace: Workspace, **given: Any) -> Params:
+    return Params(**dict(workspace.params()["train"]) | given)
+
+
+INPUTS = ("data/tokens/train.arrow", "data/tokens/validation.arrow", "models/base")
+
+
+def run(workspace: Workspace, out: Path, **given: Any) -> Path:
+    inputs = [workspace.root / path for path in INPUTS]
+    train(params(workspace, **given), *inputs, out / "adapter", out / "report.json", out / "loss")
+    return out
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_the_adapter_holds_two_files_of_pefts_and_one_of_ours(workspace: Workspace) -> None:
+    adapter = workspace.root / "models" / "adapter"
+    assert {file.name for file in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "training.json"}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    training = json.loads((adapter / "training.json").read_text())
+    assert training["quantization"]["quantization"] == "nf4"
+    assert training["quantization"]["dtype"] in ("float32", "bfloat16")
+    assert str(workspace.root) not in "".join(file.read_text() for file in adapter.glob("*.json"))
+
+
+def test_the_report_counts_what_was_trained_on_and_the_loss_falls(workspace: Workspace) -> None:
+    report = json.loads((workspace.root / "reports" / "train.json").read_text())
+    rows = read_tokens(workspace.root / "data/tokens/train.arrow").to_pylist()
+    assert report["rows"] == len(rows)
+    assert report["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert report["label_tokens"] == sum(label != IGNORE for row in rows for label in row["labels"])
+    assert report["steps"] == -(-len(rows) // 4)
+    assert report["validation_loss"] < report["validation_loss_before"] - 0.1
+    curve = (workspace.root / "reports/loss/validation.csv").read_text().splitlines()
+    assert curve[1] == f"0,{report['validation_loss_before']}"
+    assert curve[-1] == f"{report['steps']},{report['validation_loss']}"
+    steps = [int(line.split(",")[0]) for line in (workspace.root / "reports/loss/train.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(2, report["steps"] + 1, 2))
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_bytes_of_one_never_killed(workspace: Workspace, scratch: Path) -> None:
+    given = {"lora_dropout": 0.1, "num_train_epochs": 2}  # dropout draws random numbers, which must go on too
+    whole = run(workspace, scratch / "whole", **given)
+    script = scratch / "run.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from stages.train import Params, train\n"
+        f"p = Params(**{dict(params(workspace, **given).model_dump())!r})\n"
+        f"train(p, *map(Path, {[str(workspace.root / path) for path in INPUTS]!r}), *map(Path, sys.argv[1:]))\n"
+    )
+    out = scratch / "killed"
+    command = [sys.executable, script, out / "adapter", out / "report.json", out / "loss"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for number in range(2):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 60
+        wanted = 4 * number + 2  # steps; a checkpoint stands after every second
+        while not list(scratch.glob(f".checkpoints/*/checkpoint-{wanted}*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)  # the folder is there, its files perhaps not yet
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        assert not (out / "adapter").exists()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "train: goes on from checkpoint-" in done.stdout
+    for path in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+        assert (out / path).read_bytes() == (whole / path).read_bytes(), path
+    assert not list(scratch.glob(".checkpoints/*"))
+
+
+def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspace, tmp_path: Path) -> None:
+    inputs = [workspace.root / path for path in INPUTS]
+    names = {_fingerprint(params(workspace), *inputs), _fingerprint(params(workspace, learning_rate=1e-4), *inputs)}
+    other = tmp_path / "train.arrow"
+    other.write_bytes(inputs[0].read_bytes() + b"\0")
+    names.add(_fingerprint(params(workspace), other, *inputs[1:]))
+    (tmp_path / "manifest.json").write_text("{}")
+    names.add(_fingerprint(params(workspace), *inputs[:2], tmp_path))
+    assert len(names) == 4
+    assert _fingerprint(params(workspace), *inputs) in names
+
+
+def test_a_second_trainer_is_refused_and_told_who_trains(scratch: Path) -> None:
+    said = f"process {os.getpid()} is training the very same"
+    with _checkpoints("same"), pytest.raises(Problem, match=said), _checkpoints("same"):
+        pass
+    with _checkpoints("same"):
+        pass
+
+
+def test_a_checkpoint_without_its_mark_is_not_taken(scratch: Path) -> None:
+    from stages.train import WHOLE, _last_whole_checkpoint
+
+    for step, whole in ((2, True), (4, True), (6, False)):
+        folder = scratch / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / WHOLE).touch()
+    assert _last_whole_checkpoint(scratch) == str(scratch / "checkpoint-4")
+    assert not (scratch / "checkpoint-6").exists()
+
+
+def test_a_layer_that_is_not_there_is_answered_with_those_that_are(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem, match=r"train\.target_modules: .*W_pack.*Linear layers here: down_proj, gate_proj, k_proj"):
+        run(workspace, scratch / "out", target_modules=["W_pack"])
+    with pytest.raises(Problem, match=r"params\.yaml: train: 'adam' is not a valid"):
+        run(workspace, scratch / "out", optim="adam")
+    assert not (scratch / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_not_finite_stops_the_run(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem, match="the loss is nan at step"):
+        run(workspace, scratch / "out", learning_rate=1e30, max_grad_norm=1e30)
+    assert not (scratch / "out" / "adapter").exists()
+
+
+def test_gradient_checkpointing_and_accumulation_change_no_more_than_rounding(workspace: Workspace, scratch: Path) -> None:
+    runs = [
+        run(workspace, scratch / "plain", per_device_train_batch_size=4),
+        run(workspace, scratch / "checkpointed", per_device_train_batch_size=4, gradient_checkpointing=True),
+    ]
+    reports = [json.loads((out / "report.json").read_text()) for out in runs]
+    assert reports[0]["validation_loss"] == pytest.approx(reports[1]["validation_loss"], rel=1e-4)

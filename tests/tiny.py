@@ -1,0 +1,174 @@
+"""What the tests run on: a tiny tokenizer, a two-layer Llama, a few raw rows, and a copy of the project to run them in."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import networkx as nx
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+PROJECT = Path(__file__).resolve().parents[1]
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS, PAD = "<|im_end|>", "<|im_end|>"  # as SmolLM2 has them: one token for both
+
+
+def sample() -> ModuleType:
+    """data/make_sample.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_sample", PROJECT / "data" / "make_sample.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 400 tokens, trained on the sample; saved as Transformers saves it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    rows = [*sample().rows("en")[:100], *sample().rows("zh")[:100]]
+    bpe.train_from_iterator([row["input"] + row["output"] for row in rows], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, bos_token="<|im_start|>")
+    tokenizer.chat_template = (PROJECT / "stages/templates/chatml.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+
+
+def make_model(folder: Path, seed: int = 0) -> None:
+    """A Llama of two layers, 64 wide (one block of NF4), with tied embeddings, random and in bfloat16; and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,  # so that it has opinions, which merging could change
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """What fetch.revision must be for a folder with nothing but a model in it."""
+    lines = (
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_raw(folder: Path) -> None:
+    """60 good rows in two languages and both file shapes, and four that must be set aside."""
+    folder.mkdir(parents=True)
+    zh, en = sample().rows("zh")[:30], sample().rows("en")[:30]
+    lines = [json.dumps(row, ensure_ascii=False) for row in zh]
+    broken = [
+        '{"instruction": "cut off',
+        json.dumps({"instruction": "a", "output": ""}),
+        json.dumps(["no", "object"]),
+        lines[0],
+    ]
+    (folder / "zh.json").write_text("\n".join(lines + broken) + "\n", encoding="utf-8")
+    (folder / "en.json").write_text(json.dumps(en), encoding="utf-8")
+
+
+def overlay(base: Any, patch: Any, at: str = "") -> None:
+    """Puts `patch` over `base`. Raises KeyError for a key that `base` lacks, so that fixtures cannot drift."""
+    for key, value in patch.items():
+        if key not in base:
+            raise KeyError(f"{at}{key} is not in params.yaml")
+        if isinstance(base[key], dict) and isinstance(value, dict):
+            overlay(base[key], value, f"{at}{key}.")
+        else:
+            base[key] = value
+
+
+class Workspace:
+    """A throw-away copy of the project: the same dvc.yaml and code, small data and a tiny model."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.yaml = root, YAML()
+        listed = subprocess.check_output(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, text=True
+        )
+        for name in listed.split("\0"):
+            if (
+                name
+                and (PROJECT / name).is_file()
+                and not name.startswith((".dvc/", "data/", "reports/"))
+                and name != "dvc.lock"
+            ):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(PROJECT / name, root / name)
+        shutil.copytree(model, root / "tiny")
+        write_raw(root / "data" / "raw")
+        Repo.init(str(root), no_scm=True)
+        params = self.params()
+        overlay(params, YAML(typ="safe").load(PROJECT / "tests" / "fixtures" / "params.yaml"))
+        params["fetch"]["revision"] = folder_hash(root / "tiny")
+        self.write(params)
+        self.repo = Repo(str(root))
+
+    def params(self) -> Any:
+        return self.yaml.load(self.root / "params.yaml")
+
+    def write(self, params: Any) -> None:
+        self.yaml.dump(params, self.root / "params.yaml")
+
+    @contextlib.contextmanager
+    def edited(self, *files: str) -> Iterator[None]:
+        """Puts the files back as they were when the block ends."""
+        before = {name: (self.root / name).read_bytes() for name in files}
+        try:
+            yield
+        finally:
+            for name, data in before.items():
+                (self.root / name).write_bytes(data)
+
+    def repro(self, *, force: bool = False) -> list[str]:
+        """Runs the pipeline, and returns the stages that ran, in order."""
+        with contextlib.chdir(self.root):  # dvc resolves its default target from here
+            self.repo._reset()
+            return [stage.addressing for stage in self.repo.reproduce(force=force)]
+
+    def stale(self) -> tuple[set[str], set[str]]:
+        """The stages that are out of date by themselves, and those together with all that come after them."""
+        with contextlib.chdir(self.root):
+            self.repo._reset()
+            direct = set(self.repo.status())
+            graph, stages = self.repo.index.graph, {stage.addressing: stage for stage in self.repo.index.stages}
+            below = {after.addressing for name in direct for after in nx.ancestors(graph, stages[name])}
+        return direct, direct | below
+
+    def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """python -m stages ... in the workspace."""
+        command = ["python", "-m", "stages", *arguments]
+        return subprocess.run(
+            command, cwd=self.root, env=os.environ | (env or {}), capture_output=True, text=True, check=False
+        )
