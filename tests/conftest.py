@@ -39,21 +39,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Wor
     """The project's copy, with its seven stages run once by DVC."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"), tiny_model)
     stages = ["fetch", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score"]
-    ran = workspace.repro()
+    with preloaded.python(tmp_path_factory.mktemp("first"), hash_seed=1):
+        ran = workspace.repro()
     assert sorted(ran) == sorted(stages)
     return workspace
 
 
 @pytest.fixture(scope="session")
-def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("preloaded")
-    server = preloaded.start(folder, hash_seed=77)
-    yield folder
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture
-def quick_stages(_server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DVC's stages start with torch loaded, and with another order of sets than in the first run."""
-    monkeypatch.setenv("PATH", f"{_server}{os.pathsep}{os.environ['PATH']}")
+def second_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DVC's stages run with another order of sets than in the first run."""
+    with preloaded.python(tmp_path_factory.mktemp("second"), hash_seed=77):
+        yield

@@ -2,9 +2,10 @@
 
 Each stage imports for seconds what it then uses for a fraction of one. A server imports it once and forks for every call;
 the forked process runs `python -m stages ...` as a fresh one would: same code read from disk, own folder, own environment.
-The first run of the pipeline in the tests does without it, in real processes.
+tests/test_main.py and the test of a killed run start real ones.
 """
 
+import contextlib
 import os
 import pickle
 import runpy
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HEAVY = ("bitsandbytes", "peft", "sacrebleu", "torch", "transformers.trainer", "transformers.models.llama.modeling_llama")
@@ -29,18 +31,25 @@ sys.exit(struct.unpack("<q", server.recv(8))[0])
 """
 
 
-def start(folder: Path, hash_seed: int) -> subprocess.Popen[bytes]:
-    """Starts the server, and writes into `folder` a `python` that calls it."""
+@contextlib.contextmanager
+def python(folder: Path, hash_seed: int) -> Iterator[None]:
+    """While it holds, `python` on the PATH is one that has everything loaded, with this PYTHONHASHSEED."""
     address = str(folder / "socket")
     client = folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
-    env = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
-    server = subprocess.Popen([sys.executable, __file__, address], env=env)
-    while not Path(address).exists():
-        assert server.poll() is None
-        time.sleep(0.05)
-    return server
+    server = subprocess.Popen([sys.executable, __file__, address], env=os.environ | {"PYTHONHASHSEED": str(hash_seed)})
+    path = os.environ["PATH"]
+    try:
+        while not Path(address).exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        yield
+    finally:
+        os.environ["PATH"] = path
+        server.kill()
+        server.wait()
 
 
 def serve(address: str) -> None:

@@ -162,3 +162,11 @@ def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
         file.write_text("half")
         raise RuntimeError
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+
+
+def test_a_stage_runs_in_a_process_of_its_own(here: Workspace, tmp_path: Path) -> None:
+    done = here.run("ingest", "data/raw", str(tmp_path / "examples"), str(tmp_path / "report.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "64 rows read, 60 kept" in done.stdout
+    for file in (here.root / "data" / "examples").iterdir():
+        assert (tmp_path / "examples" / file.name).read_bytes() == file.read_bytes()

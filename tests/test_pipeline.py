@@ -135,14 +135,14 @@ def test_every_output_exists_and_has_a_hash(workspace: Workspace) -> None:
             assert out["md5"]
 
 
-@pytest.mark.usefixtures("quick_stages")
+@pytest.mark.usefixtures("second_python")
 def test_a_forced_second_run_gives_the_same_bytes(workspace: Workspace) -> None:
     before = (workspace.root / "dvc.lock").read_bytes()
     assert set(workspace.repro(force=True)) == ALL
     assert (workspace.root / "dvc.lock").read_bytes() == before
 
 
-@pytest.mark.usefixtures("quick_stages")
+@pytest.mark.usefixtures("second_python")
 def test_a_raw_row_that_falls_into_test_trains_nothing(workspace: Workspace) -> None:
     raw = workspace.root / "data" / "raw" / "test" / "new.jsonl"
     raw.parent.mkdir()

@@ -2,8 +2,6 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The rows end to end: input_ids, position_ids and labels, each (1, tokens), and lengths (rows,).
+    """The rows end to end: input_ids, position_ids and labels, each (1, tokens); position 0 begins a row.
 
     Every row's first label must be -100: nothing before it, and so no token of another row, predicts it.
     """
@@ -37,21 +35,7 @@ def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
         "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
-        "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
     }
-
-
-_lengths: ContextVar[torch.Tensor] = ContextVar("lengths")
-
-
-@contextmanager
-def row_lengths(lengths: torch.Tensor) -> Iterator[None]:
-    """While it holds, the attention takes the tokens of a flat batch apart at these lengths."""
-    token = _lengths.set(lengths)
-    try:
-        yield
-    finally:
-        _lengths.reset(token)
 
 
 def use_flat_rows(model: Any) -> bool:
@@ -70,8 +54,7 @@ def use_flat_rows(model: Any) -> bool:
         try:
             model.set_attn_implementation(FLAT)
             batch = {name: tensor.to(model.device) for name, tensor in flatten(rows).items()}
-            with row_lengths(batch["lengths"]):
-                found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         except (TypeError, ValueError, NotImplementedError):
             found = None
     scale = wanted.float().std()
@@ -101,20 +84,18 @@ def _flat_attention(
     Returns:
         (1, tokens, heads, head size), and no weights.
     """
-    lengths = _lengths.get()
-    longest = int(lengths.max())
+    position_ids = wanted.get("position_ids")
+    if position_ids is None:
+        raise NotImplementedError("a model that keeps the positions from its attention")
+    places, real = _layout(position_ids)
     window = wanted.get("sliding_window")
     if (
         attention_mask is not None
         or wanted.get("softcap")
         or wanted.get("s_aux") is not None
-        or (window and window < longest)
+        or (window and window < real.shape[1])
     ):
         raise NotImplementedError("attention of another kind")
-    columns = torch.arange(longest, device=query.device)
-    real = columns < lengths.unsqueeze(1)  # (rows, longest)
-    starts = lengths.cumsum(0) - lengths
-    places = torch.where(real, starts.unsqueeze(1) + columns, 0)
     q, k, v = (tensor[0][:, places].transpose(0, 1) for tensor in (query, key, value))  # (rows, heads, longest, size)
     out = scaled_dot_product_attention(
         q,
@@ -126,6 +107,24 @@ def _flat_attention(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)[real].unsqueeze(0), None
+
+
+class _Last:
+    """The layout of the batch at hand; every layer asks for it again, and finding it makes a GPU wait."""
+
+    position_ids: torch.Tensor | None = None
+    layout: tuple[torch.Tensor, torch.Tensor]
+
+
+def _layout(position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row's tokens stand in the flat batch: places and real, both (rows, longest); real is False on padding."""
+    if _Last.position_ids is not position_ids:
+        starts = (position_ids[0] == 0).nonzero()
+        ends = torch.cat([starts[1:], starts.new_tensor([[position_ids.shape[1]]])])
+        places = starts + torch.arange(int((ends - starts).max()), device=position_ids.device)
+        real = places < ends
+        _Last.position_ids, _Last.layout = position_ids, (places.where(real, 0), real)
+    return _Last.layout
 
 
 AttentionInterface.register(FLAT, _flat_attention)

@@ -1,13 +1,12 @@
 """Next-token cross-entropy over the labelled tokens, and the logits at those tokens alone."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from stages.lib.batch import row_lengths
 from stages.lib.mask import IGNORE
 
 
@@ -27,8 +26,7 @@ def label_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
     targets = batch["labels"][:, 1:]
     learned = targets != IGNORE
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    apart = row_lengths(batch["lengths"]) if "lengths" in batch else nullcontext()
-    with apart, _only(model.get_output_embeddings(), learned):
+    with _only(model.get_output_embeddings(), learned):
         logits = model(**inputs, use_cache=False).logits
     return logits, targets[learned]
 
