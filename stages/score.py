@@ -15,7 +15,7 @@ from sacrebleu.metrics import CHRF
 from stages.lib.intervals import Interval, bootstrap
 from stages.lib.jsonl import read_json, read_jsonl, write_json
 from stages.lib.neighbours import NearestPrompt
-from stages.lib.output import fresh_file, fresh_folder
+from stages.lib.output import fresh_file
 from stages.lib.params import Section
 from stages.lib.problem import Problem
 
@@ -43,14 +43,14 @@ def score(
     reports: Path,
     template: Path,
     metrics: Path,
-    plots: Path,
+    bars: Path,
     page: Path,
 ) -> None:
     """Scores data/predictions of `base` and `merged` over the same test rows, with 95 % intervals.
 
     `examples` gives the training rows for two baselines: the most frequent answer, and the answer of the nearest prompt.
     `reports` is the folder of the earlier stages' reports; their few figures that matter join the scores in `metrics`, the
-    one file that `dvc exp show` reads. `plots` gets bars.csv. `page` is the report for people, made with `template`.
+    one file that `dvc exp show` reads. `bars` gets the scores for a plot. `page` is the report for people, made with `template`.
 
     Raises Problem if the two files of predictions are not answers to the same test rows.
     """
@@ -70,8 +70,8 @@ def score(
     stages = {stage: read_json(reports / f"{stage}.json") for stage in ("ingest", "encode", "train", "merge")}
     with fresh_file(metrics) as file:
         write_json(file, _metrics(stages, summary))
-    with fresh_folder(plots) as folder:
-        (folder / "bars.csv").write_text(_bars(summary), encoding="utf-8", newline="\n")
+    with fresh_file(bars) as file:
+        file.write_text(_bars(summary), encoding="utf-8", newline="\n")
     with fresh_file(page) as file:
         file.write_text(_page(template, reports, stages, summary, gains, rows, scores), encoding="utf-8", newline="\n")
     _print(summary, gains, len(rows))
@@ -187,12 +187,12 @@ def _short(value: float) -> float:
 
 def _bars(summary: dict[str, dict[str, Interval | None]]) -> str:
     lines = [
-        f"{system},{metric},{100 * interval.mean:.2f}"
+        f"{SYSTEMS[system]}: {metric},{100 * interval.mean:.2f}"
         for system, metrics in summary.items()
         for metric, interval in metrics.items()
         if interval
     ]
-    return "system,metric,percent\n" + "".join(f"{line}\n" for line in lines)
+    return "score,percent\n" + "".join(f"{line}\n" for line in lines)
 
 
 def _page(

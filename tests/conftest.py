@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 os.environ.update(
+    CUDA_VISIBLE_DEVICES="",  # the same tests everywhere
     DVC_NO_ANALYTICS="true",
     HF_HUB_OFFLINE="1",
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    PYTHONPATH="",
 )
 
 # The variables above must be set before Transformers and DVC are imported.

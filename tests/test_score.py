@@ -88,7 +88,7 @@ class Inputs:
             project / "data/examples",
             project / "reports",
             PROJECT / "stages/templates/report.html.jinja",
-            *(self.root / name for name in ("score.json", "scores", "report.html")),
+            *(self.root / name for name in ("score.json", "scores.csv", "report.html")),
         )
         metrics: dict[str, Any] = json.loads((self.root / "score.json").read_text())
         return metrics

@@ -20,7 +20,7 @@ from stages.lib.problem import Problem
 from stages.lib.quantized import Quantization, load_quantized, round_trip
 from stages.lib.tokens import read_tokens
 from stages.train import Params, _checkpoints, _fingerprint, train
-from tests.tiny import Workspace
+from tests.tiny import PROJECT, Workspace
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORE, IGNORE, 7, 8, 9]},
@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_bytes_of_one_never_killed(workspac
     )
     out = scratch / "killed"
     command = [sys.executable, script, out / "adapter", out / "report.json", out / "loss"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
     for number in range(2):
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 60
