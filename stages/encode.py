@@ -180,7 +180,11 @@ def _preview(encoder: _Encoder, rows: list[dict[str, Any]]) -> str:
 
 
 def _histogram(lengths: list[int]) -> str:
-    """How many training rows have how many tokens, as CSV: the bin's upper end and the rows in it."""
+    """How many training rows have how many tokens, as CSV. The ranges have leading zeros: DVC sorts them as text."""
     width = max(1, -(-max(lengths) // HISTOGRAM_BINS))
-    bins = Counter(-(-length // width) * width for length in lengths)
-    return "tokens,rows\n" + "".join(f"{end},{bins[end]}\n" for end in range(width, max(bins) + 1, width))
+    bins = Counter((length - 1) // width for length in lengths)
+    digits = len(str((max(bins) + 1) * width))
+    lines = [
+        f"{at * width + 1:0{digits}}-{(at + 1) * width:0{digits}},{bins[at]}\n" for at in range(min(bins), max(bins) + 1)
+    ]
+    return "tokens,rows\n" + "".join(lines)

@@ -216,13 +216,19 @@ def _page(
         rows=sides,
         train_curve=_curve(reports / "loss" / "train.csv"),
         validation_curve=_curve(reports / "loss" / "validation.csv"),
-        lengths=_curve(reports / "lengths.csv"),
+        lengths=_bins(reports / "lengths.csv"),
     )
 
 
 def _curve(path: Path) -> list[tuple[float, float]]:
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     return [(float(x), float(y)) for x, y in (line.split(",") for line in lines)]
+
+
+def _bins(path: Path) -> list[tuple[float, float]]:
+    """The histogram as (longest length of the range, rows)."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return [(float(range_.split("-")[1]), float(rows)) for range_, rows in (line.split(",") for line in lines)]
 
 
 def _print(summary: dict[str, dict[str, Interval | None]], gains: dict[str, Interval], count: int) -> None:

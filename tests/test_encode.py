@@ -128,7 +128,10 @@ def test_the_counts_are_those_of_the_rows(tmp_path: Path, tiny_tokenizer: Path) 
     assert (report["longest_row"], report["rows_without_stop_token"], report["stop_token_ids"]) == (max(lengths), 0, [2])
     bins = [line.split(",") for line in (tmp_path / "lengths.csv").read_text().splitlines()[1:]]
     assert sum(int(rows) for _, rows in bins) == 20
-    assert int(bins[-1][0]) >= max(lengths)
+    for span, count in bins:
+        low, high = map(int, span.split("-"))
+        assert int(count) == sum(low <= length <= high for length in lengths)
+    assert [span for span, _ in bins] == sorted(span for span, _ in bins)
 
 
 def test_the_preview_marks_what_is_learned(tmp_path: Path, tiny_tokenizer: Path) -> None:
