@@ -50,7 +50,7 @@ def score(
 
     `examples` gives the training rows for two baselines: the most frequent answer, and the answer of the nearest prompt.
     `reports` is the folder of the earlier stages' reports; their few figures that matter join the scores in `metrics`, the
-    one file that `dvc exp show` reads. `bars` gets the scores for a plot, `page` the report for people, made with `template`.
+    one file that `dvc exp show` reads. `bars` gets the scores for a plot, `page` the report, made with `template`.
 
     Raises Problem if the two files of predictions are not answers to the same test rows.
     """
