@@ -13,7 +13,7 @@ repro: .venv/installed
 	@echo "models/merged          the fine-tuned model, a Hugging Face folder"
 	@echo "models/adapter         the LoRA adapter alone"
 	@echo "reports/report.html    the report: open it in a browser"
-	@echo "reports/preview.txt    training rows with what is learned in marks"
+	@echo "reports/masks.html     training rows with what is learned in marks"
 	@echo "make table             this run beside others"
 
 test: .venv/installed

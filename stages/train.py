@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
 from stages.lib.jsonl import read_json, write_json
+from stages.lib.labels import IGNORE
 from stages.lib.loss import label_logits, next_token_loss
-from stages.lib.mask import IGNORE
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.problem import Problem
 from stages.lib.quantized import Quantization, load_quantized

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,13 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",  # the same tests everywhere
     DVC_NO_ANALYTICS="true",
     HF_HUB_OFFLINE="1",
+    HF_MODULES_CACHE=tempfile.mkdtemp(prefix="loratory-modules-"),
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 )
 
 # The variables above must be set before Transformers and DVC are imported.
 from tests import preloaded
-from tests.tiny import Workspace, make_model, make_tokenizer
+from tests.tiny import Workspace, make_model, make_sentencepiece_tokenizer, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,15 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same vocabulary as a slow tokenizer with its own code, and as a fast one."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    for fast in (False, True):
+        make_sentencepiece_tokenizer(folder / str(fast), fast=fast)
+    return folder / "False", folder / "True"
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from stages.generate import Params, generate
-from stages.lib.tokens import PROMPTS, read_tokens, write_tokens
+from stages.lib.tokens import PROMPTS, open_tokens, read_tokens
 from tests.tiny import Workspace
 
 PARAMS = {
@@ -26,7 +27,8 @@ def answer(workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = 
     prompts = workspace.root / "data" / "tokens" / "test.arrow"
     if rows is not None:
         prompts = out.with_suffix(".arrow")
-        write_tokens(prompts, PROMPTS, rows, [2])
+        with open_tokens(prompts, PROMPTS, [2]) as stream:
+            stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
     generate(Params(**PARAMS | given), workspace.root / "models" / "merged", prompts, out)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 

@@ -63,7 +63,7 @@ def test_what_the_system_refuses_is_one_message(
         raise OSError(number, "said by the system", "data/examples/train.jsonl")
 
     before = (here.root / OUT[0] / "train.jsonl").read_bytes()
-    monkeypatch.setattr(ingest, "write_jsonl", refuse)
+    monkeypatch.setattr(ingest, "write_line", refuse)
     status, said = say(capsys, "ingest", "data/raw", *OUT)
     assert status == 1
     assert said.startswith("ingest: data/examples/train.jsonl: ")
@@ -100,7 +100,7 @@ def test_a_full_disk_that_a_library_words_in_its_own_way_is_the_same_message(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(ingest, "write_jsonl", refuse)
+    monkeypatch.setattr(ingest, "write_line", refuse)
     status, said = say(capsys, "ingest", "data/raw", *OUT)
     assert (status, "the disk is full" in said) == (1, True)
 
@@ -109,7 +109,7 @@ def test_a_defect_keeps_its_traceback(here: Workspace, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(ingest, "write_jsonl", fail)
+    monkeypatch.setattr(ingest, "write_line", fail)
     with pytest.raises(ZeroDivisionError):
         launcher.main(["ingest", "data/raw", *OUT])
 
@@ -118,7 +118,13 @@ def test_a_defect_keeps_its_traceback(here: Workspace, monkeypatch: pytest.Monke
     "file", ["params.yaml", "stages/lib/mask.py", "stages/templates/chatml.jinja", "data/examples/test.jsonl"]
 )
 def test_an_edit_during_the_run_is_seen(here: Workspace, file: str) -> None:
-    arguments = ("data/examples", "models/tokenizer", "stages/templates/chatml.jinja", "data/tokens")
+    arguments = (
+        "data/examples",
+        "models/tokenizer",
+        "stages/templates/chatml.jinja",
+        "stages/templates/masks.html.jinja",
+        "data/tokens",
+    )
     snapshot = Snapshot.take("encode", arguments, Path())
     snapshot.check()
     with here.edited(file):

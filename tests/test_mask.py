@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
 import pytest
+from transformers import AutoTokenizer
 
-from stages.lib.mask import IGNORE, Span, Untraceable, find_answers, make_labels, prompt_length
+from stages.lib.encoder import align
+from stages.lib.labels import IGNORE, make_labels
+from stages.lib.mask import Span, find_answers, learned_ranges, token_range
+from stages.lib.template import ChatTemplate, Untraceable
 from tests.tiny import PROJECT
 
 TEMPLATES = PROJECT / "stages" / "templates"
@@ -20,17 +23,15 @@ MULTI = [
 ]
 
 
-def renderer(source: str):
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    template = environment.from_string(source)
-    return lambda messages, **extra: template.render(messages=messages, eos_token="</s>", raise_exception=fail, **extra)
+EOS = {"eos_token": "</s>"}
+SPECIAL = ["</s>", "<|im_end|>", "<|im_start|>"]
 
 
-def built_in(name: str):
+def renderer(source: str) -> ChatTemplate:
+    return ChatTemplate(source, EOS)
+
+
+def built_in(name: str) -> ChatTemplate:
     return renderer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
@@ -57,14 +58,14 @@ def built_in(name: str):
     ],
 )
 def test_renderings(name: str, messages: list[dict[str, Any]], text: str) -> None:
-    assert built_in(name)(messages) == text
+    assert built_in(name).render(messages) == text
 
 
 @pytest.mark.parametrize("name", ["human_assistant", "chatglm", "chatml", "alpaca"])
 def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(name: str) -> None:
-    render = built_in(name)
-    full = render(MULTI)
-    prompt = render(MULTI[:3], add_generation_prompt=True)
+    template = built_in(name)
+    full = template.render(MULTI)
+    prompt = template.render(MULTI[:3], add_generation_prompt=True)
     assert full.startswith(prompt)
     assert full[len(prompt) :].lstrip().startswith("a2")
 
@@ -74,31 +75,92 @@ def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(name: str) -
     [
         ("join", ["a1", "a2"]),
         ("join_eos", ["a1</s>", "a2</s>"]),
-        ("human_assistant", ["a1</s>", "a2</s>"]),
+        ("human_assistant", [" a1</s>", " a2</s>"]),  # the prompt ends in "Assistant:", so the space is written too
         ("chatglm", ["a1", "a2</s>"]),
         ("chatml", ["a1<|im_end|>", "a2<|im_end|>"]),
         ("alpaca", ["a1</s>", "a2</s>"]),
     ],
 )
 def test_the_answers_with_their_stop_tokens_are_found(name: str, learned: list[str]) -> None:
-    text, spans = find_answers(built_in(name), MULTI, ["</s>", "<|im_end|>", "<|im_start|>"])
+    text, spans, _ = find_answers(built_in(name), MULTI, [], SPECIAL)
     assert [text[span.start : span.end] for span in spans] == learned
 
 
 def test_an_answer_that_repeats_the_prompt_is_found_in_its_own_place() -> None:
     messages = [{"role": "user", "content": "Assistant: yes"}, {"role": "assistant", "content": "yes"}]
-    text, spans = find_answers(built_in("human_assistant"), messages, ["</s>"])
-    assert spans == [Span(text.rindex("yes"), len(text), True, "</s>")]
+    text, spans, _ = find_answers(built_in("human_assistant"), messages, [], SPECIAL)
+    assert spans == [Span(text.rindex(" yes"), len(text), True, "</s>")]
 
 
 def test_a_template_may_strip_an_answer_but_not_change_or_drop_it() -> None:
     padded = [MULTI[0], {"role": "assistant", "content": " a1 \n"}]
-    text, spans = find_answers(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, [])
+    text, spans, _ = find_answers(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, [], [])
     assert [text[span.start : span.end] for span in spans] == ["a1"]
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, [])
-    with pytest.raises(Untraceable, match="leaves out the answer in message 2"):
-        find_answers(renderer("{{ messages[0].content }}"), padded, [])
+        find_answers(renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, [], [])
+    with pytest.raises(Untraceable, match="leaves out an answer"):
+        find_answers(renderer("{{ messages[0].content }}"), padded, [], [])
+    twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
+    with pytest.raises(Untraceable, match="writes one twice"):
+        find_answers(renderer(twice), padded, [], [])
+
+
+def test_rows_of_one_shape_are_checked_each_by_itself() -> None:
+    shy = renderer("{% for m in messages %}{{ m.content if m.content != 'no' else 'NO' }}|{% endfor %}")
+    for content in ("yes", "maybe"):
+        assert find_answers(shy, [MULTI[0], {"role": "assistant", "content": content}], [], [])[1]
+    with pytest.raises(Untraceable, match="changes the text"):
+        find_answers(shy, [MULTI[0], {"role": "assistant", "content": "no"}], [], [])
+
+
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+TOOLED = [MULTI[0], CALL, {"role": "tool", "content": "2"}, MULTI[3]]
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_tool_call_is_an_answer() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    text, spans, places = find_answers(renderer(TOOL_TEMPLATE), TOOLED, tools, SPECIAL)
+    assert places is None
+    assert [text[span.start : span.end] for span in spans] == ['{"name": "add", "arguments": {"a": 1}}</s>', "a2</s>"]
+    with pytest.raises(Untraceable, match="the text before the answer in message 2 is not the prompt"):
+        find_answers(renderer(TOOL_TEMPLATE.replace("[assistant]", "[other]")), TOOLED, tools, SPECIAL)
+
+
+def test_templates_render_as_transformers_renders_them(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    own = (
+        "{% for m in messages if m.content %}\n  {% if loop.first %}{{ bos_token }}{% endif %}\n"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}"
+        "{% if m.role == 'assistant' %}{% continue %}{% endif %}-{% endfor %}"
+        "{{ tools }}{{ add_generation_prompt }}"
+    )
+    for source in [
+        own,
+        TOOL_TEMPLATE,
+        *(path.read_text(encoding="utf-8") for path in TEMPLATES.glob("*.jinja") if "html" not in path.name),
+    ]:
+        ours = ChatTemplate(source, tokenizer.special_tokens_map)
+        for messages in (SINGLE, MULTI):
+            for prompt in (False, True):
+                theirs = tokenizer.apply_chat_template(
+                    messages, tokenize=False, chat_template=source, add_generation_prompt=prompt
+                )
+                assert ours.render(messages, add_generation_prompt=prompt) == theirs
+
+
+def test_a_template_that_asks_for_the_date_gets_none() -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}1 Jan{% endif %}{{ messages[0].content }}"
+    assert renderer(dated).render(MULTI) == "1 Janq1"
 
 
 # One character a token, as a tokenizer that can be checked by eye; "Ġ"-like tokens by joining a space to what follows.
@@ -112,9 +174,10 @@ def tokens(text: str) -> tuple[list[str], list[int], list[tuple[int, int]]]:
 
 
 def learned(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_assistant") -> list[str]:
-    text, spans = find_answers(built_in(name), messages, ["</s>"])
+    text, spans, _ = find_answers(built_in(name), messages, [], ["</s>"])
     pieces, ids, offsets = tokens(text)
-    labels = make_labels(ids, offsets, spans, labels_on)
+    ranges = [token_range(span, offsets) for span in spans]
+    labels = make_labels(ids, learned_ranges(spans, ranges, len(ids), labels_on))
     assert all(label in (IGNORE, token) for label, token in zip(labels, ids, strict=True))
     assert labels[0] == IGNORE
     return [piece if label != IGNORE else "." for piece, label in zip(pieces, labels, strict=True)]
@@ -136,13 +199,28 @@ def test_a_message_that_is_not_to_be_learned_is_left_out() -> None:
     assert set(learned([*MULTI[:3], MULTI[3] | {"train": False}], "last_assistant")) == {"."}
 
 
-def test_the_prompt_ends_where_the_last_answer_begins() -> None:
-    text, spans = find_answers(built_in("human_assistant"), MULTI, ["</s>"])
-    pieces, _, offsets = tokens(text)
-    assert "".join(pieces[: prompt_length(offsets, spans)]) == "Human: q1\n\nAssistant: a1</s>Human: q2\n\nAssistant:"
+@pytest.mark.parametrize(
+    ("text", "pieces", "starts"),
+    [
+        ("ab cd", ["▁ab", "▁cd"], [0, 2]),  # a space is put before the first word
+        ("ab  c", ["▁ab", "▁", "▁c"], [0, 2, 3]),
+        ("</s>ab", ["</s>", "▁ab"], [0, 4]),
+        ("a你b", ["▁a", "<0xE4>", "<0xBD>", "<0xA0>", "b"], [0, 1, 1, 1, 2]),
+        ("a你b", ["▁a", "<unk>", "b"], [0, 1, 2]),
+        ("你", ["▁", "<unk>"], [0, 0]),
+    ],
+)
+def test_the_tokens_of_a_slow_tokenizer_are_laid_along_the_text(text: str, pieces: list[str], starts: list[int]) -> None:
+    offsets = align(text, pieces)
+    assert [start for start, _ in offsets] == starts
+    assert offsets[-1][1] == len(text)
+
+
+def test_tokens_that_are_not_the_text_are_refused() -> None:
+    with pytest.raises(ValueError, match="token 1, 'xy', is not the text at character 1"):
+        align("ab", ["xy", "zz"])
 
 
 def test_the_templates_in_the_folder_are_the_ones_tested() -> None:
-    names = {path.stem for path in TEMPLATES.glob("*.jinja")} - {"report.html"}
+    names = {path.stem for path in TEMPLATES.glob("*.jinja")} - {"report.html", "masks.html"}
     assert names == {"join", "join_eos", "human_assistant", "chatglm", "chatml", "alpaca"}
-    assert Path(TEMPLATES / "report.html.jinja").exists()

@@ -95,15 +95,21 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_committed_parameters_are_good_and_described(stage: str) -> None:
     params = importlib.import_module(f"stages.{stage}").Params
     load_section(stage, params, PROJECT)
-    for name, field in params.model_fields.items():
-        assert field.description, f"{stage}.{name} has no line that says what it does"
-        assert field.is_required(), f"{stage}.{name} has a default in code"
+    check_described(stage, params)
+
+
+def check_described(at: str, section: type[Section]) -> None:
+    for name, field in section.model_fields.items():
+        assert field.description, f"{at}.{name} has no line that says what it does"
+        assert field.is_required(), f"{at}.{name} has a default in code"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            check_described(f"{at}.{name}", field.annotation)
 
 
 def test_every_parameter_in_the_file_has_a_comment() -> None:
     lines = (PROJECT / "params.yaml").read_text(encoding="utf-8").splitlines()
     for above, line in pairwise(lines):
-        if re.match(r"  \w+:", line):
+        if re.match(r"  +\w+:", line):
             assert " # " in line or above.lstrip().startswith("# "), line
 
 

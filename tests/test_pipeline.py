@@ -37,11 +37,18 @@ READ_BY = {
     "stages/generate.py": GENERATE,
     "stages/score.py": {"score"},
     "stages/lib/batch.py": {"train", "merge"},
+    "stages/lib/encoder.py": {"encode"},
+    "stages/lib/formats.py": {"ingest"},
+    "stages/lib/json_stream.py": {"ingest"},
+    "stages/lib/labels.py": {"encode", "train", "merge"},
+    "stages/lib/progress.py": {"ingest", "encode"},
+    "stages/lib/template.py": {"encode"},
+    "stages/templates/masks.html.jinja": {"encode"},
     "stages/lib/device.py": {"train", "merge"} | GENERATE,
     "stages/lib/intervals.py": {"score"},
     "stages/lib/jsonl.py": ALL,
     "stages/lib/loss.py": {"train", "merge"},
-    "stages/lib/mask.py": {"encode", "train", "merge"},
+    "stages/lib/mask.py": {"encode"},
     "stages/lib/neighbours.py": {"score"},
     "stages/lib/output.py": ALL,
     "stages/lib/params.py": ALL,
@@ -87,16 +94,21 @@ def changed(value: Any) -> Any:
             return value * 2 + 1
         case str():
             return value + "x"
+        case dict():
+            return {"*.json": "alpaca"}
         case _:
             raise TypeError(value)
 
 
 @pytest.mark.parametrize("path", leaves(PARAMS), ids=".".join)
 def test_a_parameter_reruns_its_stage_and_what_follows(workspace: Workspace, path: tuple[str, ...]) -> None:
-    section, key = path
+    section, *way, key = path
     with workspace.edited("params.yaml"):
         params = workspace.params()
-        params[section][key] = changed(params[section][key])
+        place = params[section]
+        for step in way:
+            place = place[step]
+        place[key] = changed(place[key])
         workspace.write(params)
         direct, closed = workspace.stale()
     assert direct == READ_BY[section]

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
+from stages.lib.labels import IGNORE
 from stages.lib.loss import label_logits, next_token_loss
-from stages.lib.mask import IGNORE
 from stages.lib.problem import Problem
 from stages.lib.quantized import Quantization, load_quantized, round_trip
 from stages.lib.tokens import read_tokens

@@ -172,3 +172,79 @@ class Workspace:
         return subprocess.run(
             command, cwd=self.root, env=os.environ | (env or {}), capture_output=True, text=True, check=False
         )
+
+
+SLOW_TOKENIZER = '''
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+
+class TinySlowTokenizer(PreTrainedTokenizer):
+    """A tokenizer with code of its own and no fast version, as baichuan's."""
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file, add_bos_token=True, **kwargs):
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        self.add_bos_token = add_bos_token
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self):
+        return self.sp_model.get_piece_size()
+
+    def get_vocab(self):
+        return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
+
+    def _tokenize(self, text, **kwargs):
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token):
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index):
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return self.sp_model.decode(tokens)
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [self.bos_token_id] * self.add_bos_token + token_ids_0 + (token_ids_1 or [])
+'''
+
+
+def make_sentencepiece_tokenizer(folder: Path, *, fast: bool) -> None:
+    """A small SentencePiece model with byte fallback: as Llama's fast tokenizer, or as a slow one with its own code."""
+    import io
+
+    import sentencepiece
+
+    rows = [*sample().rows("en")[:100], *sample().rows("zh")[:100]]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([row["input"] + " " + row["output"] for row in rows]),
+        model_writer=model,
+        vocab_size=700,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    config: dict[str, Any] = {"model_type": "llama"}
+    if fast:
+        settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    else:
+        code = {"AutoTokenizer": ["tiny_slow_tokenizer.TinySlowTokenizer", None]}
+        settings |= {"tokenizer_class": "TinySlowTokenizer", "auto_map": code}
+        config["auto_map"] = code
+        (folder / "tiny_slow_tokenizer.py").write_text(SLOW_TOKENIZER)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(config))

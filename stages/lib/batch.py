@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from stages.lib.mask import IGNORE
+from stages.lib.labels import IGNORE
 
 FLAT = "loratory_flat"
 """The name under which Transformers knows the attention below."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def read_json(path: Path) -> Any:
@@ -22,11 +22,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one row a line. A lone surrogate, which UTF-8 cannot hold, stays as its \\u escape."""
+    """Writes one row a line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            line = json.dumps(row, ensure_ascii=False)
-            try:
-                file.write(line + "\n")
-            except UnicodeEncodeError:
-                file.write(json.dumps(row) + "\n")
+            write_line(file, row)
+
+
+def write_line(file: IO[str], row: dict[str, Any]) -> None:
+    """Writes one row. A lone surrogate, which UTF-8 cannot hold, stays as its \\u escape."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    file.write(line + "\n")

@@ -4,17 +4,16 @@ A conversation is rendered once and tokenized once, as a whole. The answers are 
 a search for token patterns, and padding plays no part, so the stop token is learned even where it is the pad token too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-IGNORE = -100
-"""The label that the loss leaves out (PyTorch's `ignore_index`)."""
+from stages.lib.template import ChatTemplate, Place, Untraceable
 
 LabelsOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
 
 
 class Span(NamedTuple):
-    """One answer in the text: characters [start, end), the stop token's included, and whether it is learned."""
+    """One answer in the text: all that follows the prompt for it, [start, end), stop token included; is it learned?"""
 
     start: int
     end: int
@@ -23,84 +22,92 @@ class Span(NamedTuple):
     """The special token that ends the answer, "" if the template puts none there."""
 
 
-class Untraceable(ValueError):
-    """The template changes the answers, so that they cannot be found in the text that it renders."""
-
-
 def find_answers(
-    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], special_tokens: Sequence[str]
-) -> tuple[str, list[Span]]:
-    """The rendered conversation, and where its answers are.
-
-    The template is rendered a second time with a mark in place of each answer; what stands between the marks is the
-    template's own text. A template may strip an answer's white space, but not change it in any other way.
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any],
+    special_tokens: Sequence[str],
+) -> tuple[str, list[Span], list[Place] | None]:
+    """The rendered conversation, where its answers are, and where all its texts are (None with tools).
 
     Args:
-        render: The template: messages to text.
+        template: The chat template.
         messages: Rows of `messages`: role, content, and `"train": False` for an answer that is not learned.
+        tools: What the assistant may call; usually nothing.
         special_tokens: The texts of the tokenizer's special tokens.
 
     Raises:
         Untraceable: If the answers do not stand in the text as they are.
+        jinja2.TemplateError: If the template refuses the conversation.
     """
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    marks = {number: f"\ue000{number}\ue001" for number in answers}
-    marked = render([m | {"content": marks[n]} if n in marks else m for n, m in enumerate(messages)])
-    between = []
-    for number in answers:
-        head, mark, marked = marked.partition(marks[number])
-        if not mark:
-            raise Untraceable(f"the template leaves out the answer in message {number + 1}")
-        between.append(head)
-    between.append(marked)
-    text = render(messages)
-    for change in (lambda content: content, str.strip):
-        contents = [change(messages[number]["content"]) for number in answers]
-        if text == "".join(a + b for a, b in zip(between, [*contents, ""], strict=True)):
-            return text, _spans(messages, answers, between, contents, special_tokens)
-    raise Untraceable("the template changes the text of an answer")
+    text = template.render(messages, tools)
+    if tools or any("tool_calls" in message for message in messages):
+        # How a call is written is the template's affair, so there is no text to look for.
+        return text, _spans_by_prefix(template, messages, tools, text, special_tokens), None
+    places = template.places(messages, text)
+    answers = [place for place in places if messages[place.message]["role"] == "assistant" and place.field == "content"]
+    if [place.message for place in answers] != [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
+        raise Untraceable("the template leaves out an answer, or writes one twice")
+    spans = []
+    for place in answers:
+        stop = _stop(text, place.end, special_tokens)
+        spans.append(Span(place.start - place.lead, place.end + len(stop), messages[place.message].get("train", True), stop))
+    return text, spans, places
 
 
-def _spans(
-    messages: list[dict[str, Any]],
-    answers: list[int],
-    between: list[str],
-    contents: list[str],
+def _stop(text: str, at: int, special_tokens: Sequence[str]) -> str:
+    return max((token for token in special_tokens if text.startswith(token, at)), key=len, default="")
+
+
+def _spans_by_prefix(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any],
+    text: str,
     special_tokens: Sequence[str],
 ) -> list[Span]:
-    spans, position = [], 0
-    for number, head, content, tail in zip(answers, between, contents, between[1:], strict=False):
-        start = position + len(head)
-        stop = max((token for token in special_tokens if tail.startswith(token)), key=len, default="")
-        position = start + len(content)
-        spans.append(Span(start, position + len(stop), messages[number].get("train", True), stop))
+    """An answer is what a conversation has more than the prompt for it, if the whole begins with both."""
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = template.render(messages[:number], tools, add_generation_prompt=True)
+        through = template.render(messages[: number + 1], tools)
+        if not text.startswith(prompt) or not through.startswith(prompt):
+            raise Untraceable(f"the text before the answer in message {number + 1} is not the prompt for it")
+        if not text.startswith(through):
+            raise Untraceable(f"the template writes the answer in message {number + 1} otherwise when more follows")
+        ends = [(through.rfind(token), token) for token in special_tokens if token in through[len(prompt) :]]
+        at, stop = max(ends, default=(len(through), ""))
+        spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop))
     return spans
 
 
-def make_labels(
-    input_ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span], labels_on: LabelsOn
-) -> list[int]:
-    """The labels of one row: the token's id where it is learned, IGNORE elsewhere.
+def token_range(span: Span, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The tokens [first, last) of an answer.
 
-    A token that an answer shares with the text before it (" Yes" after "Assistant:") belongs to the answer. The first
-    token has no label, as nothing predicts it.
+    A token that an answer shares with the text before it (" Yes" after "Assistant:") belongs to the answer; so does one
+    that it shares with the text behind.
 
     Args:
-        input_ids: (tokens,) The row.
         offsets: (tokens,) Characters [start, end) of each token; empty for tokens that stand for no text.
+    """
+    inside = [n for n, (start, end) in enumerate(offsets) if start < span.end and end > span.start]
+    return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
+
+
+def learned_ranges(
+    spans: Sequence[Span], ranges: Sequence[tuple[int, int]], length: int, labels_on: LabelsOn
+) -> list[tuple[int, int]]:
+    """The tokens [first, last) of a row that get a label; the first token of a row never does, as nothing predicts it.
+
+    Args:
         spans: The answers, from `find_answers`.
+        ranges: The tokens of each, from `token_range`.
+        length: The row's tokens.
         labels_on: "assistant": every answer; "last_assistant": the last one; "all": every token, as a plain language model.
     """
     if labels_on == "all":
-        return [IGNORE, *input_ids[1:]]
-    learned = [span for span in (spans if labels_on == "assistant" else spans[-1:]) if span.learned]
-    labels = [
-        token if any(start < span.end and end > span.start for span in learned) else IGNORE
-        for token, (start, end) in zip(input_ids, offsets, strict=True)
-    ]
-    return [IGNORE, *labels[1:]]
-
-
-def prompt_length(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> int:
-    """How many of a row's tokens come before its last answer: the prompt that `generate` continues."""
-    return next(number for number, (_, end) in enumerate(offsets) if end > spans[-1].start)
+        return [(1, length)] if length > 1 else []
+    chosen = list(zip(spans, ranges, strict=True))[-1 if labels_on == "last_assistant" else 0 :]
+    return [(max(first, 1), last) for span, (first, last) in chosen if span.learned and last > max(first, 1)]

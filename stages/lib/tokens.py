@@ -1,16 +1,15 @@
 """The Arrow files of data/tokens: what `encode` writes, and `train`, `merge` and `generate` read.
 
-An IPC stream with an explicit schema and a fixed number of rows a batch, so the same rows are the same bytes.
+An IPC stream with an explicit schema, written in batches that depend on the rows alone: the same rows are the same bytes.
 `datasets.save_to_disk` would add a fingerprint that changes with the code and the date (huggingface/datasets#7982).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-
-ROWS_PER_BATCH = 1000
 
 TRAINING = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 """A row to learn from. `labels` has the length of `input_ids`, -100 where nothing is learned."""
@@ -21,12 +20,12 @@ PROMPTS = pa.schema(
 """A prompt to answer: its text, its tokens (the start of the very row that training would see) and the right answer."""
 
 
-def write_tokens(path: Path, schema: pa.Schema, rows: Sequence[dict[str, Any]], stop_token_ids: Sequence[int] = ()) -> None:
-    """Writes `rows` in the order given. `stop_token_ids`, the tokens that end an answer, travel with the schema."""
+@contextmanager
+def open_tokens(path: Path, schema: pa.Schema, stop_token_ids: Sequence[int]) -> Iterator[Any]:
+    """A stream to write batches of `schema` into. `stop_token_ids`, which end an answer, travel with the schema."""
     metadata = {"stop_token_ids": " ".join(map(str, stop_token_ids))}
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema.with_metadata(metadata)) as stream:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            stream.write_batch(pa.RecordBatch.from_pylist(list(rows[start : start + ROWS_PER_BATCH]), schema=schema))
+        yield stream
 
 
 def read_tokens(path: Path) -> pa.Table:

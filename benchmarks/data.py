@@ -1,0 +1,205 @@
+"""How fast raw rows become tokens: ingest and encode beside the tutorial's way and the tokenizer's own limit.
+
+    python benchmarks/data.py [--rows 500000] [--tokenizer models/tokenizer]
+
+Makes BELLE-like rows (two thirds Chinese, one third English, log-normal lengths), runs each way in a process of its own
+on all cores, and prints rows and tokens a second, CPU seconds, and peak memory (PSS of the process and its children).
+The ways of the tutorial need `pip install datasets==5.2.0`; without it they are left out.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import psutil  # noqa: E402  (accelerate brings it)
+
+MEDIAN_CHARACTERS, SIGMA = {"zh": 110, "en": 420}, 0.75  # about 200 tokens at the median
+WAYS = {
+    "tutorial": "tutorial: datasets.map, a row at a time, num_proc = cores",
+    "batched": "datasets.map, batched, num_proc = cores",
+    "ingest": "ingest",
+    "encode": "encode",
+    "limit": "limit: encode_batch_fast alone, nothing kept",
+}
+
+
+def make_rows(path: Path, count: int) -> None:
+    rng = random.Random(0)
+    common = [chr(code) for code in range(0x4E00, 0x9FA5)]
+    rng.shuffle(common)
+    characters = common[:2500]
+    # Words and characters by Zipf's law, so that some are as common as in a language.
+    english = [
+        "".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(8000)
+    ]
+    chinese = [
+        "".join(rng.choices(characters, [1 / (n + 5) for n in range(2500)], k=rng.choice((1, 2, 2, 3)))) for _ in range(8000)
+    ]
+    weights = [1 / (n + 2) for n in range(8000)]
+
+    def text(language: str, share: float) -> str:
+        wanted = max(4, int(rng.lognormvariate(math.log(MEDIAN_CHARACTERS[language]), SIGMA) * share))
+        words = rng.choices(
+            chinese if language == "zh" else english, weights, k=wanted // (2 if language == "zh" else 5) + 1
+        )
+        return ("" if language == "zh" else " ").join(words)[:wanted] + ("。" if language == "zh" else ".")
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            language = "zh" if number % 3 else "en"
+            row = {"instruction": text(language, 0.35), "input": "", "output": text(language, 0.65)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def params(stage: str) -> dict[str, Any]:
+    from stages.lib.params import read_yaml
+
+    section: dict[str, Any] = read_yaml(ROOT / "params.yaml")[stage]
+    return section
+
+
+def run_ingest(work: Path, _: Path) -> None:
+    from stages.ingest import Params, ingest
+
+    ingest(
+        Params(**params("ingest") | {"test_percent": 0.01, "validation_percent": 0.01}),
+        work / "raw",
+        work / "examples",
+        work / "ingest.json",
+    )
+
+
+def run_encode(work: Path, tokenizer: Path) -> None:
+    from stages.encode import Params, encode
+
+    templates = ROOT / "stages" / "templates"
+    gates = dict.fromkeys(params("encode")["gates"], 100.0)
+    given = params("encode") | {"max_length": 4096, "gates": gates, "template": str(templates / "human_assistant.jinja")}
+    outs = [work / name for name in ("tokens", "encode.json", "masks.html", "lengths.csv")]
+    encode(Params(**given), work / "examples", tokenizer, Path(given["template"]), templates / "masks.html.jinja", *outs)
+
+
+def run_datasets(work: Path, folder: Path, batched: bool) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def texts(rows: dict[str, list[str]]) -> list[str]:
+        columns = zip(rows["instruction"], rows["input"], rows["output"], strict=True)
+        return ["Human: " + i + x + "\n\nAssistant: " + o + tokenizer.eos_token for i, x, o in columns]
+
+    def one(row: dict[str, str]) -> dict[str, Any]:
+        text = "Human: " + row["instruction"] + row["input"] + "\n\nAssistant: " + row["output"] + tokenizer.eos_token
+        result = tokenizer(text, truncation=True, max_length=4096, padding=False, return_tensors=None)
+        result["labels"] = result["input_ids"].copy()
+        return dict(result)
+
+    def many(rows: dict[str, list[str]]) -> dict[str, Any]:
+        result = dict(tokenizer(texts(rows), truncation=True, max_length=4096))
+        return result | {"labels": [ids.copy() for ids in result["input_ids"]]}
+
+    cache = str(work / ("batched" if batched else "single"))
+    data = Dataset.from_json(str(work / "raw" / "rows.json"), cache_dir=cache)
+    data.map(many if batched else one, batched=batched, num_proc=os.cpu_count())
+
+
+def run_limit(work: Path, folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with (work / "raw" / "rows.json").open(encoding="utf-8") as file:
+        texts = []
+        for line in file:
+            row = json.loads(line)
+            texts.append("Human: " + row["instruction"] + "\n\nAssistant: " + row["output"] + "<|im_end|>")
+            if len(texts) == 5000:
+                tokenizer.encode_batch_fast(texts)
+                texts.clear()
+        tokenizer.encode_batch_fast(texts)
+
+
+RUN = {
+    "tutorial": lambda work, folder: run_datasets(work, folder, batched=False),
+    "batched": lambda work, folder: run_datasets(work, folder, batched=True),
+    "ingest": run_ingest,
+    "encode": run_encode,
+    "limit": run_limit,
+}
+
+
+def measure(way: str, work: Path, tokenizer: Path) -> dict[str, float]:
+    """Wall and CPU seconds, and peak PSS in bytes, of one way in a process of its own."""
+    command = [sys.executable, __file__, "--way", way, "--work", str(work), "--tokenizer", str(tokenizer)]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.3):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                for each in tree:
+                    with contextlib.suppress(psutil.Error):
+                        total += each.memory_full_info().pss
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.monotonic() - started
+    done.set()
+    thread.join()
+    if status:
+        sys.exit(f"{way} failed")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak": peak[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "tokenizer")
+    parser.add_argument("--way", choices=RUN)
+    parser.add_argument("--work", type=Path)
+    given = parser.parse_args()
+    if given.way:
+        RUN[given.way](given.work, given.tokenizer)
+        return
+    ways = [way for way in WAYS if way not in ("tutorial", "batched") or importlib.util.find_spec("datasets")]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "raw").mkdir()
+        make_rows(work / "raw" / "rows.json", given.rows)
+        found = {way: measure(way, work, given.tokenizer) for way in ways}
+        report = json.loads((work / "encode.json").read_text())
+        tokens = sum(report[f"{split}_tokens"] for split in ("train", "validation", "test"))
+        size = (work / "raw" / "rows.json").stat().st_size
+    print(f"{given.rows:,} rows, {size / 1e6:,.0f} MB, {tokens:,} tokens, {os.cpu_count()} cores")
+    print("| | rows/s | tokens/s | wall s | CPU s | peak MB | of the limit |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for way in ways:
+        f = found[way]
+        share = found["limit"]["wall"] / f["wall"]
+        print(
+            f"| {WAYS[way]} | {given.rows / f['wall']:,.0f} | {tokens / f['wall']:,.0f} | {f['wall']:.1f} | {f['cpu']:.1f} "
+            f"| {f['peak'] / 1e6:,.0f} | {share:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
