@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402  (accelerate brings it)
 
-MEDIAN_CHARACTERS, SIGMA = {"zh": 110, "en": 420}, 0.75  # about 200 tokens at the median
+MEDIAN_CHARACTERS, SIGMA = {"zh": 60, "en": 330}, 0.75
 WAYS = {
     "tutorial": "tutorial: datasets.map, a row at a time, num_proc = cores",
     "batched": "datasets.map, batched, num_proc = cores",
@@ -76,7 +76,7 @@ def run_ingest(work: Path, _: Path) -> None:
     from stages.ingest import Params, ingest
 
     ingest(
-        Params(**params("ingest") | {"test_percent": 0.01, "validation_percent": 0.01}),
+        Params(**params("ingest") | {"test_percent": 0.1, "validation_percent": 0.1}),
         work / "raw",
         work / "examples",
         work / "ingest.json",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from pydantic import Field
 
 from stages.lib.encoder import Encoded, Encoder
 from stages.lib.jsonl import write_json, write_line
-from stages.lib.labels import make_labels
+from stages.lib.labels import IGNORE
 from stages.lib.mask import LabelsOn, Span, find_answers, learned_ranges
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.params import Section
@@ -140,6 +140,17 @@ class Row(NamedTuple):
     unknown: int
 
 
+class Rendered(NamedTuple):
+    """One conversation as text."""
+
+    text: str
+    spans: list[Span]
+    tail: str
+    """The end of the prompt for the last answer, from its last special token on."""
+    special: Encoded | None
+    """The tokens, where a user's text has the letters of a special token in it."""
+
+
 class _Work:
     """The tokenizer and the template, and the rule that makes a row of them. Every process has one."""
 
@@ -164,21 +175,17 @@ class _Work:
 
     def rows(self, examples: list[dict[str, Any]]) -> Iterator[Row | Rejection]:
         """The token rows of some conversations, in order; a Rejection where one is set aside."""
-        rendered: list[tuple[str, list[Span], Encoded | None] | Rejection] = [self._render(example) for example in examples]
-        texts = [found[0] for found in rendered if not isinstance(found, Rejection) and found[2] is None]
+        rendered = [self._render(example) for example in examples]
+        texts = [found.text for found in rendered if not isinstance(found, Rejection) and found.special is None]
         encoded = iter(self.encoder.encode_batch(texts))
+        self._encode_tails({found.tail for found in rendered if not isinstance(found, Rejection)})
         for example, found in zip(examples, rendered, strict=True):
-            if isinstance(found, Rejection):
-                yield found
-                continue
-            text, spans, special = found
             try:
-                yield self._row(example, text, spans, special or next(encoded), special_text=special is not None)
+                yield found if isinstance(found, Rejection) else self._row(example, found, found.special or next(encoded))
             except Rejection as why:
                 yield why
 
-    def _render(self, example: dict[str, Any]) -> tuple[str, list[Span], Encoded | None] | Rejection:
-        """Text and answers; and the tokens too, where a user's text has the letters of a special token in it."""
+    def _render(self, example: dict[str, Any]) -> "Rendered | Rejection":
         messages, tools = example["messages"], example.get("tools", [])
         try:
             text, spans, places = find_answers(self.template, messages, tools, self.encoder.special_tokens)
@@ -190,7 +197,7 @@ class _Work:
         if missing is not None:
             return Rejection("not_in_template", f"the template leaves out {missing[:60]!r}")
         if not any(self.encoder.special_in(message["content"]) for message in messages):
-            return text, spans, None
+            return Rendered(text, spans, self._tail(text, spans[-1]), None)
         if places is None:
             return Rejection("special_token_in_text", "in a conversation with tools")
         edges = [edge for place in places for edge in (place.start, place.end)]
@@ -199,13 +206,31 @@ class _Work:
         pieces = [
             (text[start:end], not any(place.start <= start < place.end for place in places)) for start, end in pairwise(cuts)
         ]
-        return text, spans, self.encoder.encode_pieces(pieces)
+        return Rendered(text, spans, "", self.encoder.encode_pieces(pieces))
 
-    def _row(self, example: dict[str, Any], text: str, spans: list[Span], encoded: Encoded, special_text: bool) -> Row:
+    def _tail(self, text: str, span: Span) -> str:
+        """The end of the prompt for an answer, from its last special token on.
+
+        A special token is a border that no token crosses, and up to it the row and its prompt are the same text. So to know
+        whether a row begins with its prompt's tokens, it is enough to tokenize the tail: for most templates a word or two.
+        """
+        ends = (text.rfind(token, 0, span.start) + len(token) for token in self.encoder.special_tokens if token in text)
+        return text[max(ends, default=0) : span.start]
+
+    def _encode_tails(self, tails: set[str]) -> None:
+        new = sorted(tails - self._tails.keys())
+        if len(self._tails) + len(new) > 4 * ROWS_PER_CHUNK:
+            self._tails, new = {}, sorted(tails)
+        self._tails |= zip(new, (encoded.ids for encoded in self.encoder.encode_batch(new)), strict=True)
+
+    def _row(self, example: dict[str, Any], rendered: "Rendered", encoded: Encoded) -> Row:
         """Raises Rejection."""
+        text, spans, tail, special = rendered
         ids = encoded.ids
         answers = [encoded.range_of(span) for span in spans]
-        mismatched = self._mismatched(example, text, spans[-1], ids, answers[-1][0]) if not special_text else False
+        first = answers[-1][0]
+        wanted = self._tails[tail]
+        mismatched = not spans[-1].prompted or (special is None and ids[first - len(wanted) : first] != wanted)
         if self.encoder.bos_ids and ids[:1] != self.encoder.bos_ids:
             ids = self.encoder.bos_ids + ids
             answers = [(first + 1, last + 1) for first, last in answers]
@@ -226,7 +251,7 @@ class _Work:
             unstopped=not spans[-1].stop or (self.params.truncation_strategy == "right" and cut > 0),
             mismatched=mismatched,
             double_bos=bos is not None and ids[:2] == [bos, bos],
-            special_text=special_text,
+            special_text=special is not None,
             unknown=ids.count(self.encoder.unk_id) if self.encoder.unk_id is not None else 0,
         )
 
@@ -249,29 +274,6 @@ class _Work:
             case "drop" | "error":
                 raise Rejection("too_long", f"{len(ids)} tokens, encode.max_length is {self.params.max_length}")
         return ids, [(first, last) for first, last in ranges if last > first], prompt_length, cut
-
-    def _mismatched(self, example: dict[str, Any], text: str, span: Span, ids: list[int], first: int) -> bool:
-        """Whether the tokens of the prompt for generation are other than those that the row begins with.
-
-        A special token is a border that no token crosses, and before the last one in the prompt both texts are the same.
-        So it is enough to tokenize what follows it, which for most templates is a fixed word or two.
-        """
-        try:
-            prompt = self.template.render(example["messages"][:-1], example.get("tools", []), add_generation_prompt=True)
-        except jinja2.TemplateError:
-            return True
-        if not text.startswith(prompt) or len(prompt) > span.start:
-            return True
-        border = max(
-            (prompt.rfind(token) + len(token) for token in self.encoder.special_tokens if token in prompt), default=0
-        )
-        tail = prompt[border:]
-        if tail not in self._tails:
-            if len(self._tails) > 1000:
-                self._tails.clear()
-            self._tails[tail] = self.encoder.encode(tail)
-        wanted = self._tails[tail]
-        return ids[first - len(wanted) : first] != wanted
 
 
 def _must_show(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str]:
@@ -303,19 +305,19 @@ class Chunk(NamedTuple):
 
 def _encode_chunk(work: _Work, split: str, lines: list[str], show: int) -> Chunk:
     examples = [json.loads(line) for line in lines]
-    rejected, rows, counts = [], [], Counter[str]()
+    rejected, rows = [], []
     for example, row in zip(examples, work.rows(examples), strict=True):
         if isinstance(row, Rejection):
             entry = {"id": example["id"], "source": example["source"], "split": split}
             rejected.append(entry | {"reason": row.reason, "detail": row.detail})
-            counts[row.reason] += 1
-            continue
-        rows.append(row)
-        counts["label_tokens"] += sum(last - first for first, last in row.ranges)
-        counts["rows_cut"] += row.cut > 0
-        counts["tokens_cut"] += row.cut
-        for name in ("unstopped", "mismatched", "double_bos", "special_text", "unknown"):
-            counts[name] += getattr(row, name)
+        else:
+            rows.append(row)
+    counts = Counter(row["reason"] for row in rejected)
+    counts["label_tokens"] = sum(last - first for row in rows for first, last in row.ranges)
+    counts["rows_cut"] = sum(row.cut > 0 for row in rows)
+    counts["tokens_cut"] = sum(row.cut for row in rows)
+    for name in ("unstopped", "mismatched", "double_bos", "special_text", "unknown"):
+        counts[name] = sum(getattr(row, name) for row in rows)
     return Chunk(
         split=split,
         rows=len(lines),
@@ -329,14 +331,17 @@ def _encode_chunk(work: _Work, split: str, lines: list[str], show: int) -> Chunk
 
 def _training_batch(rows: list[Row]) -> pa.RecordBatch:
     lengths = np.array([0, *(len(row.ids) for row in rows)], dtype=np.int32)
-    ends = pa.array(np.cumsum(lengths, dtype=np.int32))
-    ids = np.array([token for row in rows for token in row.ids], dtype=np.int32)
-    labels = [label for row in rows for label in make_labels(row.ids, row.ranges)]
+    ends = np.cumsum(lengths, dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32, count=int(ends[-1]))
+    labels = np.full_like(ids, IGNORE)
+    for start, row in zip(ends.tolist(), rows, strict=False):
+        for first, last in row.ranges:
+            labels[start + first : start + last] = ids[start + first : start + last]
     return pa.RecordBatch.from_arrays(
         [
             pa.array([row.id for row in rows], pa.string()),
-            pa.ListArray.from_arrays(ends, pa.array(ids), type=pa.list_(pa.int32())),
-            pa.ListArray.from_arrays(ends, pa.array(np.array(labels, dtype=np.int32)), type=pa.list_(pa.int32())),
+            pa.ListArray.from_arrays(pa.array(ends), pa.array(ids), type=pa.list_(pa.int32())),
+            pa.ListArray.from_arrays(pa.array(ends), pa.array(labels), type=pa.list_(pa.int32())),
         ],
         schema=TRAINING,
     )

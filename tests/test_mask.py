@@ -7,7 +7,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from stages.lib.encoder import align
-from stages.lib.labels import IGNORE, make_labels
 from stages.lib.mask import Span, find_answers, learned_ranges, token_range
 from stages.lib.template import ChatTemplate, Untraceable
 from tests.tiny import PROJECT
@@ -89,7 +88,7 @@ def test_the_answers_with_their_stop_tokens_are_found(name: str, learned: list[s
 def test_an_answer_that_repeats_the_prompt_is_found_in_its_own_place() -> None:
     messages = [{"role": "user", "content": "Assistant: yes"}, {"role": "assistant", "content": "yes"}]
     text, spans, _ = find_answers(built_in("human_assistant"), messages, [], SPECIAL)
-    assert spans == [Span(text.rindex(" yes"), len(text), True, "</s>")]
+    assert spans == [Span(text.rindex(" yes"), len(text), True, "</s>", prompted=True)]
 
 
 def test_a_template_may_strip_an_answer_but_not_change_or_drop_it() -> None:
@@ -177,10 +176,9 @@ def learned(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_a
     text, spans, _ = find_answers(built_in(name), messages, [], ["</s>"])
     pieces, ids, offsets = tokens(text)
     ranges = [token_range(span, offsets) for span in spans]
-    labels = make_labels(ids, learned_ranges(spans, ranges, len(ids), labels_on))
-    assert all(label in (IGNORE, token) for label, token in zip(labels, ids, strict=True))
-    assert labels[0] == IGNORE
-    return [piece if label != IGNORE else "." for piece, label in zip(pieces, labels, strict=True)]
+    chosen = {token for first, last in learned_ranges(spans, ranges, len(ids), labels_on) for token in range(first, last)}
+    assert 0 not in chosen
+    return [piece if number in chosen else "." for number, piece in enumerate(pieces)]
 
 
 def test_a_token_shared_with_the_text_before_belongs_to_the_answer() -> None:

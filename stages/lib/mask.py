@@ -20,6 +20,8 @@ class Span(NamedTuple):
     learned: bool
     stop: str
     """The special token that ends the answer, "" if the template puts none there."""
+    prompted: bool
+    """Whether the text before it is the prompt that the template makes for it."""
 
 
 def find_answers(
@@ -51,7 +53,8 @@ def find_answers(
     spans = []
     for place in answers:
         stop = _stop(text, place.end, special_tokens)
-        spans.append(Span(place.start - place.lead, place.end + len(stop), messages[place.message].get("train", True), stop))
+        start, learned = place.start - (place.lead or 0), messages[place.message].get("train", True)
+        spans.append(Span(start, place.end + len(stop), learned, stop, prompted=place.lead is not None))
     return text, spans, places
 
 
@@ -79,7 +82,7 @@ def _spans_by_prefix(
             raise Untraceable(f"the template writes the answer in message {number + 1} otherwise when more follows")
         ends = [(through.rfind(token), token) for token in special_tokens if token in through[len(prompt) :]]
         at, stop = max(ends, default=(len(through), ""))
-        spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop))
+        spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop, prompted=True))
     return spans
 
 

@@ -22,8 +22,10 @@ class Place(NamedTuple):
     field: str
     start: int
     end: int
-    lead: int
-    """White space before an answer that the prompt for it does not have, and the model must write: "Assistant:" + " Yes"."""
+    lead: int | None
+    """White space before an answer that the prompt for it does not have, and the model must write: "Assistant:" + " Yes".
+    None if the text before the answer is not the prompt for it, so that a model would be asked otherwise than it was taught.
+    """
 
 
 class ChatTemplate:
@@ -81,7 +83,7 @@ class ChatTemplate:
 class _Layout:
     """The template's own pieces for conversations of one shape, and which text stands behind each."""
 
-    def __init__(self, pieces: list[str], texts: list[tuple[int, str, int]]) -> None:
+    def __init__(self, pieces: list[str], texts: list[tuple[int, str, int | None]]) -> None:
         self.pieces, self.texts = pieces, texts
 
     @classmethod
@@ -106,7 +108,7 @@ class _Layout:
             pieces.append(head)
             number, field = marks[f"\ue000{name}\ue001"]
             answer = whole[: whole.index(f"\ue000{name}\ue001")]
-            lead = _lead(template, marked[:number], answer) if messages[number]["role"] == "assistant" else 0
+            lead = _lead(template, marked[:number], answer) if messages[number]["role"] == "assistant" else None
             texts.append((number, field, lead))
         return cls([*pieces, rest], texts)
 
@@ -122,14 +124,14 @@ class _Layout:
         return places, "".join([*parts, self.pieces[-1]])
 
 
-def _lead(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str) -> int:
+def _lead(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str) -> int | None:
     """How much white space `text`, which ends where an answer begins, has more than the prompt for that answer."""
     try:
         prompt = template.render(before, add_generation_prompt=True)
     except jinja2.TemplateError:
-        return 0  # it makes no prompt; encode's gate on prompts will tell
+        return None
     gap = text[len(prompt) :]
-    return len(gap) if text.startswith(prompt) and not gap.strip() else 0
+    return len(gap) if text.startswith(prompt) and not gap.strip() else None
 
 
 class _Generation(Extension):
