@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,13 +158,17 @@ class Workspace:
             self.repo._reset()
             return [stage.addressing for stage in self.repo.reproduce(force=force)]
 
+    @cached_property
+    def graph(self) -> Any:
+        """The stages by name, with an edge from each to those that it needs."""
+        with contextlib.chdir(self.root):
+            return nx.relabel_nodes(self.repo.index.graph, lambda stage: stage.addressing)
+
     def stale(self) -> tuple[set[str], set[str]]:
         """The stages that are out of date by themselves, and those together with all that come after them."""
         with contextlib.chdir(self.root):
-            self.repo._reset()
             direct = set(self.repo.status())
-            graph, stages = self.repo.index.graph, {stage.addressing: stage for stage in self.repo.index.stages}
-            below = {after.addressing for name in direct for after in nx.ancestors(graph, stages[name])}
+            below = {after for name in direct for after in nx.ancestors(self.graph, name)}
         return direct, direct | below
 
     def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
