@@ -53,7 +53,9 @@ class Folder:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return [
-            json.loads(line) for line in (self.root / "examples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            json.loads(line)
+            for line in (self.root / "examples" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+            if line
         ]
 
     def kept(self, file: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the tests run on: a tiny tokenizer, a two-layer Llama, a few raw rows, and a copy of the project to run them in."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
@@ -8,14 +9,28 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import networkx as nx
 from dvc.repo import Repo
+from dvc.utils import strictyaml
 from ruamel.yaml import YAML
+
+_parse_yaml = strictyaml.parse_yaml
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Any:
+    return _parse_yaml(text, "")
+
+
+# DVC reads dvc.yaml and dvc.lock anew at every question, in pure Python, and the tests ask over a hundred.
+strictyaml.parse_yaml = lambda text, path, typ="safe": (
+    copy.deepcopy(_parsed(text)) if typ == "safe" else _parse_yaml(text, path, typ)
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
