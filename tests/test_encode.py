@@ -8,7 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from stages.encode import Params, encode
+from stages.lib import encoder as encoder_module
+from stages.lib.encoder import Encoder
 from stages.lib.labels import IGNORE
+from stages.lib.mask import Span
 from stages.lib.problem import Problem
 from stages.lib.tokens import read_tokens, stop_token_ids
 from tests.tiny import PROJECT, sample
@@ -318,3 +321,60 @@ def test_the_template_travels_with_the_tokens(tmp_path: Path, tiny_tokenizer: Pa
     Encoded(tmp_path, tiny_tokenizer, [chat("q", "a")])
     saved = (tmp_path / "tokens" / "chat_template.jinja").read_bytes()
     assert saved == (PROJECT / "stages" / "templates" / "chatml.jinja").read_bytes()
+
+
+# The quick engine
+
+
+def test_tokens_counted_in_bytes_are_those_that_offsets_give(tiny_tokenizer: Path) -> None:
+    encoder = Encoder(tiny_tokenizer)
+    texts = [
+        "",
+        "a",
+        'Assistant: {"a":1}<|im_end|>\n',
+        "你好，世界 🎉 e\u0301",
+        "  two  spaces\t\n",
+        *(row["input"] for row in sample().rows("zh")[:40]),
+    ]
+    for text, encoded in zip(texts, encoder.encode_batch(texts), strict=True):
+        other = encoder._encode_offsets(text)
+        assert encoded.ids.tolist() == other.ids.tolist()
+        for start in range(len(text)):
+            for end in range(start + 1, len(text) + 1):
+                span = Span(start, end, True, "", True)
+                assert encoded.range_of(span) == other.range_of(span), (text, start, end)
+
+
+def test_with_or_without_the_engine_the_bytes_are_the_same(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat(row["input"], row["output"]) for row in sample().rows("zh")[:50]]
+    found = []
+    for engine in (True, False):
+        if not engine:
+            monkeypatch.setattr("stages.lib.encoder._load_engine", lambda _: None)
+        Encoded(tmp_path, tiny_tokenizer, rows)
+        found.append({path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+    assert found[0] == found[1]
+
+
+def test_an_engine_that_differs_is_found_and_put_aside(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat(row["input"], row["output"]) for row in sample().rows("zh")[:50]]
+    Encoded(tmp_path, tiny_tokenizer, rows)
+    wanted = (tmp_path / "tokens" / "train.arrow").read_bytes()
+
+    class Wrong:
+        def __init__(self, engine: Any) -> None:
+            self.engine = engine
+
+        def encode_batch_flat(self, texts: list[str], **given: Any) -> tuple[bytes, bytes]:
+            flat, places = self.engine.encode_batch_flat(texts, **given)
+            return flat[:-4] + b"\x07\0\0\0", places  # one wrong token in a batch
+
+    load = encoder_module._load_engine
+    monkeypatch.setattr(encoder_module, "_load_engine", lambda fast: Wrong(load(fast)))
+    Encoded(tmp_path, tiny_tokenizer, rows)
+    assert "fastokens and the tokenizer differ" in capsys.readouterr().out
+    assert (tmp_path / "tokens" / "train.arrow").read_bytes() == wanted

@@ -1,10 +1,14 @@
 """The tokenizer: text to tokens that know which characters they stand for, whichever kind of tokenizer it is."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -16,17 +20,32 @@ WORD_START = "\u2581"
 """SentencePiece writes a space so."""
 
 
-class Encoded(NamedTuple):
-    """A text's tokens, and the tokens [first, last) of a span of its characters."""
+Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
-    ids: list[int]
+CHECKED_AT_FIRST, CHECKED_THEN_EVERY = 200, 50
+"""Texts of a process that go through both tokenizers: so many at first, then one in so many."""
+
+
+class Encoded(NamedTuple):
+    """A text's tokens (tokens,), and the tokens [first, last) of a span of its characters."""
+
+    ids: Ids
     range_of: Callable[[Span], tuple[int, int]]
 
 
-class Encoder:
-    """A tokenizer from a folder, fast or slow."""
+class EngineDiffersError(Exception):
+    """The quick engine gave other tokens than the tokenizer; what it has made must not be used."""
 
-    def __init__(self, folder: Path) -> None:
+
+class Encoder:
+    """A tokenizer from a folder, fast or slow.
+
+    For byte-level BPE (GPT-2's kind: Llama 3, Qwen, SmolLM, ...) the tokens are counted in bytes instead of asked for their
+    offsets, and `fastokens`, where it is installed, makes them several times as fast as `tokenizers`. That both give the
+    same tokens is checked on part of the texts, always on the first.
+    """
+
+    def __init__(self, folder: Path, *, use_engine: bool = True) -> None:
         logging.set_verbosity_error()  # it warns of rows longer than the model's context, which are counted by encode
         # fetch brings code along only where params.yaml trusts it.
         trust = "auto_map" in read_json(folder / "config.json")
@@ -38,8 +57,12 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
         self.unk_id = self.tokenizer.unk_token_id
-        self._fast = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
+        self._fast: Any = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
         self._plain: Any = None
+        self._bytes = _bytes_of_tokens(self._fast) if self._fast is not None else None
+        self._use_engine = use_engine and self._bytes is not None
+        self._engine: Any = None
+        self._seen = 0
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -51,9 +74,11 @@ class Encoder:
         """The id of a special token."""
         return int(self.tokenizer.convert_tokens_to_ids(token))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Ids) -> str:
         """The text of the tokens, special ones included, nothing tidied."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
     def special_in(self, text: str) -> str | None:
         """The first special token that stands in a user's text."""
@@ -61,17 +86,63 @@ class Encoder:
         return found[0] if found else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of each text, without any that a tokenizer would put around it."""
+        """The tokens of each text, without any that a tokenizer would put around it.
+
+        Raises EngineDiffersError if the quick engine is found to give others than the tokenizer.
+        """
+        if not texts:
+            return []
         if self._fast is None:
             return [self._encode_slow(text) for text in texts]
-        encodings = self._fast.encode_batch(texts, add_special_tokens=False)
-        return [
-            Encoded(encoding.ids, _RangeOf(encoding, len(text))) for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        if self._bytes is not None:
+            return self._encode_bytes(list(texts), self._bytes)
+        return [self._encode_offsets(text) for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text."""
-        return self.encode_batch([text])[0].ids
+        ids: list[int] = self.encode_batch([text])[0].ids.tolist()
+        return ids
+
+    def _encode_bytes(self, texts: list[str], bytes_of: Ids) -> list[Encoded]:
+        """Byte-level BPE: a token is some bytes, and all tokens are the text, so counting tells where each one is."""
+        ids, bounds = self._flat(texts)
+        ends = np.cumsum(bytes_of[ids], dtype=np.int64)
+        encoded = []
+        for number, text in enumerate(texts):
+            row = slice(int(bounds[number]), int(bounds[number + 1]))
+            before = int(ends[row.start - 1]) if row.start else 0
+            size = len(text) if text.isascii() else len(text.encode())
+            if row.stop > row.start and int(ends[row.stop - 1]) - before == size:
+                encoded.append(Encoded(ids[row], _ByteRange(text, ends[row], before)))
+            else:  # a tokenizer that changes the text before it cuts it
+                encoded.append(self._encode_offsets(text))
+        return encoded
+
+    def _flat(self, texts: list[str]) -> tuple[Ids, Any]:
+        """The tokens of all texts end to end, and where each text's begin (texts + 1,)."""
+        if self._use_engine and self._engine is None:
+            self._engine = _load_engine(self._fast)
+            self._use_engine = self._engine is not None
+        if not self._use_engine:
+            lists = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+            bounds = np.cumsum([0, *map(len, lists)])
+            return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(bounds[-1])), bounds
+        flat, places = self._engine.encode_batch_flat(texts, add_special_tokens=False)
+        ids, bounds = np.frombuffer(flat, np.uint32).astype(np.int32), np.frombuffer(places, np.uint64)
+        self._check(texts, ids, bounds)
+        return ids, bounds
+
+    def _check(self, texts: list[str], ids: Ids, bounds: Any) -> None:
+        seen, self._seen = self._seen, self._seen + len(texts)
+        chosen = [n for n in range(len(texts)) if seen + n < CHECKED_AT_FIRST or (seen + n) % CHECKED_THEN_EVERY == 0]
+        wanted = self._fast.encode_batch_fast([texts[number] for number in chosen], add_special_tokens=False)
+        for number, encoding in zip(chosen, wanted, strict=True):
+            if ids[int(bounds[number]) : int(bounds[number + 1])].tolist() != encoding.ids:
+                raise EngineDiffersError(texts[number][:80])
+
+    def _encode_offsets(self, text: str) -> Encoded:
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return Encoded(np.array(encoding.ids, dtype=np.int32), partial(token_range, offsets=encoding.offsets))
 
     def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> Encoded:
         """The tokens of a text in pieces, each with whether special tokens in it are meant.
@@ -87,7 +158,7 @@ class Encoder:
             # Tokens of one piece are told apart no further: no answer begins or ends within one.
             offsets += [(at, at + len(text))] * len(new)
             at += len(text)
-        return Encoded(ids, lambda span: token_range(span, offsets))
+        return Encoded(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
 
     def _encode_plain(self, text: str) -> list[int]:
         """The tokens of a text in which a special token is only its letters."""
@@ -101,24 +172,49 @@ class Encoder:
     def _encode_slow(self, text: str) -> Encoded:
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = align(text, self.tokenizer.convert_ids_to_tokens(ids))
-        return Encoded(ids, lambda span: token_range(span, offsets))
+        return Encoded(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
 
 
-class _RangeOf:
-    """The tokens of a span, asked of the tokenizer's own table: to copy all offsets out would take longer."""
+class _ByteRange:
+    """The tokens of a span, found by the bytes before and in it."""
 
-    def __init__(self, encoding: Any, length: int) -> None:
-        self._encoding, self._length = encoding, length
+    def __init__(self, text: str, ends: Any, before: int) -> None:
+        self._text, self._ends, self._before = text, ends, before
 
     def __call__(self, span: Span) -> tuple[int, int]:
-        encoding = self._encoding
-        first = encoding.char_to_token(span.start)
-        last = len(encoding) if span.end >= self._length else encoding.char_to_token(span.end)
-        if first is None or last is None or span.start == span.end:  # white space that has no token
-            return token_range(span, encoding.offsets)
-        if span.end < self._length and encoding.token_to_chars(last)[0] < span.end:
-            last += 1  # a token that the answer shares with the text behind it
-        return first, last
+        start = self._before + len(self._text[: span.start].encode())
+        end = start + len(self._text[span.start : span.end].encode())
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        return first, int(np.searchsorted(self._ends, end, side="left")) + 1 if end > start else first
+
+
+def _bytes_of_tokens(fast: Any) -> Ids | None:
+    """How many bytes each token stands for, by id; None if the tokenizer is no byte-level BPE that keeps every byte."""
+    made = json.loads(fast.to_str())
+    pre = made.get("pre_tokenizer") or {}
+    steps = [step["type"] for step in pre.get("pretokenizers", [pre]) if "type" in step]
+    if made["model"].get("type") != "BPE" or made.get("normalizer") or "ByteLevel" not in steps:
+        return None
+    if any(step.get("add_prefix_space") for step in pre.get("pretokenizers", [pre])):
+        return None
+    vocabulary = fast.get_vocab(with_added_tokens=True)
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
+    for token, number in vocabulary.items():
+        sizes[number] = len(token)  # in the byte-level alphabet a byte is written as one character
+    for added in made.get("added_tokens", []):
+        if added["lstrip"] or added["rstrip"]:
+            return None
+        sizes[added["id"]] = len(added["content"].encode())
+    return sizes
+
+
+def _load_engine(fast: Any) -> Any:
+    try:
+        import fastokens
+
+        return fastokens.Tokenizer.from_json_str(fast.to_str())
+    except (ImportError, ValueError, RuntimeError):
+        return None
 
 
 def align(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
