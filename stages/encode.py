@@ -111,8 +111,15 @@ def _encode_all(
     *,
     use_engine: bool,
 ) -> None:
-    source = template.read_text(encoding="utf-8")
-    work = _Work(params, tokenizer, source, use_engine=use_engine)
+    try:
+        source = template.read_text(encoding="utf-8")
+        work = _Work(params, tokenizer, source, use_engine=use_engine)
+    except FileNotFoundError as error:
+        raise Problem(f"{error.filename}: not found; see encode.template, and run fetch for the tokenizer") from None
+    except UnicodeDecodeError as error:
+        raise Problem(f"{template}: not UTF-8 at byte {error.start + 1}") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise Problem(f"{template}: line {error.lineno}: {error.message}") from None
     totals = _Totals(params)
     count = sum(_count_lines(examples / f"{split}.jsonl") for split in SPLITS)
     with _workers(work, count) as pool, ExitStack() as stack:
@@ -214,12 +221,15 @@ class _Work:
             text, spans, places = find_answers(self.template, messages, tools, self.encoder.special_tokens)
         except Untraceable as error:
             return Rejection("answer_not_traceable", str(error))
-        except (jinja2.TemplateError, TypeError) as error:
+        except jinja2.TemplateError as error:
             return Rejection("not_in_template", str(error))
         missing = next((part for part in _must_show(messages, tools) if part not in text), None)
         if missing is not None:
             return Rejection("not_in_template", f"the template leaves out {missing[:60]!r}")
-        if not any(self.encoder.special_in(message["content"]) for message in messages):
+        written = [message["content"] for message in messages]
+        if places is None:
+            written.append(json.dumps([tools, [message.get("tool_calls") for message in messages]], ensure_ascii=False))
+        if not any(map(self.encoder.special_in, written)):
             return Rendered(text, spans, self._tail(text, spans[-1]), None)
         if places is None:
             return Rejection("special_token_in_text", "in a conversation with tools")
@@ -260,6 +270,8 @@ class _Work:
         ranges = learned_ranges(spans, answers, len(ids), self.params.labels_on)
         prompt_length = answers[-1][0]
         ids, ranges, prompt_length, cut = self._fit(ids, ranges, prompt_length)
+        if cut and prompt_length <= len(self.encoder.bos_ids):
+            raise Rejection("too_long", "no token of the prompt is left beside the answer")
         if not ranges:
             raise Rejection("nothing_to_learn", "no token of this row is learned" + (" after it was cut" if cut else ""))
         bos = self.encoder.tokenizer.bos_token_id
@@ -300,12 +312,10 @@ class _Work:
 
 
 def _must_show(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str]:
-    """What a template with a place for it shows: system and tool texts, and the names of tools and calls."""
+    """What a template with a place for it shows: system, user and tool texts, and the names of tools."""
     for message in messages:
-        if message["role"] in ("system", "tool"):
+        if message["role"] in ("system", "tool") or (tools and message["role"] == "user"):
             yield message["content"].strip()
-        for call in message.get("tool_calls", []):
-            yield call["function"]["name"]
     for tool in tools:
         yield str(tool.get("function", {}).get("name", ""))
 

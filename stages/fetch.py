@@ -203,11 +203,17 @@ def _from_folder(params: Params, folder: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies in the kernel: on file systems with reflinks (XFS, btrfs) the copy takes no space."""
+    """Copies in the kernel where it can: on file systems with reflinks (XFS, btrfs) the copy takes no space."""
     with source.open("rb") as reader, target.open("wb") as writer:
-        left = os.fstat(reader.fileno()).st_size
-        while left:
-            left -= os.copy_file_range(reader.fileno(), writer.fileno(), left)
+        try:
+            while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            reader.seek(0)
+            writer.seek(0)
+            shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def _select(names: list[str], *, trust_remote_code: bool) -> list[str]:

@@ -52,7 +52,7 @@ class Params(Section):
     """Another seed puts other prompts into validation and test."""
     near_duplicates: Literal["off", "count", "drop"]
     """Rows whose text is almost that of an earlier one: not looked for, counted, or set aside."""
-    near_duplicate_similarity: float = Field(gt=0, lt=1)
+    near_duplicate_similarity: float = Field(ge=0.5, le=0.95)
     """From which Jaccard similarity of five-character pieces two rows are near-duplicates."""
     reject_placeholders: bool
     """Whether a row with an unfilled {{placeholder}} is set aside."""
@@ -116,12 +116,19 @@ def _files(raw: Path) -> list[Path]:
 
     Raises Problem if there are none, or others that would go unread.
     """
-    below = [path for path in sorted(raw.rglob("*")) if path.is_file()]
+    entries = sorted(raw.rglob("*"))
+    below = [path for path in entries if path.is_file()]
     visible = [path for path in below if not any(part.startswith(".") for part in path.relative_to(raw).parts)]
     files = [path for path in visible if path.name.endswith(SUFFIXES)]
     # A pointer of `dvc add` is no data.
     others = [path for path in visible if path not in files and path.suffix != ".dvc"]
     problems = [f"{path}: not one of {', '.join(SUFFIXES)}; convert it, or move it out of {raw}" for path in others]
+    problems += [
+        f"{path}: a link to a folder, or to nothing; put the files here, or link each of them"
+        for path in entries
+        if path.is_symlink() and not path.is_file()
+    ]
+    problems += [f"{name!r}: the name is not UTF-8; rename it" for name in map(str, below) if not _is_utf8(name)]
     if not files:
         problems.append(f"{raw}: holds no {', '.join(SUFFIXES)} file; put your data there")
     for path in files:
@@ -132,6 +139,14 @@ def _files(raw: Path) -> list[Path]:
     if problems:
         raise Problem(*problems)
     return sorted(files, key=lambda path: (*FOLDERS, None).index(_folder(raw, path)))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _folder(raw: Path, path: Path) -> str | None:
@@ -172,7 +187,7 @@ def _check(params: Params, row: Row) -> Example:
         raise Rejection("not_an_object", f"found {type(value).__name__}")
     kind = row.format or guess_format(value, params.columns)
     conversation = read_conversation(value, kind, params.columns, params.input_separator)
-    check_turns(conversation.messages)
+    check_turns(conversation.messages, conversation.tools)
     texts = [message["content"] for message in conversation.messages]
     length = sum(map(len, texts))
     if length > params.max_chars:
@@ -220,6 +235,7 @@ class _Books:
 
     def __init__(self, params: Params) -> None:
         self.params = params
+        self.groups: dict[str, str] = {}
         self.seen: dict[bytes, tuple[str, int]] = {}
         self.prompts: dict[str, set[bytes]] = {split: set() for split in SPLITS}
         self.reasons: Counter[str] = Counter()
@@ -257,7 +273,9 @@ class _Books:
             raise Rejection("duplicate", f"of {twin[0]}:{twin[1]}")
         home = next((split for split in SPLITS if example.prompt in self.prompts[split]), None)
         # Without groups the same prompt has the same hash, so only a forced split can lead elsewhere: the first wins.
-        split = row.folder or _split_of(self.params, example.group)
+        split = row.folder or self.groups.get(example.group) or _split_of(self.params, example.group)
+        if row.folder and self.params.group_by and self.groups.setdefault(example.group, split) != split:
+            raise Rejection("group_in_another_split", f"rows of its group are in {self.groups[example.group]}")
         if home and home != split:
             if self.params.group_by:
                 raise Rejection("prompt_in_another_split", f"its prompt is in {home}, its group in {split}")

@@ -1,6 +1,7 @@
 """encode, with a real tokenizer: ids, labels, prompts and counts, to the token."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,41 @@ def test_a_template_without_a_place_for_it_costs_the_row(tmp_path: Path, tiny_to
         == 6
     )
     assert encoded.report["train_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"{% if %}", "line 1: Expected an expression"),
+        (b"{{ messages | nope }}", "line 1: No filter named 'nope'"),
+        ("{# 模板 #}".encode("gbk"), "not UTF-8 at byte"),
+        (b"{{ 1 / 0 }}", "ZeroDivisionError"),
+        (b"{{ messages[0].content + 1 }}", "TypeError"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_message(
+    tmp_path: Path, tiny_tokenizer: Path, source: bytes, message: str
+) -> None:
+    (tmp_path / "t.jinja").write_bytes(source)
+    with pytest.raises(Problem, match=re.escape(message)):
+        Encoded(tmp_path, tiny_tokenizer, [chat("q", "a")], template=str(tmp_path / "t.jinja"))
+
+
+def test_special_tokens_in_a_call_cost_the_row(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    function = {"name": "f", "arguments": {"q": "a<|im_end|>b"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    encoded = Encoded(tmp_path, tiny_tokenizer, [[chat("q")[0], call], chat("q", "a")], template=str(tmp_path / "t.jinja"))
+    assert encoded.report["rejected_by_reason"] == {"special_token_in_text": 3}
+
+
+def test_left_leaves_no_row_without_a_prompt(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    with pytest.raises(Problem, match="no token of the prompt is left beside the answer"):
+        Encoded(tmp_path, tiny_tokenizer, [chat("q", "b " * 100)], truncation_strategy="left", max_length=20)
 
 
 # Processes

@@ -275,6 +275,60 @@ def test_unfilled_placeholders_are_set_aside_when_asked_for(folder: Folder) -> N
     assert folder.ingest(reject_placeholders=True)["rejected_by_reason"] == {"placeholder": 1}
 
 
+def test_arguments_as_openai_writes_them_and_weights(folder: Folder) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"q": "x"}'}}
+    turns = [
+        user("q"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        assistant("a"),
+    ]
+    folder.write("x.jsonl", lines({"messages": turns, "system": "s"}))
+    folder.write(
+        "y.jsonl",
+        lines({"messages": [user("q"), assistant("a") | {"weight": 0}, user("r"), assistant("b") | {"weight": 1}]}),
+    )
+    folder.ingest()
+    (kept,) = folder.kept("x.jsonl")
+    assert kept["messages"][0] == {"role": "system", "content": "s"}
+    assert kept["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"q": "x"}
+    assert [message.get("train", True) for message in folder.kept("y.jsonl")[0]["messages"]] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [user("q"), assistant("a") | {"weight": 0.5}]}, "wrong_type"),
+        ({"messages": [user("q") | {"tool_calls": [{"name": "f"}]}, assistant("a")]}, "roles_out_of_order"),
+        ({"messages": [user("q"), assistant("a")], "tools": [{"type": "function", "function": "x"}]}, "wrong_type"),
+        ({"messages": [user("q"), assistant("a")], "tools": [{"name": "f", "description": "\ud83d"}]}, "bad_encoding"),
+        ({"messages": [user("q"), assistant("") | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "wrong_type"),
+    ],
+)
+def test_odd_tools_and_weights_cost_their_row(folder: Folder, row: dict[str, Any], reason: str) -> None:
+    folder.write("x.jsonl", json.dumps(row) + "\n")
+    assert folder.ingest()["rejected_by_reason"] == {reason: 1}
+
+
+def test_links_to_folders_or_nothing_are_named(folder: Folder) -> None:
+    (folder.root / "elsewhere").mkdir()
+    (folder.raw / "far").symlink_to(folder.root / "elsewhere")
+    (folder.raw / "gone.json").symlink_to(folder.root / "nowhere")
+    with pytest.raises(Problem) as caught:
+        folder.ingest()
+    assert len(caught.value.messages) == 2
+    assert all("a link to a folder, or to nothing" in message for message in caught.value.messages)
+
+
+def test_the_group_of_a_forced_row_goes_with_it(folder: Folder) -> None:
+    (folder.raw / "filler.json").unlink()
+    folder.write("a.jsonl", lines(*({"instruction": f"q{n}", "output": "a", "doc": n // 3} for n in range(120))))
+    folder.write("test/t.jsonl", lines(*({"instruction": f"t{n}", "output": "a", "doc": n} for n in range(5))))
+    folder.ingest(group_by="doc")
+    prompts = {row["messages"][0]["content"] for row in folder.rows("test")}
+    assert {f"q{n}" for n in range(15)} <= prompts
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (

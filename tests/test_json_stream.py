@@ -110,6 +110,21 @@ def test_huge_numbers_and_long_lines(tmp_path: Path) -> None:
     assert found[3] == (4, {"b": 1})
 
 
+@pytest.mark.parametrize("word", ["NaN", "-Infinity", "9" * 5000])
+def test_what_python_alone_reads_costs_its_own_row(tmp_path: Path, word: str) -> None:
+    good = '{"a": 1}'
+    for data in (f'[{good}, {{"b": [{word}]}}, {good}]', f'{good}\n{{"b": [{word}]}}\n{good}\n'):
+        found = read(tmp_path, data.encode())
+        assert [value for _, value in found[::2]] == [{"a": 1}, {"a": 1}]
+        assert found[1][0] == 2
+        assert "is not JSON" in found[1][1].detail
+
+
+def test_a_list_as_the_first_row_of_json_lines_is_a_row(tmp_path: Path) -> None:
+    assert read(tmp_path, b'[]\n{"a": 1}\n', "x.jsonl") == [(1, []), (2, {"a": 1})]
+    assert read(tmp_path, b'[{"a": 1},\n{"a": 2}]\n', "x.jsonl") == [(1, {"a": 1}), (2, {"a": 2})]
+
+
 def test_a_broken_element_costs_the_rest_of_its_array_and_nothing_of_the_next_file(tmp_path: Path) -> None:
     found = read(tmp_path, b'[{"a": 1}, {"b": }, {"c": 3}]')
     assert found[0] == (1, {"a": 1})

@@ -135,6 +135,21 @@ def test_a_tool_call_is_an_answer() -> None:
         find_answers(renderer(TOOL_TEMPLATE.replace("[assistant]", "[other]")), TOOLED, tools, SPECIAL)
 
 
+def test_a_template_that_leaves_out_a_part_of_a_call_costs_the_row() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    two = [MULTI[0], CALL | {"tool_calls": CALL["tool_calls"] * 2}, *TOOLED[2:]]
+    first_only = renderer(TOOL_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
+    find_answers(first_only, TOOLED, tools, SPECIAL)
+    with pytest.raises(Untraceable, match="leaves out 'add' of the answer in message 2"):
+        find_answers(first_only, two, tools, SPECIAL)
+    no_stop = renderer(
+        TOOL_TEMPLATE.replace("{{ m.content }}", "<|im_start|>{{ m.content }}").replace("{{ eos_token }}", "")
+    )
+    text, spans, _ = find_answers(no_stop, TOOLED, tools, SPECIAL)
+    assert [span.stop for span in spans] == ["", ""]
+    assert text[spans[0].start : spans[0].end].endswith('{"a": 1}}')
+
+
 def test_templates_render_as_transformers_renders_them(tiny_tokenizer: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     own = (

@@ -44,7 +44,7 @@ class Columns(Section):
     output: str
     """alpaca: the answer."""
     system: str
-    """alpaca, sharegpt: the system prompt; may be missing."""
+    """The system prompt; may be missing."""
     history: str
     """alpaca: earlier [question, answer] pairs; may be missing."""
     conversations: str
@@ -97,7 +97,7 @@ def read_conversation(value: dict[str, Any], kind: Format, columns: Columns, inp
         case "messages":
             messages = _turns(value, columns.messages, "role", "content")
     tools = _tools(value, columns.tools) if kind in ("sharegpt", "messages") else []
-    if kind != "messages" and messages[:1] and messages[0]["role"] != "system" and _text(value, columns.system, default=""):
+    if messages[:1] and messages[0]["role"] != "system" and _text(value, columns.system, default=""):
         messages = [{"role": "system", "content": value[columns.system]}, *messages]
     return Conversation(messages, tools)
 
@@ -145,12 +145,17 @@ def _turns(value: dict[str, Any], field: str, role_field: str, content_field: st
         message: Message = {"role": role, "content": content}
         if role == "function_call":
             message = {"role": "assistant", "content": "", "tool_calls": _parse_calls(content, f"{field}[{number}]")}
+        elif calls and role != "assistant":
+            raise Rejection("roles_out_of_order", f"{field}[{number}]: tool_calls in a {role} message")
         elif calls:
             message["tool_calls"] = _check_calls(calls, f"{field}[{number}].tool_calls")
-        if turn.get("train", True) is False:
-            message["train"] = False
-        elif turn.get("train", True) is not True:
+        weight = turn.get("weight", 1)
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise Rejection("wrong_type", f"{field}[{number}].weight: wanted 0 or 1")
+        if not isinstance(turn.get("train", True), bool):
             raise Rejection("wrong_type", f"{field}[{number}].train: wanted true or false")
+        if not turn.get("train", True) or weight == 0:
+            message["train"] = False
         messages.append(message)
     return messages
 
@@ -170,9 +175,15 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Rejection("wrong_type", f"{where}: wanted calls with a name and arguments")
-        checked.append(
-            {"type": "function", "function": {"name": function["name"], "arguments": function.get("arguments", {})}}
-        )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # as OpenAI writes them; a template would quote them once more
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                raise Rejection("wrong_type", f"{where}: arguments of {function['name']}: wanted JSON") from None
+        if not isinstance(arguments, dict):
+            raise Rejection("wrong_type", f"{where}: arguments of {function['name']}: wanted an object")
+        checked.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return checked
 
 
@@ -185,7 +196,10 @@ def _tools(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
             raise Rejection("wrong_type", f"{field}: wanted JSON") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Rejection("wrong_type", f"{field}: wanted a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in tools):
+        raise Rejection("wrong_type", f"{field}: wanted functions with a name")
+    return tools
 
 
 def _text(value: dict[str, Any], field: str, default: str | None = None, where: str = "") -> str:
@@ -199,7 +213,7 @@ def _text(value: dict[str, Any], field: str, default: str | None = None, where: 
     return found
 
 
-def check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message], tools: list[dict[str, Any]]) -> None:
     """An optional system message, then turns in an order that a model can have seen, an answer last, none of them empty.
 
     Raises Rejection.
@@ -211,6 +225,10 @@ def check_turns(messages: list[Message]) -> None:
         except UnicodeEncodeError as error:
             found = text[error.start : error.start + 1]
             raise Rejection("bad_encoding", f"not UTF-8: {found!r} in a {message['role']} text") from None
+    try:
+        json.dumps(tools, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Rejection("bad_encoding", f"not UTF-8: {error.object[error.start : error.start + 1]!r} in tools") from None
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     order = " ".join(message["role"] for message in messages) or "no messages"
     before = "start"

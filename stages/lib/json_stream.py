@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 CHUNK_BYTES = 1 << 20
+LONGEST_INTEGER = 4000
+"""Digits; Python reads no more by default, and no row of text needs them."""
 KEPT_TEXT = 10_000
 """Characters of a broken piece that are handed on; `detail` says how many there were."""
 
@@ -32,7 +34,18 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     """
     pieces = _Pieces(path)
     start = pieces.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    yield from _array(_Text(pieces)) if start == b"[" else _lines(pieces)
+    array = start == b"[" and not (path.name.endswith((".jsonl", ".jsonl.gz")) and _begins_with_a_line(pieces.peek()))
+    yield from _array(_Text(pieces)) if array else _lines(pieces)
+
+
+def _begins_with_a_line(piece: bytes) -> bool:
+    """Whether a first line is a whole value and more follows: then a list in it is a row, and not the file's array."""
+    line, _, rest = piece.partition(b"\n")
+    try:
+        json.loads(line.removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip())
 
 
 class _Pieces:
@@ -50,7 +63,8 @@ class _Pieces:
         yield from self._source
 
     def peek(self) -> bytes:
-        self._first = next(self._source, b"")
+        if self._first is None:
+            self._first = next(self._source, b"")
         return self._first
 
     def _read(self, path: Path) -> Iterator[bytes]:
@@ -100,16 +114,36 @@ def _line(number: int, line: bytes) -> Iterator[tuple[int, Any]]:
 
 def _parse(text: str) -> Any:
     try:
-        return DECODER.decode(text)
+        return _checked(DECODER.decode(text), text)
     except (ValueError, RecursionError) as error:
         return _broken(text, error)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+_not_json: list[str] = []
+"""What Python's decoder let pass in the value at hand, though it is no JSON."""
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _constant(name: str) -> None:
+    _not_json.append(name)
+
+
+def _integer(digits: str) -> int | None:
+    if len(digits) > LONGEST_INTEGER:
+        _not_json.append(f"an integer of {len(digits)} digits")
+        return None
+    return int(digits)
+
+
+DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_integer)
+
+
+def _checked(value: Any, text: str) -> Any:
+    """The value, or a Broken for it alone if there is NaN (pandas writes it) or the like in it."""
+    if not _not_json:
+        return value
+    found = _not_json[0]
+    _not_json.clear()
+    return _broken(text, f"{found} is not JSON")
 
 
 def _broken(text: str, why: object, length: int | None = None) -> Broken:
@@ -160,6 +194,7 @@ class _Text:
     def value(self) -> Any:
         """The value that begins here, or a Broken that holds all that is left."""
         while True:
+            _not_json.clear()
             try:
                 value, end = DECODER.raw_decode(self.buffer, self.at)
             except RecursionError as error:
@@ -172,8 +207,9 @@ class _Text:
                 continue
             # Behind what is read, a number may go on: 12 may be the start of 12.5.
             if self.buffer[end : end + 1] in tuple(" \t\r\n,]") or not self.more():
-                self.at = end
-                return value
+                text, self.at = self.buffer[self.at : end], end
+                return _checked(value, text)
+            _not_json.clear()
 
     def rest(self, why: object) -> Broken:
         """All that is left, as a Broken; reads to the end, and keeps only its beginning."""
@@ -198,9 +234,9 @@ def _array(text: _Text) -> Iterator[tuple[int, Any]]:
             return
         value = text.value()
         yield number, value
-        if isinstance(value, Broken):
-            return
         number += 1
+        if not text.buffer[text.at :] and text.ended and isinstance(value, Broken):
+            return  # it holds all that was left
         if text.peek() == ",":
             text.at += 1
         elif text.peek() != "]":

@@ -4,7 +4,8 @@ A conversation is rendered once and tokenized once, as a whole. The answers are 
 a search for token patterns, and padding plays no part, so the stop token is learned even where it is the pad token too.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stages.lib.template import ChatTemplate, Place, Untraceable
@@ -80,10 +81,40 @@ def _spans_by_prefix(
             raise Untraceable(f"the text before the answer in message {number + 1} is not the prompt for it")
         if not text.startswith(through):
             raise Untraceable(f"the template writes the answer in message {number + 1} otherwise when more follows")
+        # The stop token is the last thing in the text but white space, or there is none.
         ends = [(through.rfind(token), token) for token in special_tokens if token in through[len(prompt) :]]
         at, stop = max(ends, default=(len(through), ""))
+        if through[at + len(stop) :].strip():
+            at, stop = len(through), ""
+        _check_answer(message, through[len(prompt) : at], number)
         spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop, prompted=True))
     return spans
+
+
+def _check_answer(message: Mapping[str, Any], text: str, number: int) -> None:
+    """Raises Untraceable if what the template wrote of an answer lacks its content, a call's name or an argument."""
+    parts = [message["content"].strip()]
+    for call in message.get("tool_calls", []):
+        parts += [call["function"]["name"], *_words(call["function"]["arguments"])]
+    at = 0
+    for part in parts:
+        found = text.find(part, at)
+        if found < 0:
+            raise Untraceable(f"the template leaves out {part[:60]!r} of the answer in message {number + 1}")
+        at = found + len(part)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The names and texts in a call's arguments, in order, as JSON writes them inside quotes."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield json.dumps(key, ensure_ascii=False)[1:-1]
+            yield from _words(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _words(inner)
+    elif isinstance(value, str):
+        yield json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 def token_range(span: Span, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

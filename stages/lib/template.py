@@ -51,14 +51,17 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. Raises jinja2.TemplateError if the template refuses it."""
-        return self._template.render(
-            messages=messages,
-            tools=list(tools) or None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
-        )
+        """The text of a conversation. Raises jinja2.TemplateError if the template refuses it, or fails."""
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
 
     def places(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[Place]:
         """Where the texts of `messages` stand in `text`, which `render` made of them; in order.
