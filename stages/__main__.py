@@ -52,7 +52,7 @@ def check() -> None:
     """Reads every section of params.yaml as its stage would. Raises one Problem with all that is wrong."""
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     sections = read_yaml(ROOT / "params.yaml")
-    messages = [f"params.yaml: {extra}: no stage has this name" for extra in sections if extra not in stages]
+    messages = [f"params.yaml: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
     for name in stages:
         try:
             load_section(name, importlib.import_module(f"stages.{name}").Params, ROOT)

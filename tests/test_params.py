@@ -77,6 +77,8 @@ def test_a_section_that_is_not_declared_cannot_be_read(load) -> None:
         ("a: 1\na: 2", "duplicate key"),
         ("", "the section 'example' is missing"),
         ("- 1", "the section 'example' is missing"),
+        ("example:", "example: wanted parameters below it, found None"),
+        ("example: [1]", r"example: wanted parameters below it, found \[1\]"),
     ],
 )
 def test_a_broken_file_is_named(load, tmp_path: Path, text: str, message: str) -> None:

@@ -53,6 +53,8 @@ def read_section(name: str, root: Path) -> Any:
     document = read_yaml(root / "params.yaml")
     if not isinstance(document, Mapping) or name not in document:
         raise Problem(f"params.yaml: the section {name!r} is missing")
+    if not isinstance(document[name], Mapping):
+        raise Problem(f"params.yaml: {name}: wanted parameters below it, found {document[name]!r}")
     return document[name]
 
 
