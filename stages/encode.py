@@ -33,7 +33,6 @@ ROWS_PER_CHUNK = 500
 """Rows that are encoded together, and stand together in the Arrow file; the same whatever the number of processes."""
 SHOWN_ROWS = 12
 HISTOGRAM_BINS = 20
-LONGEST_COUNTED = 1 << 20
 
 
 class Gates(Section):
@@ -88,39 +87,41 @@ def encode(
 
     Raises Problem if the template or the tokenizer cannot be used, if a gate does not hold, or if no row is left.
     """
-    inputs = (params, examples, tokenizer, template, page)
+    work = _load(params, tokenizer, template, use_engine=True)
     try:
-        _encode_all(*inputs, tokens, report, masks, lengths, use_engine=True)
+        totals = _write_tokens(work, examples, template, tokens)
     except EngineDiffersError as text:
         print(
             f"encode: fastokens and the tokenizer differ in {str(text)!r}; begins again with the tokenizer alone", flush=True
         )
-        _encode_all(*inputs, tokens, report, masks, lengths, use_engine=False)
+        work = _load(params, tokenizer, template, use_engine=False)
+        totals = _write_tokens(work, examples, template, tokens)
+    counts = totals.report(work.stop_token_ids)
+    with fresh_file(report) as report_file, fresh_file(masks) as masks_file, fresh_file(lengths) as lengths_file:
+        write_json(report_file, counts)
+        masks_file.write_text(_page(page, totals.shown), encoding="utf-8", newline="\n")
+        lengths_file.write_text(totals.histogram(), encoding="utf-8", newline="\n")
+    print(
+        f"encode: {counts['train_tokens']:,} tokens to train on, {counts['train_label_tokens']:,} of them learned; "
+        f"{counts['rows_rejected']:,} rows set aside in {tokens}/rejected.jsonl; look at {masks}"
+    )
 
 
-def _encode_all(
-    params: Params,
-    examples: Path,
-    tokenizer: Path,
-    template: Path,
-    page: Path,
-    tokens: Path,
-    report: Path,
-    masks: Path,
-    lengths: Path,
-    *,
-    use_engine: bool,
-) -> None:
+def _load(params: Params, tokenizer: Path, template: Path, *, use_engine: bool) -> "_Work":
+    """Raises Problem if the template or the tokenizer cannot be read."""
     try:
-        source = template.read_text(encoding="utf-8")
-        work = _Work(params, tokenizer, source, use_engine=use_engine)
+        return _Work(params, tokenizer, template.read_text(encoding="utf-8"), use_engine=use_engine)
     except FileNotFoundError as error:
         raise Problem(f"{error.filename}: not found; see encode.template, and run fetch for the tokenizer") from None
     except UnicodeDecodeError as error:
         raise Problem(f"{template}: not UTF-8 at byte {error.start + 1}") from None
     except jinja2.TemplateSyntaxError as error:
         raise Problem(f"{template}: line {error.lineno}: {error.message}") from None
-    totals = _Totals(params)
+
+
+def _write_tokens(work: "_Work", examples: Path, template: Path, tokens: Path) -> "_Totals":
+    """Fills the folder `tokens`. Raises Problem if a gate does not hold, and EngineDiffersError."""
+    totals = _Totals(work.params)
     count = sum(_count_lines(examples / f"{split}.jsonl") for split in SPLITS)
     with _workers(work, count) as pool, ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(tokens))
@@ -138,14 +139,8 @@ def _encode_all(
                 write_line(rejected, row)
             totals.add(chunk)
         totals.check(template)
-        (folder / "chat_template.jinja").write_text(source, encoding="utf-8", newline="\n")
-        write_json(stack.enter_context(fresh_file(report)), counts := totals.report(work.stop_token_ids))
-        stack.enter_context(fresh_file(masks)).write_text(_page(page, totals.shown), encoding="utf-8", newline="\n")
-        stack.enter_context(fresh_file(lengths)).write_text(totals.histogram(), encoding="utf-8", newline="\n")
-    print(
-        f"encode: {counts['train_tokens']:,} tokens to train on, {counts['train_label_tokens']:,} of them learned; "
-        f"{counts['rows_rejected']:,} rows set aside in {tokens}/rejected.jsonl; look at {masks}"
-    )
+        (folder / "chat_template.jinja").write_text(work.template.source, encoding="utf-8", newline="\n")
+    return totals
 
 
 # Rows

@@ -120,6 +120,12 @@ def test_what_python_alone_reads_costs_its_own_row(tmp_path: Path, word: str) ->
         assert "is not JSON" in found[1][1].detail
 
 
+def test_a_line_that_breaks_behind_a_nan_costs_no_other(tmp_path: Path) -> None:
+    found = read(tmp_path, b'{"a": NaN, "b": \n{"a": 1}\n')
+    assert isinstance(found[0][1], Broken)
+    assert found[1] == (2, {"a": 1})
+
+
 def test_a_list_as_the_first_row_of_json_lines_is_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, b'[]\n{"a": 1}\n', "x.jsonl") == [(1, []), (2, {"a": 1})]
     assert read(tmp_path, b'[{"a": 1},\n{"a": 2}]\n', "x.jsonl") == [(1, {"a": 1}), (2, {"a": 2})]

@@ -113,6 +113,7 @@ def _line(number: int, line: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _parse(text: str) -> Any:
+    _not_json.clear()  # a line that broke behind a NaN leaves it there
     try:
         return _checked(DECODER.decode(text), text)
     except (ValueError, RecursionError) as error:
@@ -141,9 +142,7 @@ def _checked(value: Any, text: str) -> Any:
     """The value, or a Broken for it alone if there is NaN (pandas writes it) or the like in it."""
     if not _not_json:
         return value
-    found = _not_json[0]
-    _not_json.clear()
-    return _broken(text, f"{found} is not JSON")
+    return _broken(text, f"{_not_json[0]} is not JSON")
 
 
 def _broken(text: str, why: object, length: int | None = None) -> Broken:
@@ -209,7 +208,6 @@ class _Text:
             if self.buffer[end : end + 1] in tuple(" \t\r\n,]") or not self.more():
                 text, self.at = self.buffer[self.at : end], end
                 return _checked(value, text)
-            _not_json.clear()
 
     def rest(self, why: object) -> Broken:
         """All that is left, as a Broken; reads to the end, and keeps only its beginning."""
@@ -235,7 +233,7 @@ def _array(text: _Text) -> Iterator[tuple[int, Any]]:
         value = text.value()
         yield number, value
         number += 1
-        if not text.buffer[text.at :] and text.ended and isinstance(value, Broken):
+        if text.at == len(text.buffer) and text.ended and isinstance(value, Broken):
             return  # it holds all that was left
         if text.peek() == ",":
             text.at += 1
