@@ -35,6 +35,7 @@ WAYS = {
     "ingest": "ingest",
     "encode": "encode",
     "limit": "limit: encode_batch_fast alone, nothing kept",
+    "engine": "fastokens alone, nothing kept",
 }
 
 
@@ -119,19 +120,25 @@ def run_datasets(work: Path, folder: Path, batched: bool) -> None:
     data.map(many if batched else one, batched=batched, num_proc=os.cpu_count())
 
 
-def run_limit(work: Path, folder: Path) -> None:
-    from tokenizers import Tokenizer
+def run_limit(work: Path, folder: Path, engine: bool) -> None:
+    if engine:
+        import fastokens
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        encode = fastokens.Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_flat
+    else:
+        from tokenizers import Tokenizer
+
+        encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_fast
     with (work / "raw" / "rows.json").open(encoding="utf-8") as file:
         texts = []
         for line in file:
             row = json.loads(line)
             texts.append(CHATML.format(row["instruction"] + row["input"], row["output"]))
             if len(texts) == 5000:
-                tokenizer.encode_batch_fast(texts)
+                encode(texts)
                 texts.clear()
-        tokenizer.encode_batch_fast(texts)
+        if texts:
+            encode(texts)
 
 
 RUN = {
@@ -139,7 +146,8 @@ RUN = {
     "batched": lambda work, folder: run_datasets(work, folder, batched=True),
     "ingest": run_ingest,
     "encode": run_encode,
-    "limit": run_limit,
+    "limit": lambda work, folder: run_limit(work, folder, engine=False),
+    "engine": lambda work, folder: run_limit(work, folder, engine=True),
 }
 
 

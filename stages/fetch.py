@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from stages.lib.jsonl import read_json, write_json
 from stages.lib.output import fresh_folder
 from stages.lib.params import Section
@@ -238,6 +240,13 @@ def _select(names: list[str], *, trust_remote_code: bool) -> list[str]:
 
 def _check_complete(params: Params, folder: Path) -> None:
     """Raises Problem with all that keeps the later stages from loading the folder."""
+    unreadable = [
+        f"{params.model_name_or_path}: {file.name}: {why}; the download or the copy went wrong, get this file again"
+        for file in sorted(folder.iterdir())
+        if (why := _damage(file))
+    ]
+    if unreadable:
+        raise Problem(*unreadable)
     problems = []
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:
@@ -254,6 +263,22 @@ def _check_complete(params: Params, folder: Path) -> None:
         problems += [f"{params.model_name_or_path}: {index.name} names {name}, which is not there" for name in absent]
     if problems:
         raise Problem(*problems)
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a JSON or safetensors file, "" if nothing is; of weights, the header and the size are read."""
+    if file.suffix == ".json":
+        try:
+            return "" if isinstance(read_json(file), dict | list) else "wanted an object"
+        except ValueError as error:
+            return f"not JSON: {error}"
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="numpy"):
+                return ""
+        except SafetensorError as error:
+            return f"not safetensors: {error}"
+    return ""
 
 
 def _split_off_tokenizer(base: Path, tokenizer: Path) -> None:

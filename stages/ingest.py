@@ -6,18 +6,17 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
 
 from pydantic import Field
 
 from stages.lib.formats import Columns, Conversation, Format, check_turns, guess_format, read_conversation
 from stages.lib.json_stream import Broken, read_values
-from stages.lib.jsonl import write_json, write_line
+from stages.lib.jsonl import dump_line, write_json, write_line
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.params import Section
 from stages.lib.problem import Problem
@@ -74,12 +73,10 @@ def ingest(params: Params, raw: Path, examples: Path, report: Path) -> None:
     files = _files(raw)
     books = _Books(params)
     with fresh_folder(examples) as folder, fresh_file(report) as report_file, ExitStack() as stack:
-        out: dict[str, IO[str]] = {
-            name: stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n"))
-            for name in (*SPLITS, "rejected")
-        }
+        out = {split: stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS}
+        rejected = stack.enter_context((folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n"))
         for row in progress(_read(params, raw, files), "ingest"):
-            books.enter(row, out)
+            books.enter(row, out, rejected)
         counts = books.close()
         write_json(report_file, counts)
     print(
@@ -92,8 +89,7 @@ def ingest(params: Params, raw: Path, examples: Path, report: Path) -> None:
 # Reading
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One raw row: where it is, what its file says about it, and its value."""
 
     file: str
@@ -157,9 +153,10 @@ def _folder(raw: Path, path: Path) -> str | None:
 def _read(params: Params, raw: Path, files: list[Path]) -> Iterator[Row]:
     for path in files:
         name = path.relative_to(raw).as_posix()
+        folder = _folder(raw, path)
         given = next((kind for pattern, kind in params.formats.items() if fnmatch.fnmatch(name, pattern)), None)
         for number, value in read_values(path):
-            yield Row(name, number, _folder(raw, path), given, value)
+            yield Row(name, number, folder, given, value)
 
 
 # Checking
@@ -176,6 +173,8 @@ class Example(NamedTuple):
     """What the split follows."""
     digest: bytes
     """Hash of all texts, normalized: equal for rows that differ at most in white space, case and character width."""
+    normalized: list[str]
+    """The text of each message without such differences."""
 
 
 def _check(params: Params, row: Row) -> Example:
@@ -196,8 +195,11 @@ def _check(params: Params, row: Row) -> Example:
         for text in texts:
             if found := PLACEHOLDER.search(text):
                 raise Rejection("placeholder", found[0])
-    prompt = _normalize(next(m["content"] for m in conversation.messages if m["role"] == "user"))
-    return Example(conversation, kind, _hash(prompt), _group(params, value, prompt), _digest(conversation))
+    normalized = [_normalize(text) for text in texts]
+    first = next(n for n, message in enumerate(conversation.messages) if message["role"] == "user")
+    prompt = normalized[first]
+    group = _group(params, value, prompt)
+    return Example(conversation, kind, _hash(prompt), group, _digest(conversation, normalized), normalized)
 
 
 def _group(params: Params, value: dict[str, Any], prompt: str) -> str:
@@ -211,12 +213,15 @@ def _group(params: Params, value: dict[str, Any], prompt: str) -> str:
         raise Rejection("wrong_type", f"{params.group_by}: nested too deep") from None
 
 
-def _digest(conversation: Conversation) -> bytes:
-    parts = [
-        f"{message['role']}\0{_normalize(message['content'])}\0{json.dumps(message.get('tool_calls', 0), sort_keys=True)}"
-        for message in conversation.messages
-    ]
-    return _hash("\1".join([*parts, json.dumps(conversation.tools, sort_keys=True)]))
+def _digest(conversation: Conversation, normalized: list[str]) -> bytes:
+    parts = []
+    for message, text in zip(conversation.messages, normalized, strict=True):
+        parts += [message["role"], text]
+        if "tool_calls" in message:
+            parts.append(json.dumps(message["tool_calls"], sort_keys=True))
+    if conversation.tools:
+        parts.append(json.dumps(conversation.tools, sort_keys=True))
+    return _hash("\0".join(f"{len(part)} {part}" for part in parts))
 
 
 def _normalize(text: str) -> str:
@@ -245,7 +250,7 @@ class _Books:
         self.read = 0
         self.near = _NearDuplicates(params) if params.near_duplicates != "off" else None
 
-    def enter(self, row: Row, out: dict[str, IO[str]]) -> None:
+    def enter(self, row: Row, out: Mapping[str, BinaryIO], rejected: IO[str]) -> None:
         """Writes one row to a split or to the rejected ones."""
         self.read += 1
         file = self.files.setdefault(row.file, Counter())
@@ -257,14 +262,14 @@ class _Books:
             self.reasons[why.reason] += 1
             self.first.setdefault(why.reason, f"{row.source}: {why.detail}")
             raw = row.value.text if isinstance(row.value, Broken) else row.value
-            write_line(out["rejected"], {"source": row.source, "reason": why.reason, "detail": why.detail, "raw": raw})
+            write_line(rejected, {"source": row.source, "reason": why.reason, "detail": why.detail, "raw": raw})
             return
         self.seen[example.digest] = (row.file, row.number)
         self.prompts[split].add(example.prompt)
         self.kept[split] += 1
         file["rows_kept"] += 1
         file[example.format] += 1
-        write_line(out[split], _as_row(row, example))
+        out[split].write(dump_line(_as_row(row, example)))
 
     def _place(self, row: Row, example: Example) -> str:
         """The split of a row. Raises Rejection if it is a duplicate, or would take its prompt into a second split."""
@@ -345,7 +350,7 @@ class _NearDuplicates:
 
     def enter(self, source: str, split: str, example: Example) -> None:
         """Counts the row if it is near an earlier one. Raises Rejection if such rows are to be set aside."""
-        text = "\n".join(_normalize(message["content"]) for message in example.conversation.messages)
+        text = "\n".join(example.normalized)
         sketch = self._minhash(num_perm=PERMUTATIONS)
         sketch.update_batch({text[at : at + SHINGLE].encode() for at in range(max(1, len(text) - SHINGLE + 1))})
         near = [twin for twin in self._index.query(sketch) if self._rows[twin][1].jaccard(sketch) >= self._similarity]
@@ -360,6 +365,5 @@ class _NearDuplicates:
 
 def _as_row(row: Row, example: Example) -> dict[str, Any]:
     messages, tools = example.conversation
-    text = json.dumps([messages, tools] if tools else messages, ensure_ascii=False, sort_keys=True)
-    written = {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "source": row.source, "messages": messages}
-    return written | {"tools": tools} if tools else written
+    written: dict[str, Any] = {"messages": messages} | ({"tools": tools} if tools else {})
+    return {"id": hashlib.sha256(dump_line(written)).hexdigest()[:16], "source": row.source, **written}

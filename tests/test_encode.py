@@ -394,6 +394,18 @@ def test_with_or_without_the_engine_the_bytes_are_the_same(
     assert found[0] == found[1]
 
 
+def test_an_engine_that_is_replaced_gives_the_same_tokens(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {n} 你好" for n in range(40)]
+    whole = [encoded.ids.tolist() for encoded in Encoder(tiny_tokenizer).encode_batch(texts)]
+    loaded = []
+    load = encoder_module._load_engine
+    monkeypatch.setattr(encoder_module, "_load_engine", lambda fast: loaded.append(1) or load(fast))
+    monkeypatch.setattr(encoder_module, "CACHED_CHARACTERS", 100)
+    encoder = Encoder(tiny_tokenizer)
+    assert [encoder.encode(text) for text in texts] == whole
+    assert 1 < len(loaded) < len(texts)
+
+
 def test_an_engine_that_differs_is_found_and_put_aside(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,15 @@ def test_a_missing_shard_is_named(tmp_path: Path, model: Path) -> None:
     assert "model.safetensors.index.json names model-2.safetensors, which is not there" in said
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_file_is_named(tmp_path: Path, model: Path, name: str) -> None:
+    whole = (model / name).read_bytes()
+    (model / name).write_bytes(whole[: len(whole) - 9])
+    said = refused(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
+    assert f"{name}: not " in said
+    assert "get this file again" in said
+
+
 def test_code_comes_only_where_it_is_trusted(tmp_path: Path, model: Path) -> None:
     config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Config"}}
     (model / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from stages.lib import json_stream
 from stages.lib.json_stream import KEPT_TEXT, Broken, read_values
+from stages.lib.jsonl import dump_line, parse_line
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -131,8 +133,56 @@ def test_a_list_as_the_first_row_of_json_lines_is_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, b'[{"a": 1},\n{"a": 2}]\n', "x.jsonl") == [(1, {"a": 1}), (2, {"a": 2})]
 
 
-def test_a_broken_element_costs_the_rest_of_its_array_and_nothing_of_the_next_file(tmp_path: Path) -> None:
+@QUICK
+@given(
+    values=st.lists(
+        st.fixed_dictionaries({"a": JSON, "b": st.lists(st.fixed_dictionaries({"c": JSON}))}), min_size=2, max_size=6
+    ),
+    indent=st.sampled_from([None, 0, 2, "\t"]),
+    chunk=st.sampled_from([1, 7, 1 << 20]),
+    data=st.data(),
+)
+def test_a_broken_element_costs_itself_where_the_elements_begin_lines(
+    tmp_path: Path, values: list[Any], indent: Any, chunk: int, data: st.DataObject
+) -> None:
+    border = "\n" + (" " * indent if isinstance(indent, int) else indent or "")
+    texts = [json.dumps(value, indent=indent).replace("\n", border if indent != 0 else "\n ") for value in values]
+    broken = data.draw(st.integers(0, len(values) - 1))
+    at = data.draw(st.integers(1, len(texts[broken]) - 1))
+    damaged = texts[broken][:at]  # as if the rest of it were lost
+    text = "[" + border + f",{border}".join([*texts[:broken], damaged, *texts[broken + 1 :]]) + "\n]"
+    with mock.patch.object(json_stream, "CHUNK_BYTES", chunk):
+        found = [value for _, value in read(tmp_path, text.encode())]
+    assert found[:broken] == values[:broken]
+    lost = found[broken : len(found) - (len(values) - broken - 1)]
+    assert all(isinstance(value, Broken) for value in lost)
+    assert lost
+    assert found[broken + len(lost) :] == values[broken + 1 :]
+
+
+def test_a_missing_comma_between_lines_costs_nothing_and_rubbish_itself(tmp_path: Path) -> None:
+    assert read(tmp_path, b'[\n {"a": 1}\n {"a": 2}\n]') == [(1, {"a": 1}), (2, {"a": 2})]
+    found = read(tmp_path, b'[\n {"a": 1} oops\n {"a": 2},\n {"a": 3}\n]')
+    assert [value for _, value in found if not isinstance(value, Broken)] == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert found[1][1].text == "oops"
+
+
+def test_a_broken_element_costs_the_rest_of_an_array_in_one_line(tmp_path: Path) -> None:
     found = read(tmp_path, b'[{"a": 1}, {"b": }, {"c": 3}]')
     assert found[0] == (1, {"a": 1})
     assert found[1][1].text == '{"b": }, {"c": 3}]'
     assert len(found) == 2
+
+
+@QUICK
+@given(value=JSON)
+def test_a_line_that_is_written_is_read_as_it_was(value: Any) -> None:
+    line = dump_line(value)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    assert parse_line(line) == value
+
+
+def test_no_digit_of_a_long_integer_is_lost() -> None:
+    for number in (2**63, 2**64, -(10**30), 123456789012345678901234567890):
+        assert parse_line(dump_line({"n": number})) == {"n": number}

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from stages.lib.encoder import align
-from stages.lib.mask import Span, find_answers, learned_ranges, token_range
+from stages.lib.mask import Span, SpecialTokens, find_answers, learned_ranges, token_range
 from stages.lib.template import ChatTemplate, Untraceable
 from tests.tiny import PROJECT
 
@@ -23,7 +23,8 @@ MULTI = [
 
 
 EOS = {"eos_token": "</s>"}
-SPECIAL = ["</s>", "<|im_end|>", "<|im_start|>"]
+SPECIAL = SpecialTokens(["</s>", "<|im_end|>", "<|im_start|>"])
+NONE = SpecialTokens([])
 
 
 def renderer(source: str) -> ChatTemplate:
@@ -93,23 +94,23 @@ def test_an_answer_that_repeats_the_prompt_is_found_in_its_own_place() -> None:
 
 def test_a_template_may_strip_an_answer_but_not_change_or_drop_it() -> None:
     padded = [MULTI[0], {"role": "assistant", "content": " a1 \n"}]
-    text, spans, _ = find_answers(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, [], [])
+    text, spans, _ = find_answers(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, [], NONE)
     assert [text[span.start : span.end] for span in spans] == ["a1"]
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, [], [])
+        find_answers(renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, [], NONE)
     with pytest.raises(Untraceable, match="leaves out an answer"):
-        find_answers(renderer("{{ messages[0].content }}"), padded, [], [])
+        find_answers(renderer("{{ messages[0].content }}"), padded, [], NONE)
     twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
     with pytest.raises(Untraceable, match="writes one twice"):
-        find_answers(renderer(twice), padded, [], [])
+        find_answers(renderer(twice), padded, [], NONE)
 
 
 def test_rows_of_one_shape_are_checked_each_by_itself() -> None:
     shy = renderer("{% for m in messages %}{{ m.content if m.content != 'no' else 'NO' }}|{% endfor %}")
     for content in ("yes", "maybe"):
-        assert find_answers(shy, [MULTI[0], {"role": "assistant", "content": content}], [], [])[1]
+        assert find_answers(shy, [MULTI[0], {"role": "assistant", "content": content}], [], NONE)[1]
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(shy, [MULTI[0], {"role": "assistant", "content": "no"}], [], [])
+        find_answers(shy, [MULTI[0], {"role": "assistant", "content": "no"}], [], NONE)
 
 
 CALL = {
@@ -188,7 +189,7 @@ def tokens(text: str) -> tuple[list[str], list[int], list[tuple[int, int]]]:
 
 
 def learned(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_assistant") -> list[str]:
-    text, spans, _ = find_answers(built_in(name), messages, [], ["</s>"])
+    text, spans, _ = find_answers(built_in(name), messages, [], SpecialTokens(["</s>"]))
     pieces, ids, offsets = tokens(text)
     ranges = [token_range(span, offsets) for span in spans]
     chosen = {token for first, last in learned_ranges(spans, ranges, len(ids), labels_on) for token in range(first, last)}

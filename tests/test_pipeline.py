@@ -55,6 +55,8 @@ READ_BY = {
     "stages/lib/problem.py": ALL,
     "stages/lib/quantized.py": {"train", "merge"},
     "stages/lib/rejection.py": {"ingest", "encode"},
+    "stages/lib/rows.py": {"encode"},
+    "stages/lib/tally.py": {"encode"},
     "stages/lib/snapshot.py": ALL,
     "stages/lib/tokens.py": {"encode", "train", "merge"} | GENERATE,
     "stages/templates/alpaca.jinja": set(),

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from stages.lib.jsonl import read_json
-from stages.lib.mask import Span, token_range
+from stages.lib.mask import Span, SpecialTokens, token_range
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_START = "\u2581"
@@ -24,6 +24,10 @@ Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 CHECKED_AT_FIRST, CHECKED_THEN_EVERY = 200, 50
 """Texts of a process that go through both tokenizers: so many at first, then one in so many."""
+
+
+CACHED_CHARACTERS = 1 << 24
+"""The quick engine remembers every word that it has seen; after so much text a new one takes its place."""
 
 
 class Encoded(NamedTuple):
@@ -51,18 +55,18 @@ class Encoder:
         trust = "auto_map" in read_json(folder / "config.json")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.special_tokens = sorted({token for token in [*self.tokenizer.all_special_tokens, *added] if token})
-        self._special = re.compile("|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) or r"(?!)")
+        self.special = SpecialTokens([*self.tokenizer.all_special_tokens, *added])
         # Some tokenizers put a BOS before every text; then the model expects one.
-        bos = self.tokenizer.bos_token_id
-        self.bos_ids = [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+        self.bos_id = self.tokenizer.bos_token_id
+        begins = self.bos_id is not None and self.tokenizer("")["input_ids"][:1] == [self.bos_id]
+        self.bos_ids = [self.bos_id] if begins else []
         self.unk_id = self.tokenizer.unk_token_id
         self._fast: Any = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
         self._plain: Any = None
         self._bytes = _bytes_of_tokens(self._fast) if self._fast is not None else None
         self._use_engine = use_engine and self._bytes is not None
         self._engine: Any = None
-        self._seen = 0
+        self._seen = self._cached = 0
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -79,11 +83,6 @@ class Encoder:
         return str(
             self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-
-    def special_in(self, text: str) -> str | None:
-        """The first special token that stands in a user's text."""
-        found = self._special.search(text)
-        return found[0] if found else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """The tokens of each text, without any that a tokenizer would put around it.
@@ -120,13 +119,14 @@ class Encoder:
 
     def _flat(self, texts: list[str]) -> tuple[Ids, Any]:
         """The tokens of all texts end to end, and where each text's begin (texts + 1,)."""
-        if self._use_engine and self._engine is None:
-            self._engine = _load_engine(self._fast)
+        if self._use_engine and (self._engine is None or self._cached > CACHED_CHARACTERS):
+            self._engine, self._cached = _load_engine(self._fast), 0
             self._use_engine = self._engine is not None
         if not self._use_engine:
             lists = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
             bounds = np.cumsum([0, *map(len, lists)])
             return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(bounds[-1])), bounds
+        self._cached += sum(map(len, texts))
         flat, places = self._engine.encode_batch_flat(texts, add_special_tokens=False)
         ids, bounds = np.frombuffer(flat, np.uint32).astype(np.int32), np.frombuffer(places, np.uint64)
         self._check(texts, ids, bounds)

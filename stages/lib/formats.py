@@ -226,7 +226,7 @@ def check_turns(messages: list[Message], tools: list[dict[str, Any]]) -> None:
             found = text[error.start : error.start + 1]
             raise Rejection("bad_encoding", f"not UTF-8: {found!r} in a {message['role']} text") from None
     try:
-        json.dumps(tools, ensure_ascii=False).encode()
+        json.dumps(tools, ensure_ascii=False).encode() if tools else None
     except UnicodeEncodeError as error:
         raise Rejection("bad_encoding", f"not UTF-8: {error.object[error.start : error.start + 1]!r} in tools") from None
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages

@@ -6,6 +6,7 @@ with or without a byte order mark. Memory holds one value, or the piece of an ar
 
 import codecs
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,56 +94,53 @@ class _Pieces:
 
 
 def _lines(pieces: _Pieces) -> Iterator[tuple[int, Any]]:
+    decoder = _Decoder()
     number, line = 1, [b""]
     for piece in pieces:
         head, *rest = piece.split(b"\n")
         line.append(head)
         for following in rest:
-            yield from _line(number, b"".join(line))
+            yield from _line(number, b"".join(line), decoder)
             number, line = number + 1, [following]
     if pieces.torn:
         yield number, _broken(b"".join(line).decode("utf-8", errors="surrogateescape"), pieces.torn)
     else:
-        yield from _line(number, b"".join(line))
+        yield from _line(number, b"".join(line), decoder)
 
 
-def _line(number: int, line: bytes) -> Iterator[tuple[int, Any]]:
+def _line(number: int, line: bytes, decoder: "_Decoder") -> Iterator[tuple[int, Any]]:
     text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8", errors="surrogateescape")
     if text.strip():
-        yield number, _parse(text)
+        try:
+            yield number, decoder.decode(text)[0]
+        except (ValueError, RecursionError) as error:
+            yield number, _broken(text, error)
 
 
-def _parse(text: str) -> Any:
-    _not_json.clear()  # a line that broke behind a NaN leaves it there
-    try:
-        return _checked(DECODER.decode(text), text)
-    except (ValueError, RecursionError) as error:
-        return _broken(text, error)
+class _Decoder:
+    """Python's JSON decoder, which lets pass what is no JSON, and what it let pass in the value at hand."""
 
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._found.append, parse_int=self._integer)
 
-_not_json: list[str] = []
-"""What Python's decoder let pass in the value at hand, though it is no JSON."""
+    def decode(self, text: str, at: int = 0, *, whole: bool = True) -> tuple[Any, int]:
+        """The value at a character and where it ends; a Broken for it alone if there is NaN (pandas writes it) in it.
 
+        Raises ValueError if there is none, or, for a `whole` text, if more follows; RecursionError if it is nested too deep.
+        """
+        self._found.clear()
+        if whole:
+            value, end = self._decoder.decode(text), len(text)
+        else:
+            value, end = self._decoder.raw_decode(text, at)
+        return (_broken(text[at:end], f"{self._found[0]} is not JSON") if self._found else value), end
 
-def _constant(name: str) -> None:
-    _not_json.append(name)
-
-
-def _integer(digits: str) -> int | None:
-    if len(digits) > LONGEST_INTEGER:
-        _not_json.append(f"an integer of {len(digits)} digits")
-        return None
-    return int(digits)
-
-
-DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_integer)
-
-
-def _checked(value: Any, text: str) -> Any:
-    """The value, or a Broken for it alone if there is NaN (pandas writes it) or the like in it."""
-    if not _not_json:
-        return value
-    return _broken(text, f"{_not_json[0]} is not JSON")
+    def _integer(self, digits: str) -> int | None:
+        if len(digits) > LONGEST_INTEGER:
+            self._found.append(f"an integer of {len(digits)} digits")
+            return None
+        return int(digits)
 
 
 def _broken(text: str, why: object, length: int | None = None) -> Broken:
@@ -159,7 +157,10 @@ class _Text:
         self._pieces = pieces
         self._source = iter(pieces)
         self._decode = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape").decode
+        self._decoder = _Decoder()
         self.buffer, self.at, self.ended = "", 0, False
+        self.indent: str | None = None
+        """White space before the next character, back to its line's beginning; None if other text is before it there."""
 
     @property
     def torn(self) -> str:
@@ -183,63 +184,86 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no white space, "" at the end."""
         while True:
-            while self.at < len(self.buffer) and self.buffer[self.at] in " \t\r\n":
+            while self.at < len(self.buffer) and (space := self.buffer[self.at]) in " \t\r\n":
+                if space == "\n":
+                    self.indent = ""
+                elif self.indent is not None:
+                    self.indent += space
                 self.at += 1
             if self.at < len(self.buffer):
                 return self.buffer[self.at]
             if not self.more():
                 return ""
 
+    def skip(self) -> None:
+        """Steps over the next character."""
+        self.at += 1
+        self.indent = None
+
     def value(self) -> Any:
-        """The value that begins here, or a Broken that holds all that is left."""
+        """The value that begins here, or a Broken that holds all up to where the next may begin."""
+        indent = self.indent
         while True:
-            _not_json.clear()
             try:
-                value, end = DECODER.raw_decode(self.buffer, self.at)
+                value, end = self._decoder.decode(self.buffer, self.at, whole=False)
             except RecursionError as error:
-                return self.rest(error)
+                return self.broken(error, indent)
             except ValueError as error:
                 # An error well before the end of what is read is no matter of reading on, unless it is a string's start.
                 known = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated")
                 if (known and cast(json.JSONDecodeError, error).pos < len(self.buffer) - 16) or not self.more():
-                    return self.rest(self.torn or error)
+                    return self.broken(self.torn or error, indent)
                 continue
             # Behind what is read, a number may go on: 12 may be the start of 12.5.
             if self.buffer[end : end + 1] in tuple(" \t\r\n,]") or not self.more():
-                text, self.at = self.buffer[self.at : end], end
-                return _checked(value, text)
+                self.at, self.indent = end, None
+                return value
 
-    def rest(self, why: object) -> Broken:
-        """All that is left, as a Broken; reads to the end, and keeps only its beginning."""
-        text = self.buffer[self.at :]
-        kept, length = text[:KEPT_TEXT], len(text)
-        self.at = len(self.buffer)
-        while self.more():
-            length += len(self.buffer)
-            kept = (kept + self.buffer[:KEPT_TEXT])[:KEPT_TEXT]
-            self.at = len(self.buffer)
-        return _broken(kept, why, length)
+    def broken(self, why: object, indent: str | None) -> Broken:
+        """What stands here, as a Broken: up to the next object that begins a line behind the same white space, or the end.
+
+        In an array with an element a line, or one that is indented, that is the next element; what lies inside an element
+        is indented deeper. Where the elements do not begin lines (indent is None), nothing tells them apart for certain.
+        """
+        border = re.compile(rf"\n{re.escape(indent)}(?={{)") if indent is not None else re.compile(r"(?!)")
+        overlap = len(indent or "") + 2
+        kept, length, start = "", 0, self.at + 1
+        while True:
+            found = border.search(self.buffer, start)
+            end = found.start() if found else len(self.buffer) if self.ended else max(len(self.buffer) - overlap, self.at)
+            kept = (kept + self.buffer[self.at : min(end, self.at + KEPT_TEXT)])[:KEPT_TEXT]
+            length += end - self.at
+            self.at = start = end
+            if found or not self.more():
+                self.indent = None
+                return _broken(kept, why, length)
 
 
 def _array(text: _Text) -> Iterator[tuple[int, Any]]:
-    """The elements: where the array breaks off, those before are handed on, and the rest is one Broken."""
+    """The elements. One that is broken costs all up to the next; where the array breaks off, the rest is one Broken."""
     text.peek()
-    text.at += 1
-    number = 1
+    text.skip()
+    number = 0
     while text.peek() != "]":
+        number += 1
+        indent = text.indent
         if not text.peek():
-            yield number, text.rest(text.torn or "the array is not closed")
+            yield number, text.broken(text.torn or "the array is not closed", None)
             return
         value = text.value()
         yield number, value
-        number += 1
-        if text.at == len(text.buffer) and text.ended and isinstance(value, Broken):
+        after = text.peek()
+        if not after and isinstance(value, Broken):
             return  # it holds all that was left
-        if text.peek() == ",":
-            text.at += 1
-        elif text.peek() != "]":
-            yield number, text.rest(text.torn or "the array is not closed")
-            return
-    text.at += 1
+        if after == ",":
+            text.skip()
+        elif after == "{" and text.indent is not None and text.indent == indent:
+            pass  # a comma is missing, or the value was broken; here the next begins
+        elif after != "]":
+            number += 1
+            yield number, text.broken(text.torn or "the array is not closed", indent)
+            if not text.peek():
+                return
+    text.skip()
     if text.peek():
-        yield number, text.rest("text after the end of the array")
+        yield number + 1, text.broken("text after the end of the array", None)

@@ -5,10 +5,37 @@ a search for token patterns, and padding plays no part, so the stop token is lea
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stages.lib.template import ChatTemplate, Place, Untraceable
+
+
+class SpecialTokens:
+    """Finds special tokens in a text; where several fit, the longest is meant."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        ordered = sorted({token for token in tokens if token}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    def first_in(self, text: str) -> str | None:
+        """The first one in a text."""
+        found = self._pattern.search(text)
+        return found[0] if found else None
+
+    def at(self, text: str, place: int) -> str:
+        """The one that begins at a character, "" if none does."""
+        found = self._pattern.match(text, place)
+        return found[0] if found else ""
+
+    def last(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """The characters [start, end) of the last one that lies between two, (start, start) if none does."""
+        place = (start, start)
+        for found in self._pattern.finditer(text, start, end):
+            place = found.span()
+        return place
+
 
 LabelsOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
 
@@ -29,7 +56,7 @@ def find_answers(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any],
-    special_tokens: Sequence[str],
+    special: SpecialTokens,
 ) -> tuple[str, list[Span], list[Place] | None]:
     """The rendered conversation, where its answers are, and where all its texts are (None with tools).
 
@@ -37,7 +64,7 @@ def find_answers(
         template: The chat template.
         messages: Rows of `messages`: role, content, and `"train": False` for an answer that is not learned.
         tools: What the assistant may call; usually nothing.
-        special_tokens: The texts of the tokenizer's special tokens.
+        special: The tokenizer's special tokens.
 
     Raises:
         Untraceable: If the answers do not stand in the text as they are.
@@ -46,21 +73,17 @@ def find_answers(
     text = template.render(messages, tools)
     if tools or any("tool_calls" in message for message in messages):
         # How a call is written is the template's affair, so there is no text to look for.
-        return text, _spans_by_prefix(template, messages, tools, text, special_tokens), None
+        return text, _spans_by_prefix(template, messages, tools, text, special), None
     places = template.places(messages, text)
     answers = [place for place in places if messages[place.message]["role"] == "assistant" and place.field == "content"]
     if [place.message for place in answers] != [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
         raise Untraceable("the template leaves out an answer, or writes one twice")
     spans = []
     for place in answers:
-        stop = _stop(text, place.end, special_tokens)
+        stop = special.at(text, place.end)
         start, learned = place.start - (place.lead or 0), messages[place.message].get("train", True)
         spans.append(Span(start, place.end + len(stop), learned, stop, prompted=place.lead is not None))
     return text, spans, places
-
-
-def _stop(text: str, at: int, special_tokens: Sequence[str]) -> str:
-    return max((token for token in special_tokens if text.startswith(token, at)), key=len, default="")
 
 
 def _spans_by_prefix(
@@ -68,7 +91,7 @@ def _spans_by_prefix(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any],
     text: str,
-    special_tokens: Sequence[str],
+    special: SpecialTokens,
 ) -> list[Span]:
     """An answer is what a conversation has more than the prompt for it, if the whole begins with both."""
     spans = []
@@ -82,10 +105,10 @@ def _spans_by_prefix(
         if not text.startswith(through):
             raise Untraceable(f"the template writes the answer in message {number + 1} otherwise when more follows")
         # The stop token is the last thing in the text but white space, or there is none.
-        ends = [(through.rfind(token), token) for token in special_tokens if token in through[len(prompt) :]]
-        at, stop = max(ends, default=(len(through), ""))
-        if through[at + len(stop) :].strip():
-            at, stop = len(through), ""
+        at, end = special.last(through, len(prompt), len(through))
+        if at == end or through[end:].strip():
+            at = end = len(through)
+        stop = through[at:end]
         _check_answer(message, through[len(prompt) : at], number)
         spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop, prompted=True))
     return spans

@@ -46,6 +46,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         self._template = environment.from_string(source)
+        # Jinja keeps a chain of mappings, and walks it at every rendering, which takes longer than a short template.
+        self._template.globals = dict(self._template.globals)
         self._layouts: dict[tuple[tuple[str, ...], ...], _Layout] = {}
 
     def render(
