@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoTokenizer, GenerationConfig, set_seed
 from transformers.utils import logging
 
-from stages.lib.device import DtypeName, pick_device, pick_dtype
+from stages.lib.device import DtypeName
 from stages.lib.jsonl import read_json, write_jsonl
+from stages.lib.model import load_model
 from stages.lib.output import fresh_file
 from stages.lib.params import Section
 from stages.lib.tokens import read_tokens, stop_token_ids
@@ -62,16 +63,9 @@ class _Answerer:
 
     def __init__(self, params: Params, folder: Path, stops: list[int]) -> None:
         set_seed(params.seed)
-        device = pick_device()
         trust = read_json(folder / "manifest.json")["trust_remote_code"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=pick_dtype(params.dtype, device),
-            device_map={"": device},
-            trust_remote_code=trust,
-            use_safetensors=True,
-        ).eval()
+        self.model = load_model(folder, params.dtype)
         default = self.model.generation_config.eos_token_id
         defaults = default if isinstance(default, list) else [default]
         # The template's stop tokens, and those that the model itself came with.

@@ -1,24 +1,23 @@
 """Streams the adapter into the base's weights, and proves that the merged model is the model that was trained."""
 
 import json
-import math
 import shutil
 import struct
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from pydantic import Field
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from stages.lib.adapter import INITIAL, load_adapter, lora_scale, without
 from stages.lib.batch import pad
-from stages.lib.device import pick_device, pick_dtype
+from stages.lib.device import pick_device
 from stages.lib.jsonl import read_json, write_json
 from stages.lib.loss import label_logits
+from stages.lib.model import ADAPTER, load_model
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.params import Section
 from stages.lib.problem import Problem
@@ -55,13 +54,18 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
     table = read_tokens(validation)
     rows = table.slice(0, params.parity_rows).to_pylist()
     with fresh_folder(merged) as folder:
-        changed = _merge_weights(params, settings, base, adapter, folder)
+        lora = _Lora(adapter)
+        _merge_weights(params, settings, base, adapter, lora, folder)
+        if not lora.layers:
+            _keep_beside(adapter, folder)
         _copy_the_rest(base, template, stop_token_ids(table), folder)
-        parity = _compare(_trained_logits(base, adapter, settings, rows), _merged_logits(folder, settings, rows))
+        trained = _trained_logits(base, adapter, settings, rows)
+        parity = _compare(trained, _Logits.of(load_model(folder, settings.dtype), rows))
         figures = {
             "model": read_json(base / "manifest.json")["model"],
             "base": params.base,
-            "merged_layers": changed,
+            "method": lora.kind.lower(),
+            "merged_layers": len(lora.layers),
             "rows": len(rows),
             **parity,
         }
@@ -69,8 +73,9 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
         _write_card(folder, base, adapter, figures)
     with fresh_file(report) as file:
         write_json(file, figures)
+    kept = f"{len(lora.layers)} layers" if lora.layers else f"{lora.kind.lower()}, kept beside the weights,"
     print(
-        f"merge: {changed} layers into {merged}; mean KL {parity['mean_kl']:.2e}, the likeliest token agrees at "
+        f"merge: {kept} into {merged}; mean KL {parity['mean_kl']:.2e}, the likeliest token agrees at "
         f"{100 * parity['top1_agreement']:.2f} % of {parity['tokens']:,} positions"
     )
 
@@ -78,44 +83,68 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
 # Weights
 
 
-def _merge_weights(params: Params, settings: Quantization, base: Path, adapter: Path, folder: Path) -> int:
-    """Writes the shards, and returns how many layers got a low-rank product."""
-    lora = _Lora(adapter)
+def _merge_weights(params: Params, settings: Quantization, base: Path, adapter: Path, lora: "_Lora", folder: Path) -> None:
+    """Writes the shards."""
     quantized = set(read_json(adapter / "training.json")["quantized_layers"])
     rounded = {f"{name}.weight" for name in quantized} if params.base == "dequantized" else set()
     shards = sorted(base.glob("*.safetensors"))
     names = {name for shard in shards for name in _header(shard)[0] if name != "__metadata__"}
-    problems = [f"{adapter}: trained {name}, which {base} does not have" for name in sorted(set(lora.pairs) - names)]
+    problems = [f"{adapter}: trained {name}, which {base} does not have" for name in sorted(set(lora.layers) - names)]
     problems += [f"{adapter}: quantized {name}, which {base} does not have" for name in sorted(rounded - names)]
     if problems:
         raise Problem(*problems)
     for shard in shards:
         _merge_shard(shard, folder / shard.name, lora, rounded, settings)
-    return len(lora.pairs)
 
 
 class _Lora:
-    """The adapter's factors by the name of the weight that they are added to."""
+    """What an adapter does to the weights, by their names; nothing at all if it is no LoRA."""
 
     def __init__(self, adapter: Path) -> None:
         config = read_json(adapter / "adapter_config.json")
-        unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-        if config["peft_type"] != "LORA" or config["bias"] != "none" or unknown:
-            raise Problem(f"{adapter}: cannot merge {config['peft_type']} with {', '.join(unknown) or 'bias'}")
-        self.scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        self.pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name in tensors:
-            if name.endswith(".lora_A.weight"):
-                stem = name.removesuffix(".lora_A.weight")
-                weight = stem.removeprefix("base_model.model.") + ".weight"
-                self.pairs[weight] = (tensors[name], tensors[f"{stem}.lora_B.weight"])
-        if 2 * len(self.pairs) != len(tensors):
-            raise Problem(f"{adapter}: holds tensors that are no LoRA pair; train it again")
+        self.kind = config["peft_type"]
+        self.layers: dict[str, dict[str, torch.Tensor]] = {}
+        self.first: dict[str, dict[str, torch.Tensor]] = {}
+        """PiSSA's and OLoRA's factors at the beginning, which were taken out of the base."""
+        if self.kind in ("P_TUNING", "PREFIX_TUNING"):
+            return
+        unknown = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+        if self.kind != "LORA" or config["bias"] != "none" or unknown:
+            raise Problem(f"{adapter}: cannot merge {self.kind} with {', '.join(unknown) or 'bias'}")
+        self.scale, self.transposed = lora_scale(config), config["fan_in_fan_out"]
+        self.layers = self._read(adapter / "adapter_model.safetensors", dora=config["use_dora"])
+        if (adapter / INITIAL).exists():
+            self.first = self._read(adapter / INITIAL, dora=False)
+
+    def _read(self, path: Path, *, dora: bool) -> dict[str, dict[str, torch.Tensor]]:
+        parts = {".lora_A.weight": "A", ".lora_B.weight": "B"} | ({".lora_magnitude_vector": "length"} if dora else {})
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(path).items():
+            ending = next((ending for ending in parts if name.endswith(ending)), None)
+            if ending is None:
+                raise Problem(f"{path}: holds {name}, which is no part of a LoRA; train it again")
+            weight = name.removesuffix(ending).removeprefix("base_model.model.") + ".weight"
+            layers.setdefault(weight, {})[parts[ending]] = tensor
+        short = sorted(weight for weight, found in layers.items() if len(found) != len(parts))
+        if short:
+            raise Problem(f"{path}: holds tensors for {short[0]} that are no LoRA pair; train it again")
+        return layers
+
+    def base_of(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """A base's weight as training began with it, before it was rounded."""
+        if name not in self.first:
+            return weight
+        a, b = (self.first[name][part].to(weight) for part in "AB")
+        return without(weight, a, b, self.scale, transposed=self.transposed)
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        a, b = (factor.to(weight) for factor in self.pairs[name])
-        return torch.addmm(weight, b, a, alpha=self.scale)
+        """The weight with the layer's product, and with DoRA's length of each row."""
+        layer = {part: tensor.to(weight) for part, tensor in self.layers[name].items()}
+        flat = weight.T if self.transposed else weight
+        flat = torch.addmm(flat, layer["B"], layer["A"], alpha=self.scale)
+        if "length" in layer:
+            flat = flat * (layer["length"] / torch.linalg.norm(flat, dim=1)).unsqueeze(1)
+        return flat.T if self.transposed else flat
 
 
 def _header(shard: Path) -> tuple[dict[str, Any], bytes]:
@@ -136,16 +165,24 @@ def _merge_shard(shard: Path, target: Path, lora: _Lora, rounded: set[str], sett
             start, end = entry["data_offsets"]
             reader.seek(len(raw) + start)
             data = bytearray(reader.read(end - start))
-            if name in lora.pairs or name in rounded:
+            if name in lora.layers or name in rounded:
                 dtype = DTYPES[entry["dtype"]]
                 original = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-                weight = round_trip(original, settings) if name in rounded else original.to(pick_device()).float()
-                if name in lora.pairs:
+                weight = lora.base_of(original.to(pick_device()).float(), name)
+                weight = round_trip(weight, settings) if name in rounded else weight
+                if name in lora.layers:
                     weight = lora.add_to(weight, name)
                 # numpy has no bfloat16, so the bytes go out as integers.
                 writer.write(weight.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
             else:
                 writer.write(data)
+
+
+def _keep_beside(adapter: Path, folder: Path) -> None:
+    """Virtual tokens and prefixes are no part of any weight: the adapter goes along, and `generate` loads it."""
+    (folder / ADAPTER).mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, folder / ADAPTER / name)
 
 
 def _copy_the_rest(base: Path, template: Path, stops: list[int], folder: Path) -> None:
@@ -173,19 +210,7 @@ def _copy_the_rest(base: Path, template: Path, stops: list[int], folder: Path) -
 
 def _trained_logits(base: Path, adapter: Path, settings: Quantization, rows: list[dict[str, Any]]) -> "_Logits":
     model = load_quantized(base, settings).model
-    return _Logits.of(PeftModel.from_pretrained(model, str(adapter)).eval(), rows)
-
-
-def _merged_logits(folder: Path, settings: Quantization, rows: list[dict[str, Any]]) -> "_Logits":
-    device = pick_device()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=pick_dtype(settings.dtype, device),
-        device_map={"": device},
-        trust_remote_code=read_json(folder / "manifest.json")["trust_remote_code"],
-        use_safetensors=True,
-    )
-    return _Logits.of(model.eval(), rows)
+    return _Logits.of(load_adapter(model, base, settings, adapter), rows)
 
 
 class _Logits:
@@ -246,11 +271,20 @@ def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]
     config = read_json(adapter / "adapter_config.json")
     write_json(folder / "provenance.json", {"base": manifest, "training": training, "parity": figures})
     quantization = training["quantization"]["quantization"]
+    if figures["method"] == "lora":
+        how = (
+            f"LoRA with r={config['r']} and lora_alpha={config['lora_alpha']}, trained on the base in {quantization} and "
+            f"merged into its {figures['base']} weights."
+        )
+    else:
+        how = (
+            f"{figures['method']} with {config['num_virtual_tokens']} virtual tokens, trained on {quantization} weights. "
+            f"It cannot be merged into weights: load this folder's {figures['base']} weights with Transformers, then "
+            f'PeftModel.from_pretrained(model, "{ADAPTER}") from the folder inside it.'
+        )
     (folder / "README.md").write_text(
         f"# {manifest['model']}, fine-tuned\n\n"
-        f"Base: {manifest['model']} at {manifest['revision']}. LoRA with r={config['r']} and "
-        f"lora_alpha={config['lora_alpha']}, trained on the base in {quantization} and merged into its {figures['base']} "
-        "weights.\n\n"
+        f"Base: {manifest['model']} at {manifest['revision']}. {how}\n\n"
         f"Measured against the trained model on {figures['tokens']} tokens: mean KL {figures['mean_kl']:.2e} nats, the "
         f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %. `provenance.json` has the rest.\n",
         encoding="utf-8",

@@ -1,53 +1,37 @@
-"""Trains a LoRA adapter on the quantized base model."""
+"""Trains an adapter on the quantized base model."""
 
-import contextlib
-import dataclasses
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import sys
+import platform
+import resource
+import subprocess
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
 from pydantic import Field
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 from transformers.utils import logging
 
-from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
-from stages.lib.jsonl import read_json, write_json
-from stages.lib.labels import IGNORE
-from stages.lib.loss import label_logits, next_token_loss
+from stages.lib import distributed
+from stages.lib.adapter import Adapter, add_adapter, initial_factors, save_adapter
+from stages.lib.arguments import make_arguments
+from stages.lib.batch import use_flat_rows
+from stages.lib.checkpoints import last_checkpoint, open_checkpoints
+from stages.lib.device import pick_device
+from stages.lib.jsonl import write_json
+from stages.lib.loss import load_loss
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.problem import Problem
+from stages.lib.provenance import fingerprint, inputs_of, write_provenance
 from stages.lib.quantized import Quantization, load_quantized
-from stages.lib.tokens import read_tokens
-
-KEPT_CHECKPOINTS = 2
-"""With one alone, a run killed while the newer is written and the older removed would have none."""
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+from stages.lib.tokens import TokenRows, read_tokens
+from stages.lib.trainer import AdapterTrainer
 
 
-class Params(Quantization):
+class Params(Quantization, Adapter):
     """Quantization, adapter and optimization. PEFT's and TrainingArguments' names."""
 
-    r: int = Field(gt=0)
-    """Rank of the adapter: its size, and how much it can learn."""
-    lora_alpha: float = Field(gt=0)
-    """The adapter's product is scaled by lora_alpha / r; usually one or two times r."""
-    lora_dropout: float = Field(ge=0, lt=1)
-    """Share of the adapter's inputs that are left out at random."""
-    use_rslora: bool
-    """Scale by lora_alpha / sqrt(r), which keeps large ranks learning."""
-    target_modules: Literal["all-linear"] | list[str]
-    """Which layers get an adapter: all linear ones but the output head, or a list of names (baichuan's is W_pack)."""
     num_train_epochs: float = Field(gt=0)
     """How often every row is seen."""
     per_device_train_batch_size: int = Field(gt=0)
@@ -80,292 +64,201 @@ class Params(Quantization):
     """For the adapter's first weights and for dropout."""
     data_seed: int
     """For the order of the rows."""
+    loss: str
+    """A Python file with a function `loss`: what is minimized; stages/losses/cross_entropy.py says how to write another."""
+    label_weights: dict[int, float]
+    """Token id to how much it counts in the loss, where that is not 1: {2: 5.0} for a stop token that is learned late."""
+    label_smoothing_factor: float = Field(ge=0, lt=1)
+    """Share of the target that is spread over all tokens; the validation loss is measured without."""
+    neftune_noise_alpha: float = Field(ge=0)
+    """Noise on the embeddings (Jain et al. 2023): 5 is usual, 0 is none; rows are then padded, which is slower."""
+    early_stopping_patience: int = Field(ge=0)
+    """Stops when the validation loss was not the best so many times in a row; 0: never."""
+    load_best_model_at_end: bool
+    """Keeps the adapter of the checkpoint with the best validation loss, not the last; eval_steps must divide save_steps."""
+    num_processes: int = Field(gt=0)
+    """GPUs of this machine to train on, each with its own batches: rows a step are so many times as many."""
+    training_arguments: dict[str, Any]
+    """Any other field of Transformers' TrainingArguments, by its name."""
     full_determinism: bool
     """On a GPU, the same bytes at every run, at some cost in speed; the CPU needs no such switch."""
 
 
-def train(params: Params, tokens: Path, validation: Path, base: Path, adapter: Path, report: Path, curves: Path) -> None:
+OURS = ("loss", "label_weights", "early_stopping_patience", "num_processes", "training_arguments")
+"""Parameters of `Params` itself that are no fields of TrainingArguments."""
+
+
+def train(
+    params: Params,
+    tokens: Path,
+    validation: Path,
+    base: Path,
+    loss: Path,
+    adapter: Path,
+    report: Path,
+    curves: Path,
+    machine: Path,
+) -> None:
     """Learns an adapter for `base` from the rows in `tokens`, and follows the loss on those in `validation`.
 
-    `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, and training.json, which tells `merge` how the
-    base was quantized. `report` gets the final losses and counts, `curves` train.csv and validation.csv by optimizer step.
+    `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, training.json, which tells `merge` how the base
+    was quantized, and provenance.json. `report` gets the final losses and counts, `curves` train.csv and validation.csv by
+    optimizer step. `machine` gets what differs between equal runs (time, memory, device, date); it is no output for DVC.
 
     A run that is killed goes on from its last checkpoint and ends in the same bytes; a checkpoint is only ever used by a
     run with the same parameters, data, base, code and packages.
 
-    Raises Problem if another process trains the same, if a parameter does not fit the model, or if the loss is not finite.
+    Raises Problem if another process trains the same, if a parameter does not fit the model or the memory, or if the loss
+    is not finite.
     """
-    rows, validation_rows = read_tokens(tokens).to_pylist(), read_tokens(validation).to_pylist()
-    with _checkpoints(_fingerprint(params, tokens, validation, base)) as checkpoints:
+    paths = (tokens, validation, base, loss, adapter, report, curves, machine)
+    if params.num_processes > 1 and not distributed.is_launched():
+        _check_gpus(params)
+        distributed.launch(train, params.num_processes, params, *paths)
+        return
+    distributed.join(cpu=not torch.cuda.is_available())
+    started = time.monotonic()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _check_together(params)
+    rows, validation_rows = TokenRows(read_tokens(tokens)), TokenRows(read_tokens(validation))
+    read = inputs_of("train", params.model_dump(), {str(path): path for path in (tokens, validation, base)}, Path())
+    with open_checkpoints(fingerprint(read), main=distributed.is_main()) as checkpoints:
         set_seed(params.seed)  # before the adapter: its first weights are random
         quantized = load_quantized(base, params)
-        flat = use_flat_rows(quantized.model)
-        model = _with_adapter(params, quantized.model)
-        arguments = _arguments(params, checkpoints, model.dtype, cpu=model.device.type == "cpu")
-        trainer = _Trainer(params, model, arguments, rows, validation_rows, flat=flat)
+        flat = params.method == "lora" and not params.neftune_noise_alpha and use_flat_rows(quantized.model)
+        if params.gradient_checkpointing:
+            quantized.model.enable_input_require_grads()
+        model = add_adapter(quantized.model, base, params, params)
+        first = initial_factors(model, params)
+        given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
+        arguments = make_arguments(
+            given, params.training_arguments, checkpoints, model.dtype, cpu=model.device.type == "cpu"
+        )
+        function = load_loss(loss, model.config.vocab_size, params.label_weights, params.label_smoothing_factor)
+        trainer = AdapterTrainer(
+            model,
+            arguments,
+            rows,
+            validation_rows,
+            function,
+            flat=flat,
+            early_stopping_patience=params.early_stopping_patience,
+        )
+        trainer.try_longest()
         before = trainer.measure()
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+        trainer.accelerator.wait_for_everyone()  # the main process may still be removing what a killed run left
+        last = last_checkpoint(checkpoints)
+        if last and distributed.is_main():
+            print(f"train: goes on from {Path(last).name}", flush=True)
+        with trainer.interruptible():
+            trainer.train(resume_from_checkpoint=last)
         after = trainer.measure()
-        _save(params, model, quantized.layers, adapter)
-    history = trainer.state.log_history
-    results = _results(model, rows, before, after, steps=trainer.state.global_step)
-    with fresh_file(report) as file:
-        write_json(file, results)
-    with fresh_folder(curves) as folder:
-        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        validated = [(0, before["loss"])] + [
-            (entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry
-        ]
-        validated += [(trainer.state.global_step, after["loss"])] if validated[-1][0] < trainer.state.global_step else []
-        _write_curve(folder / "train.csv", points)
-        _write_curve(folder / "validation.csv", validated)
+        if distributed.is_main():
+            _save(params, model, quantized.layers, first, read, adapter)
+    if not distributed.is_main():
+        return
+    _write_report(trainer, rows, before, after, report)
+    _write_curves(trainer, before, after, curves)
+    _write_machine(trainer, started, last, machine)
     print(f"train: validation loss {before['loss']:.4f} before, {after['loss']:.4f} after {trainer.state.global_step} steps")
 
 
-def _with_adapter(params: Params, model: Any) -> Any:
-    """The model with a fresh LoRA adapter in float32. Raises Problem if target_modules do not fit it."""
-    if params.gradient_checkpointing:
-        model.enable_input_require_grads()
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=params.r,
-        lora_alpha=params.lora_alpha,
-        lora_dropout=params.lora_dropout,
-        use_rslora=params.use_rslora,
-        target_modules=params.target_modules,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if _is_linear(layer)})
+def _check_gpus(params: Params) -> None:
+    if torch.cuda.is_available() and torch.cuda.device_count() < params.num_processes:
         raise Problem(
-            f"params.yaml: train.target_modules: {' '.join(str(error).split())} Linear layers here: {', '.join(names)}"
-        ) from None
-
-
-def _is_linear(layer: torch.nn.Module) -> bool:
-    return isinstance(layer, torch.nn.Linear)
-
-
-def _arguments(params: Params, checkpoints: Path, dtype: torch.dtype, *, cpu: bool) -> TrainingArguments:
-    """Transformers' arguments. Raises Problem if a value is not one of theirs."""
-    passed = params.model_dump(exclude={*Quantization.model_fields, *LORA_FIELDS, "gradient_checkpointing"})
-    if params.gradient_checkpointing:
-        # Transformers 5.23 renames it, and warns of the name that 5.17 needs.
-        names = {field.name for field in dataclasses.fields(TrainingArguments)}
-        prefix = "activation" if "activation_checkpointing" in names else "gradient"
-        passed |= {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(checkpoints),
-            use_cpu=cpu,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            eval_strategy="steps",
-            save_strategy="steps",
-            save_total_limit=KEPT_CHECKPOINTS,
-            report_to=[],
-            disable_tqdm=not sys.stderr.isatty(),
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            **passed,
+            f"params.yaml: train.num_processes: {params.num_processes}, but there are {torch.cuda.device_count()} GPUs"
         )
-    except ValueError as error:
-        raise Problem(f"params.yaml: train: {' '.join(str(error).split())}") from None
-    # One process drives one GPU. The Trainer would split each batch over all that it sees, with DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
-LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-
-
-class _Trainer(Trainer):  # type: ignore[misc]
-    """Transformers' Trainer with Loratory's loss, order of rows and measure."""
-
-    def __init__(
-        self,
-        params: Params,
-        model: Any,
-        arguments: TrainingArguments,
-        rows: list[dict[str, Any]],
-        validation: list[dict[str, Any]],
-        *,
-        flat: bool,
-    ) -> None:
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=validation,
-            data_collator=flatten if flat else pad,
-            callbacks=[_Watch(rows)],
+def _check_together(params: Params) -> None:
+    """Raises Problem with all values that cannot stand together."""
+    problems = []
+    if params.method == "prefix_tuning" and params.gradient_checkpointing:
+        problems.append(
+            "params.yaml: train.gradient_checkpointing: must be false for prefix_tuning: the prefix is handed to the layers "
+            "as a cache, which a layer that is computed twice would read twice"
         )
-        self.remove_callback(PrinterCallback)  # _Watch says the same in words
-        self.params = params
-        # The loss below divides by the labels of the whole step; without this the Trainer would divide once more.
-        self.model_accepts_loss_kwargs = True
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        logits, labels = label_logits(self.accelerator.unwrap_model(model), inputs)
-        loss = next_token_loss(logits, labels, num_items_in_batch if num_items_in_batch is not None else len(labels))
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
-        return Shuffled(len(self.train_dataset), self.params.data_seed)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        measured = self.measure()
-        metrics = {"eval_loss": measured["loss"], "eval_token_accuracy": measured["token_accuracy"]}
-        self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def measure(self) -> dict[str, float]:
-        """Loss a label and share of labels that are the likeliest token, over all labels of validation."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        loss, right, labels_seen = 0.0, 0, 0
-        rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))
-        size = self.params.per_device_eval_batch_size
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for start in range(0, len(rows), size):
-                batch = {
-                    name: tensor.to(model.device) for name, tensor in self.data_collator(rows[start : start + size]).items()
-                }
-                logits, labels = label_logits(model, batch)
-                loss += next_token_loss(logits, labels, 1).item()
-                right += int((logits.argmax(-1) == labels).sum())
-                labels_seen += len(labels)
-        model.train(was_training)
-        return {"loss": loss / labels_seen, "token_accuracy": right / labels_seen}
+    if params.load_best_model_at_end and params.save_steps % params.eval_steps:
+        problems.append(
+            f"params.yaml: train.save_steps: {params.save_steps} is no multiple of train.eval_steps, {params.eval_steps}; "
+            "load_best_model_at_end needs a loss for every checkpoint"
+        )
+    if problems:
+        raise Problem(*problems)
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Marks whole checkpoints, stops at a loss that is not finite, and tells how it goes where there is no bar."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.mean_tokens = sum(len(row["input_ids"]) for row in rows) / len(rows)
-        self.started: tuple[int, float] | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = self.started or (state.global_step, time.monotonic())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        loss = logs.get("loss", 0.0)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise Problem(
-                f"the loss is {loss} at step {state.global_step}; lower train.learning_rate, or set train.dtype to bfloat16 "
-                "or float32"
-            )
-        if "loss" in logs and args.disable_tqdm and self.started:
-            first, since = self.started
-            seconds = time.monotonic() - since
-            rows = (state.global_step - first) * args.train_batch_size * args.gradient_accumulation_steps
-            left = seconds / max(1, state.global_step - first) * (state.max_steps - state.global_step)
-            print(
-                f"train: step {state.global_step}/{state.max_steps}, loss {loss:.4f}, "
-                f"{rows * self.mean_tokens / seconds:,.0f} tokens/s, {left / 60:.1f} min left",
-                flush=True,
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        with (folder / WHOLE).open("wb") as mark:
-            os.fsync(mark.fileno())
+# Outputs
 
 
-WHOLE = "whole"
-"""The file that is written last into a checkpoint."""
-
-
-def _last_whole_checkpoint(checkpoints: Path) -> str | None:
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / WHOLE).exists():
-            shutil.rmtree(folder)
-    last: str | None = get_last_checkpoint(str(checkpoints))
-    if last:
-        print(f"train: goes on from {Path(last).name}")
-    return last
-
-
-def _fingerprint(params: Params, *inputs: Path) -> str:
-    """Names all that the training reads, so that no other run takes up its checkpoints."""
-    digest = hashlib.sha256(params.model_dump_json().encode())
-    digest.update(" ".join(f"{package}=={version(package)}" for package in PACKAGES).encode())
-    code = [Path(__file__), *sorted((Path(__file__).parent / "lib").glob("*.py"))]
-    manifests = [path / "manifest.json" if path.is_dir() else path for path in inputs]
-    for file in [*code, *manifests]:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _checkpoints(fingerprint: str) -> Iterator[Path]:
-    """The folder for this run's checkpoints, held against a second trainer, and removed when the run ends well.
-
-    It lies outside every output, since DVC deletes those before a stage runs, and below DVC_ROOT, which in a run of
-    `dvc exp run --temp` or of the queue is still the project's own folder.
-    """
-    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / fingerprint
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise Problem(
-                f"process {lock.read().strip()} is training the very same (same data, base, code and parameters); wait for "
-                f"it, or end it with: kill {lock.read().strip()}"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield folder
-    shutil.rmtree(folder)
-
-
-def _save(params: Params, model: Any, quantized_layers: list[str], adapter: Path) -> None:
-    """PEFT's two files and ours, the same bytes for the same adapter."""
+def _save(
+    params: Params,
+    model: Any,
+    quantized_layers: list[str],
+    first: dict[str, torch.Tensor],
+    read: dict[str, Any],
+    adapter: Path,
+) -> None:
+    settings = params.model_dump(include=set(Quantization.model_fields))
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")  # what "auto" came to here
     with fresh_folder(adapter) as folder:
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)
-        config = read_json(folder / "adapter_config.json")
-        for key, value in config.items():
-            if isinstance(value, list):
-                config[key] = sorted(value)  # PEFT writes sets, in an order that changes from run to run
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        settings = params.model_dump(include=set(Quantization.model_fields))
-        settings["dtype"] = str(model.dtype).removeprefix("torch.")  # what "auto" came to here
-        packages = {package: version(package) for package in PACKAGES}
-        training = {"quantization": settings, "quantized_layers": quantized_layers, "packages": packages}
-        write_json(folder / "training.json", training)
+        save_adapter(model, folder, first)
+        write_json(folder / "training.json", {"quantization": settings, "quantized_layers": quantized_layers})
+        write_provenance(folder, read)
 
 
-def _results(
-    model: Any, rows: list[dict[str, Any]], before: dict[str, float], after: dict[str, float], steps: int
-) -> dict[str, Any]:
-    return {
+def _write_report(
+    trainer: AdapterTrainer, rows: TokenRows, before: dict[str, float], after: dict[str, float], report: Path
+) -> None:
+    counts = {
         "rows": len(rows),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-        "label_tokens": sum(label != IGNORE for row in rows for label in row["labels"]),
-        "steps": steps,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tokens": int(rows.lengths.sum()),
+        "label_tokens": rows.label_tokens,
+        "steps": trainer.state.global_step,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    if best:
+        counts["best_step"] = int(Path(best).name.rpartition("-")[2])
+    losses = {
         "validation_loss_before": before["loss"],
         "validation_loss": after["loss"],
         "validation_token_accuracy_before": before["token_accuracy"],
         "validation_token_accuracy": after["token_accuracy"],
     }
+    with fresh_file(report) as file:
+        write_json(file, counts | losses)
 
 
-def _write_curve(path: Path, points: list[tuple[int, float]]) -> None:
-    lines = "".join(f"{step},{loss}\n" for step, loss in points)
-    path.write_text("step,loss\n" + lines, encoding="utf-8", newline="\n")
+def _write_curves(trainer: AdapterTrainer, before: dict[str, float], after: dict[str, float], curves: Path) -> None:
+    history, last = trainer.state.log_history, trainer.state.global_step
+    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    validated = [(0, before["loss"])] + [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if validated[-1][0] < last and not trainer.args.load_best_model_at_end:
+        validated.append((last, after["loss"]))
+    with fresh_folder(curves) as folder:
+        for name, curve in (("train", points), ("validation", validated)):
+            lines = "".join(f"{step},{loss}\n" for step, loss in curve)
+            (folder / f"{name}.csv").write_text("step,loss\n" + lines, encoding="utf-8", newline="\n")
+
+
+def _write_machine(trainer: AdapterTrainer, started: float, resumed: str | None, machine: Path) -> None:
+    """What differs between equal runs."""
+    device = pick_device()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with fresh_file(machine) as file:
+        write_json(
+            file,
+            {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": commit.stdout.strip(),
+                "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+                "processes": trainer.accelerator.num_processes,
+                "seconds": round(time.monotonic() - started, 1),
+                "tokens_per_second": round(trainer.watch.tokens_per_second, 1),
+                "peak_memory_bytes": peak,
+                "resumed_from": Path(resumed).name if resumed else None,
+            },
+        )

@@ -61,3 +61,10 @@ def second_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """DVC's stages run with another order of sets than in the first run."""
     with preloaded.python(tmp_path_factory.mktemp("second"), hash_seed=77):
         yield
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which checkpoints stand too."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path

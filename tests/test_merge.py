@@ -117,8 +117,8 @@ def test_a_damaged_tensor_would_not_pass(merging: Merge, monkeypatch: pytest.Mon
 
     def damaged(self: Any, adapter: Path) -> None:
         init(self, adapter)
-        name = sorted(self.pairs)[0]
-        self.pairs[name] = (self.pairs[name][0], torch.randn_like(self.pairs[name][1]))
+        layer = self.layers[sorted(self.layers)[0]]
+        layer["B"] = torch.randn_like(layer["B"])
 
     monkeypatch.setattr(module._Lora, "__init__", damaged)
     merging.refused()
@@ -129,8 +129,8 @@ def test_a_missed_layer_would_not_pass(merging: Merge, monkeypatch: pytest.Monke
 
     def forgetful(self: Any, adapter: Path) -> None:
         init(self, adapter)
-        for name in [name for name in self.pairs if "mlp" in name]:
-            del self.pairs[name]
+        for name in [name for name in self.layers if "mlp" in name]:
+            del self.layers[name]
 
     monkeypatch.setattr(module._Lora, "__init__", forgetful)
     merging.refused()
@@ -147,12 +147,14 @@ def test_a_layer_of_another_base_is_named(merging: Merge) -> None:
 
 def test_half_a_pair_and_unknown_kinds_are_refused(merging: Merge) -> None:
     merging.edit_config(use_dora=True)
-    assert "cannot merge LORA with use_dora" in merging.refused()
-    merging.edit_config(use_dora=False, peft_type="PREFIX_TUNING")
-    assert "cannot merge PREFIX_TUNING" in merging.refused()
-    merging.edit_config(peft_type="LORA")
+    assert "that are no LoRA pair" in merging.refused()
+    merging.edit_config(use_dora=False, peft_type="LOHA")
+    assert "cannot merge LOHA" in merging.refused()
+    merging.edit_config(peft_type="LORA", rank_pattern={"q_proj": 2})
+    assert "cannot merge LORA with rank_pattern" in merging.refused()
+    merging.edit_config(rank_pattern={})
     merging.edit_tensors(lambda tensors: tensors.__setitem__("stray", torch.zeros(1)))
-    assert "holds tensors that are no LoRA pair" in merging.refused()
+    assert "holds stray, which is no part of a LoRA" in merging.refused()
 
 
 def test_the_folder_is_a_whole_model_with_the_template_and_stop_tokens_of_its_training(workspace: Workspace) -> None:

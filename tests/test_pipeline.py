@@ -36,11 +36,16 @@ READ_BY = {
     "stages/merge.py": {"merge"},
     "stages/generate.py": GENERATE,
     "stages/score.py": {"score"},
+    "stages/lib/adapter.py": {"train", "merge"},
+    "stages/lib/arguments.py": {"train"},
     "stages/lib/batch.py": {"train", "merge"},
+    "stages/lib/checkpoints.py": {"train"},
+    "stages/lib/distributed.py": {"train"},
     "stages/lib/encoder.py": {"encode"},
     "stages/lib/formats.py": {"ingest"},
     "stages/lib/json_stream.py": {"ingest"},
-    "stages/lib/labels.py": {"encode", "train", "merge"},
+    "stages/lib/labels.py": {"encode", "train", "merge"} | GENERATE,
+    "stages/lib/model.py": {"merge"} | GENERATE,
     "stages/lib/progress.py": {"ingest", "encode"},
     "stages/lib/template.py": {"encode"},
     "stages/templates/masks.html.jinja": {"encode"},
@@ -52,12 +57,15 @@ READ_BY = {
     "stages/lib/neighbours.py": {"score"},
     "stages/lib/output.py": ALL,
     "stages/lib/params.py": ALL,
+    "stages/lib/provenance.py": {"train"},
     "stages/lib/problem.py": ALL,
     "stages/lib/quantized.py": {"train", "merge"},
     "stages/lib/rejection.py": {"ingest", "encode"},
     "stages/lib/rows.py": {"encode"},
     "stages/lib/tally.py": {"encode"},
     "stages/lib/snapshot.py": ALL,
+    "stages/lib/trainer.py": {"train"},
+    "stages/losses/cross_entropy.py": {"train"},
     "stages/lib/tokens.py": {"encode", "train", "merge"} | GENERATE,
     "stages/templates/alpaca.jinja": set(),
     "stages/templates/chatglm.jinja": set(),
@@ -98,6 +106,8 @@ def changed(value: Any) -> Any:
             return value + "x"
         case dict():
             return {"*.json": "alpaca"}
+        case list():
+            return [*value, "x"]
         case _:
             raise TypeError(value)
 

@@ -16,10 +16,10 @@ FLAT = "loratory_flat"
 
 
 def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels of the rows, each (rows, longest row), padded on the right."""
+    """input_ids, attention_mask and labels of the rows, each (rows, longest row) in int64, padded on the right."""
 
     def fill(field: str, value: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row[field]) for row in rows], batch_first=True, padding_value=value)
+        return pad_sequence([_long(row[field]) for row in rows], batch_first=True, padding_value=value)
 
     ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
     mask = pad_sequence(ones, batch_first=True)
@@ -27,15 +27,19 @@ def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The rows end to end: input_ids, position_ids and labels, each (1, tokens); position 0 begins a row.
+    """The rows end to end: input_ids, position_ids and labels, each (1, tokens) in int64; position 0 begins a row.
 
     Every row's first label must be -100: nothing before it, and so no token of another row, predicts it.
     """
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "input_ids": torch.cat([_long(row["input_ids"]) for row in rows]).unsqueeze(0),
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
-        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "labels": torch.cat([_long(row["labels"]) for row in rows]).unsqueeze(0),
     }
+
+
+def _long(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long)
 
 
 def use_flat_rows(model: Any) -> bool:
@@ -132,23 +136,23 @@ AttentionMaskInterface.register(FLAT, lambda *_, **__: None)
 
 
 class Shuffled(torch.utils.data.Sampler[int]):
-    """Every row once an epoch, in an order that follows from `seed` and the epoch alone.
+    """Every row once an epoch, in an order that follows from `seed` and the epoch alone; then `fill` times the empty row.
 
     So a resumed run sees the rows that it would have seen. Rows are not sorted by length: where length goes with the
     answer, a batch of like rows teaches that answer alone (the sample's exact match fell from 87 % to 66 %).
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, seed: int, fill: int = 0) -> None:
+        self.count, self.seed, self.fill, self.epoch = count, seed, fill, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return self.count + self.fill
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.count))
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        return iter(order)
+        return iter(order + [self.count] * self.fill)

@@ -1,0 +1,70 @@
+"""Several processes on one machine, one a GPU, started by torchrun's own launcher; torchrun itself starts more machines."""
+
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from stages.lib.problem import Problem
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(*, cpu: bool) -> None:
+    """Meets the other processes, and takes this one's GPU."""
+    if is_launched():
+        PartialState(cpu=cpu)
+
+
+def launch(function: Callable[..., None], processes: int, *arguments: object) -> None:
+    """Calls a function of a module in so many processes of this machine, and waits for all of them.
+
+    Raises Problem with the first message of a process that fails, or if one is killed; the others are ended.
+    """
+    # NVLink's multicast is not to be had on every machine, and for an adapter's gradients it gains nothing.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(config, _child)(function, Path.cwd(), *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise Problem(
+                f"process {rank} of {processes} was killed ({name}), and the others were ended. If it was for memory, lower "
+                "the batch size; dvc repro goes on from the last checkpoint"
+            ) from None
+        kind, _, text = failure.message.partition(": ")
+        if kind == "Problem":
+            raise Problem(*text.split("\n")) from None
+        raise
+
+
+@record
+def _child(function: Callable[..., None], root: Path, *arguments: object) -> None:
+    os.chdir(root)
+    function(*arguments)

@@ -1,0 +1,28 @@
+"""A finished model folder, loaded as a user would load it."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from stages.lib.device import DtypeName, pick_device, pick_dtype
+from stages.lib.jsonl import read_json
+
+ADAPTER = "adapter"
+"""The folder inside a model's for an adapter that cannot be merged into weights."""
+
+
+def load_model(folder: Path, dtype: DtypeName) -> Any:
+    """models/base or models/merged on this machine's device, in evaluation mode, with its unmerged adapter if it has one."""
+    device = pick_device()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=pick_dtype(dtype, device),
+        device_map={"": device},
+        trust_remote_code=read_json(folder / "manifest.json")["trust_remote_code"],
+        use_safetensors=True,
+    )
+    if (folder / ADAPTER).is_dir():
+        model = PeftModel.from_pretrained(model, str(folder / ADAPTER))
+    return model.eval()

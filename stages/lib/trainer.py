@@ -1,0 +1,266 @@
+"""Transformers' Trainer with Loratory's loss, order of rows, checkpoints and messages."""
+
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from stages.lib.batch import Shuffled, flatten, pad
+from stages.lib.checkpoints import mark_whole
+from stages.lib.loss import Loss, label_logits, next_token_loss
+from stages.lib.problem import Problem
+from stages.lib.tokens import TokenRows
+
+TRAINABLE = "trainable.safetensors"
+"""In a checkpoint: all that is learned. PEFT's own file of a p-tuning holds its result and not the network behind it."""
+NAMED_ROWS = 16
+"""So many rows of a bad batch are named."""
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """Trains what can be trained of `model` on `rows`, and measures it on `validation`."""
+
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        rows: TokenRows,
+        validation: TokenRows,
+        loss: Loss,
+        *,
+        flat: bool,
+        early_stopping_patience: int,
+    ) -> None:
+        watch = _Watch(rows)
+        stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=validation,
+            data_collator=lambda batch: (flatten if flat else pad)(batch) | {"ids": [row["id"] for row in batch]},
+            callbacks=[watch, *stopping],
+        )
+        self.remove_callback(PrinterCallback)  # _Watch says the same in words
+        self.watch, self.loss_function = watch, loss
+        self.head = model.get_output_embeddings()
+        # The loss is divided by the labels of the whole step; without this the Trainer would divide once more.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro-batch: its part of the optimizer step's."""
+        logits, labels = label_logits(model, inputs, self.head)
+        num_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(labels))
+        # Each process has the labels of all of them in num_items, and the gradients are then averaged.
+        loss = self.loss_function(logits, labels, num_items) * self.accelerator.num_processes
+        self.watch.seen.append((loss.detach(), inputs["ids"]))
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
+        count, at_once = len(self.train_dataset), self.args.train_batch_size * self.accelerator.num_processes
+        # Accelerate would fill the last batches of an epoch with rows that were seen before.
+        fill = -count % at_once if self.accelerator.num_processes > 1 else 0
+        return Shuffled(count, self.args.data_seed, fill)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measures, logs, and returns the metrics under Transformers' names."""
+        measured = self.measure()
+        metrics = {"eval_loss": measured["loss"], "eval_token_accuracy": measured["token_accuracy"]}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self) -> dict[str, float]:
+        """Cross-entropy a label, and share of labels that are the likeliest token, over all labels of validation.
+
+        Each process measures a part. Raises Problem if the loss is not finite.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self._validation_batches():
+                logits, labels = label_logits(model, self._prepare_inputs(batch), self.head)
+                found = torch.stack([next_token_loss(logits, labels, 1), (logits.argmax(-1) == labels).sum()])
+                sums += torch.cat([found.double(), sums.new_tensor([len(labels)])])
+        model.train(was_training)
+        loss, right, count = self.accelerator.reduce(sums, "sum").tolist()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise Problem(f"the validation loss is {loss} at step {self.state.global_step}; {REMEDY}")
+        return {"loss": loss / count, "token_accuracy": right / count}
+
+    def _validation_batches(self) -> Iterator[dict[str, Any]]:
+        rows, size = self.eval_dataset, self.args.eval_batch_size
+        order = sorted(range(len(rows)), key=lambda number: int(rows.lengths[number]))
+        starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        for start in starts:
+            yield self.data_collator([rows[number] for number in order[start : start + size]])
+
+    def try_longest(self) -> None:
+        """Sends the longest batch through the model and back, so that too little memory shows now, and changes nothing.
+
+        Raises Problem if the memory does not suffice.
+        """
+        rows, model = self.train_dataset, self.accelerator.unwrap_model(self.model)
+        longest = sorted(range(len(rows)), key=lambda number: -int(rows.lengths[number]))[: self.args.train_batch_size]
+        batch = self.data_collator([rows[number] for number in longest])
+        was_training = model.training
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.out_of_memory_told(batch), self.compute_loss_context_manager():
+            model.train()
+            logits, labels = label_logits(model, self._prepare_inputs(batch), self.head)
+            self.loss_function(logits, labels, max(1, len(labels))).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        """One micro-batch, forward and back."""
+        with self.out_of_memory_told(inputs):
+            return super().training_step(model, inputs, *rest, **named)
+
+    @contextmanager
+    def out_of_memory_told(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Raises Problem in place of a framework's error."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            asked = re.search(
+                r"[Tt]ried to allocate ([\d.]+ ?\w+)(?:.*?of which ([\d.]+ ?\w+) is free)?", str(error), re.DOTALL
+            )
+            if not asked and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                raise
+            rows, tokens = len(batch["ids"]), batch["input_ids"].numel()
+            wanted = f"asked for {asked[1]}" if asked else "too much was asked for"
+            free = f", {asked[2]} were free" if asked and asked[2] else ""
+            raise Problem(
+                f"out of memory on a batch of {rows} rows, {tokens:,} tokens: {wanted}{free}. Set "
+                "train.gradient_checkpointing to true, or lower train.per_device_train_batch_size and raise "
+                "train.gradient_accumulation_steps by as much (the result stays the same), or lower encode.max_length"
+            ) from None
+
+    # Checkpoints
+
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, folder / TRAINABLE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved, ours = load_file(Path(resume_from_checkpoint) / TRAINABLE), self._trainable()
+        assert saved.keys() == ours.keys()
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
+        if self.is_world_process_zero():
+            mark_whole(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within it, Ctrl-C or SIGTERM ends the training behind a checkpoint; a second one ends it at once.
+
+        Raises KeyboardInterrupt when it leaves, if there was one.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            if self.watch.interrupted:
+                raise KeyboardInterrupt
+            self.watch.interrupted = True
+            print("train: interrupted; saves a checkpoint at the end of this step", flush=True)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.watch.interrupted and self.state.global_step < self.state.max_steps:
+            raise KeyboardInterrupt
+
+
+REMEDY = "lower train.learning_rate, or set train.dtype to bfloat16 or float32"
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Stops at a loss that is not finite, ends on request, and tells how it goes: a bar on a terminal, else a line."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        self.mean_tokens = float(rows.lengths.mean())
+        self.started: tuple[int, float] | None = None
+        self.seen: list[tuple[torch.Tensor, Sequence[str]]] = []
+        """Loss and rows of each micro-batch since the last look; a look makes a GPU wait."""
+        self.interrupted = False
+        self.bar: Any = None
+        self.tokens_per_second = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if sys.stderr.isatty() and state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = self.started or (state.global_step, time.monotonic())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.check_finite(state.global_step)
+
+    def check_finite(self, step: int) -> None:
+        seen, self.seen = self.seen, []
+        for loss, ids in seen:
+            if not torch.isfinite(loss):
+                rows = ", ".join(ids[:NAMED_ROWS]) + (", ..." if len(ids) > NAMED_ROWS else "")
+                raise Problem(
+                    f"the loss is {loss.item()} in a batch before step {step}, in the rows {rows} of data/examples; {REMEDY}"
+                )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs or not self.started:
+            return
+        first, since = self.started
+        seconds, steps = time.monotonic() - since, state.global_step - first
+        rows = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.tokens_per_second = rows * self.mean_tokens / seconds
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {self.tokens_per_second:,.0f} tokens/s")
+        elif state.is_world_process_zero:
+            left = seconds / max(1, steps) * (state.max_steps - state.global_step)
+            print(
+                f"train: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, "
+                f"{self.tokens_per_second:,.0f} tokens/s, {left / 60:.1f} min left",
+                flush=True,
+            )

@@ -1,0 +1,231 @@
+"""Every method: what is trained, what is merged, and what answers, is one model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from stages.generate import Params as GenerateParams
+from stages.generate import generate
+from stages.lib.adapter import INITIAL, Adapter, add_adapter, find_targets, first_factors
+from stages.lib.problem import Problem
+from stages.lib.quantized import Quantization, load_quantized
+from stages.merge import Params as MergeParams
+from stages.merge import merge
+from tests.runs import params, run
+from tests.tiny import Workspace
+
+SHORT = {"training_arguments": {"max_steps": 4}, "learning_rate": 2e-2}
+PARITY = {"base": "dequantized", "parity_rows": 4, "max_mean_kl": 0.02, "min_top1_agreement": 0.9}
+
+
+def finish(workspace: Workspace, out: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Merges and answers; the merge's report and the answers."""
+    tokens, base = workspace.root / "data" / "tokens", workspace.root / "models" / "base"
+    merge(
+        MergeParams(**PARITY | given),
+        base,
+        out / "adapter",
+        tokens / "validation.arrow",
+        tokens / "chat_template.jinja",
+        out / "merged",
+        out / "merge.json",
+    )
+    generate(
+        GenerateParams(**workspace.params()["generate"]), out / "merged", tokens / "test.arrow", out / "predictions.jsonl"
+    )
+    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return json.loads((out / "merge.json").read_text()), answers
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_dora": True},
+        {"use_dora": True, "quantization": "none", "use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4", "quantization": "int8"},
+        {"init_lora_weights": "olora", "quantization": "none", "use_rslora": True},
+        {"init_lora_weights": "loftq", "quantization": "fp4"},
+        {"init_lora_weights": "gaussian", "target_modules": r".*\.(q|v)_proj", "llm_int8_skip_modules": ["q_proj"]},
+    ],
+    ids=lambda given: "-".join(map(str, given.values())),
+)
+def test_a_lora_of_any_kind_is_merged_into_the_model_that_was_trained(
+    workspace: Workspace, scratch: Path, given: dict[str, Any]
+) -> None:
+    out = run(workspace, scratch, **SHORT | given)
+    report = json.loads((out / "report.json").read_text())
+    assert report["validation_loss"] < report["validation_loss_before"]
+    assert (out / "adapter" / INITIAL).exists() == str(given.get("init_lora_weights")).startswith(("pissa", "olora"))
+    merged, answers = finish(workspace, out)
+    assert merged["method"] == "lora"
+    assert merged["trained_loss"] == pytest.approx(merged["merged_loss"], abs=0.02)
+    assert all(row["answer_tokens"] for row in answers)
+    assert not (out / "merged" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "p_tuning", "encoder_hidden_size": 32, "learning_rate": 2e-3},
+        {"method": "prefix_tuning", "num_virtual_tokens": 4},
+        {"method": "prefix_tuning", "prefix_projection": True, "quantization": "none"},
+    ],
+    ids=lambda given: "-".join(map(str, given.values())),
+)
+def test_virtual_tokens_stand_beside_the_weights_and_answer(
+    workspace: Workspace, scratch: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(workspace, scratch, **SHORT | given)
+    report = json.loads((out / "report.json").read_text())
+    assert report["validation_loss"] < report["validation_loss_before"]
+    merged, answers = finish(workspace, out)
+    assert merged["method"] == given["method"]
+    assert merged["merged_layers"] == 0
+    assert f"{given['method']}, kept beside the weights" in capsys.readouterr().out
+    assert "PeftModel.from_pretrained" in (out / "merged" / "README.md").read_text()
+    # The answers are those of the adapter, and not of the base that it stands on.
+    base = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out / "merged" / "adapter")).eval()
+    from stages.lib.tokens import read_tokens
+
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    for row, answer in list(zip(rows, answers, strict=True))[:3]:
+        ids = list(row["prompt_ids"])
+        new: list[int] = []
+        for _ in range(answer["answer_tokens"]):
+            with torch.no_grad():
+                new.append(int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert len(new) == answer["answer_tokens"]
+        assert answer["answer"] == _decode(workspace, new)
+
+
+def _decode(workspace: Workspace, ids: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workspace.root / "models" / "tokenizer")
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+# First weights
+
+
+def settings(quantization: str) -> Quantization:
+    return Quantization.model_validate(
+        {
+            "quantization": quantization,
+            "bnb_4bit_use_double_quant": True,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": [],
+            "dtype": "float32",
+        }
+    )
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_the_first_factors_are_pefts(how: str) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False))
+    weight = layer[0].weight.detach().clone()
+    theirs = get_peft_model(layer, LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=how))
+    a, b = first_factors(weight, 4, 2.0, how, settings("none"))
+    inner = theirs.base_model.model[0]
+    product = inner.lora_B["default"].weight @ inner.lora_A["default"].weight
+    torch.testing.assert_close(b @ a, product)
+    torch.testing.assert_close(weight - 2.0 * b @ a, inner.base_layer.weight)
+
+
+def test_loftq_begins_nearer_to_the_base_than_rounding_alone(workspace: Workspace) -> None:
+    base = workspace.root / "models" / "base"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    wanted = dict(workspace.params()["train"]) | {"r": 16}
+    distance = {}
+    for how in (True, "loftq"):
+        given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": how}
+        torch.manual_seed(0)
+        model = add_adapter(load_quantized(base, settings("nf4")).model, base, settings("nf4"), Adapter(**given)).eval()
+        ids = torch.arange(5, 25).unsqueeze(0)
+        with torch.no_grad():
+            distance[how] = (model(ids).logits - plain(ids).logits).pow(2).mean().item()
+    assert distance["loftq"] < 0.8 * distance[True]
+
+
+def test_pissa_begins_as_the_base_where_nothing_is_rounded(workspace: Workspace) -> None:
+    base = workspace.root / "models" / "base"
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    wanted = dict(workspace.params()["train"])
+    given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": "pissa"}
+    model = add_adapter(load_quantized(base, settings("none")).model, base, settings("none"), Adapter(**given)).eval()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
+        assert model.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0.1
+
+
+# Which layers
+
+
+def test_layers_are_found_by_name_and_expression_and_the_head_is_left_out(workspace: Workspace) -> None:
+    model = load_quantized(workspace.root / "models" / "base", settings("nf4")).model
+    everything = find_targets(model, "all-linear")
+    assert len(everything) == 14
+    assert find_targets(model, [*{name.rpartition(".")[2] for name in everything}]) == everything
+    assert find_targets(model, ["layers.1.mlp.up_proj", "q_proj"]) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    assert find_targets(model, r"model\.layers\.0\.mlp\..*") == [
+        f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert find_targets(model, ["lm_head"]) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (["q_proj", "W_pack"], r"W_pack is not in the model; linear layers here: down_proj, gate_proj, k_proj, lm_head"),
+        ([], "nothing is not in the model"),
+        ("q_proj", "the expression 'q_proj' fits no whole name, as 'model.layers.0.self_attn.q_proj'"),
+        ("*", "'\\*' is no regular expression: nothing to repeat"),
+    ],
+)
+def test_a_name_that_fits_nothing_is_answered_with_those_that_do(workspace: Workspace, wanted: Any, said: str) -> None:
+    model = load_quantized(workspace.root / "models" / "base", settings("nf4")).model
+    with pytest.raises(Problem, match=said):
+        find_targets(model, wanted)
+
+
+def test_a_module_to_skip_must_be_there(workspace: Workspace) -> None:
+    wanted = settings("nf4").model_copy(update={"llm_int8_skip_modules": ["q_proj", "c_attn"]})
+    with pytest.raises(Problem, match=r"train\.llm_int8_skip_modules: 'c_attn' is no linear layer; there are down_proj"):
+        load_quantized(workspace.root / "models" / "base", wanted)
+    wanted = settings("nf4").model_copy(update={"llm_int8_skip_modules": ["q_proj"]})
+    loaded = load_quantized(workspace.root / "models" / "base", wanted)
+    assert len(loaded.layers) == 12
+    assert not any(name.endswith(("q_proj", "lm_head")) for name in loaded.layers)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"method": "loha"}, "method"),
+    ],
+)
+def test_a_value_that_is_not_offered_is_refused(workspace: Workspace, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        params(workspace, **given)
+
+
+def test_the_initial_factors_are_those_that_training_began_with(workspace: Workspace, scratch: Path) -> None:
+    out = run(workspace, scratch, **SHORT, init_lora_weights="olora")
+    first, last = load_file(out / "adapter" / INITIAL), load_file(out / "adapter" / "adapter_model.safetensors")
+    assert first.keys() == last.keys()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
