@@ -1,9 +1,12 @@
 """Answers every test prompt with one model."""
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from pydantic import Field
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 from transformers.utils import logging
@@ -47,15 +50,21 @@ def generate(params: Params, model: Path, prompts: Path, predictions: Path) -> N
     table = read_tokens(prompts)
     rows = table.to_pylist()
     answerer = _Answerer(params, model, stop_token_ids(table))
-    # Prompts of like length share a batch: little padding.
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["prompt_ids"]))
     answers: dict[int, list[int]] = {}
-    for start in range(0, len(order), params.batch_size):
-        numbers = order[start : start + params.batch_size]
-        answers |= zip(numbers, answerer.answer([rows[number]["prompt_ids"] for number in numbers]), strict=True)
+    for numbers in _batches([len(row["prompt_ids"]) for row in rows], params.batch_size, padded=answerer.padded):
+        new = answerer.answer([rows[number]["prompt_ids"] for number in numbers])
+        answers |= zip(numbers, new, strict=True)
         print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
     with fresh_file(predictions) as file:
         write_jsonl(file, (answerer.row(row, answers[number]) for number, row in enumerate(rows)))
+
+
+def _batches(lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:
+    """The numbers of the prompts, in batches of like length: little padding, or none."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    for _, group in groupby(order, key=lambda number: 0 if padded else lengths[number]):
+        numbers = list(group)
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 class _Answerer:
@@ -66,6 +75,8 @@ class _Answerer:
         trust = read_json(folder / "manifest.json")["trust_remote_code"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         self.model = load_model(folder, params.dtype)
+        # Virtual tokens stand before the padding, and PEFT then counts the padding as positions.
+        self.padded = not isinstance(self.model, PeftModel)
         default = self.model.generation_config.eos_token_id
         defaults = default if isinstance(default, list) else [default]
         # The template's stop tokens, and those that the model itself came with.

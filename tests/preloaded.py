@@ -2,7 +2,7 @@
 
 Each stage imports for seconds what it then uses for a fraction of one. A server imports it once and forks for every call;
 the forked process runs `python -m stages ...` as a fresh one would: same code read from disk, own folder, own environment.
-tests/test_main.py and the test of a killed run start real ones.
+tests/test_main.py starts real ones.
 """
 
 import contextlib
@@ -83,12 +83,15 @@ def run(call: tuple[list[str], str, dict[str, str]], files: list[int]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    assert arguments[:1] == ["-m"]
     sys.path[0] = folder
-    sys.argv = arguments[1:]
     status = 0
     try:
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.tiny import PROJECT, Workspace
+from tests.tiny import PROJECT, Workspace, make_custom_model
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
 PARAMS = YAML(typ="safe").load(PROJECT / "params.yaml")
@@ -293,3 +293,29 @@ def test_the_hashes_in_the_committed_lock_form_a_chain() -> None:
     assert len(links) >= 12
     for path, md5 in links:
         assert md5 == made[path], f"{path}: one stage made other bytes than another read; run dvc repro"
+
+
+def test_a_model_with_code_of_its_own_and_a_slow_tokenizer_goes_through_all_stages(
+    tmp_path: Path, second_python: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_custom_model(tmp_path / "custom")
+    workspace = Workspace(tmp_path / "workspace", tmp_path / "custom")
+    given = workspace.params()
+    given["fetch"]["trust_remote_code"] = True
+    given["train"]["target_modules"] = ["W_pack"]
+    given["encode"]["template"] = "stages/templates/human_assistant.jinja"
+    workspace.write(given)
+    assert len(workspace.repro()) == 8
+    adapter = json.loads((workspace.root / "models" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["layers.0.W_pack", "layers.1.W_pack"]
+    training = json.loads((workspace.root / "models" / "adapter" / "training.json").read_text())
+    assert len(training["quantized_layers"]) == 10
+    merged = json.loads((workspace.root / "reports" / "merge.json").read_text())
+    assert merged["merged_layers"] == 2
+    assert merged["mean_kl"] < 1e-2
+    trained = json.loads((workspace.root / "reports" / "train.json").read_text())
+    assert trained["validation_loss"] < trained["validation_loss_before"]
+    rows = [json.loads(line) for line in (workspace.root / "data" / "predictions" / "merged.jsonl").read_text().splitlines()]
+    assert all("Human: " in row["prompt"] and row["answer_tokens"] for row in rows)
+    assert (workspace.root / "models" / "merged" / "modeling_tiny_pack.py").exists()

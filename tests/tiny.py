@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -268,3 +269,135 @@ def make_sentencepiece_tokenizer(folder: Path, *, fast: bool) -> None:
         (folder / "tiny_slow_tokenizer.py").write_text(SLOW_TOKENIZER)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config))
+
+
+PACK_CONFIG = """
+from transformers import PretrainedConfig
+
+
+class TinyPackConfig(PretrainedConfig):
+    model_type = "tiny_pack"
+
+    def __init__(self, vocab_size=700, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **kwargs):
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, 2 * hidden_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        super().__init__(tie_word_embeddings=False, **kwargs)
+"""
+PACK_MODEL = '''
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_tiny_pack import TinyPackConfig
+
+
+def rotate(x, positions):
+    half = x.shape[-1] // 2
+    angles = positions[..., None] * 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Layer(nn.Module):
+    """Shaped as baichuan's: one product makes query, key and value."""
+
+    def __init__(self, config, number):
+        super().__init__()
+        size, self.heads, self.number = config.hidden_size, config.num_attention_heads, number
+        self.W_pack = nn.Linear(size, 3 * size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+        self.gate_proj = nn.Linear(size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
+        self.first_norm, self.second_norm = nn.RMSNorm(size, eps=1e-6), nn.RMSNorm(size, eps=1e-6)
+
+    def forward(self, x, mask, positions, cache):
+        rows, tokens, size = x.shape
+        packed = self.W_pack(self.first_norm(x)).view(rows, tokens, 3, self.heads, size // self.heads)
+        query, key, value = (part.squeeze(2).transpose(1, 2) for part in packed.split(1, 2))
+        query, key = rotate(query, positions), rotate(key, positions)
+        if cache is not None:
+            key, value = cache.update(key, value, self.number)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.o_proj(out.transpose(1, 2).reshape(rows, tokens, size))
+        y = self.second_norm(x)
+        return x + self.down_proj(nn.functional.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class TinyPackForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = TinyPackConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **_):
+        cache = past_key_values if past_key_values is not None else DynamicCache() if use_cache else None
+        past = cache.get_seq_length() if cache is not None else 0
+        rows, tokens = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones(rows, past + tokens, dtype=torch.long, device=input_ids.device)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=input_ids.device).tril(past)
+        mask = causal[None, None] & attention_mask[:, None, None].bool()
+        mask = mask | ~mask.any(-1, keepdim=True)  # a padded place looks everywhere, and nobody looks at it
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, mask, position_ids, cache)
+        return CausalLMOutputWithPast(logits=self.lm_head(self.norm(x)), past_key_values=cache)
+'''
+
+
+def make_custom_model(folder: Path) -> None:
+    """A model with code of its own, shaped as baichuan's (a fused W_pack), with a SentencePiece tokenizer that is slow."""
+    import sys
+
+    import torch
+    from safetensors.torch import save_file
+
+    make_sentencepiece_tokenizer(folder, fast=False)
+    (folder / "configuration_tiny_pack.py").write_text(PACK_CONFIG)
+    (folder / "modeling_tiny_pack.py").write_text(PACK_MODEL)
+    code = json.loads((folder / "config.json").read_text())["auto_map"]
+    settings = {
+        "architectures": ["TinyPackForCausalLM"],
+        "model_type": "tiny_pack",
+        "auto_map": code
+        | {
+            "AutoConfig": "configuration_tiny_pack.TinyPackConfig",
+            "AutoModelForCausalLM": "modeling_tiny_pack.TinyPackForCausalLM",
+        },
+        "vocab_size": 700,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    sys.path.insert(0, str(folder.parent))
+    try:
+        package = importlib.import_module(f"{folder.name}.modeling_tiny_pack")
+    finally:
+        sys.path.pop(0)
+    torch.manual_seed(0)
+    model = package.TinyPackForCausalLM(package.TinyPackConfig())
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_file(
+        {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )

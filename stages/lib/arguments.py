@@ -15,6 +15,11 @@ from stages.lib.problem import Problem
 KEPT_CHECKPOINTS = 2
 """With one alone, a run killed while the newer is written and the older removed would have none."""
 
+TEXT_OR_LIST = {
+    field.name for field in dataclasses.fields(TrainingArguments) if "str" in (words := str(field.type)) and "list" in words
+}
+"""Fields that are a text or a list; found before a parser is made, which overwrites the types."""
+
 OWNED = {
     **dict.fromkeys(
         ("output_dir", "logging_dir", "resume_from_checkpoint", "run_name", "local_rank", "project"),
@@ -135,6 +140,8 @@ def read_further(given: Mapping[str, Any], further: Mapping[str, Any]) -> dict[s
             problems.append(
                 f"{where}.{name}: no field of TrainingArguments" + (f"; did you mean {near[0]!r}?" if near else "")
             )
+        elif isinstance(value, list) and name in TEXT_OR_LIST:
+            values[name] = value  # the parser knows one type a field, and takes the text of "text or a list"
         else:
             try:
                 parsed = parser.parse_args(["--output_dir", "", f"--{name}", *_words(value)])

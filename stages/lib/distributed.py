@@ -1,5 +1,6 @@
 """Several processes on one machine, one a GPU, started by torchrun's own launcher; torchrun itself starts more machines."""
 
+import logging
 import os
 import signal
 import uuid
@@ -37,6 +38,7 @@ def launch(function: Callable[..., None], processes: int, *arguments: object) ->
     # NVLink's multicast is not to be had on every machine, and for an adapter's gradients it gains nothing.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs tracebacks of what is told below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -58,7 +60,8 @@ def launch(function: Callable[..., None], processes: int, *arguments: object) ->
                 f"process {rank} of {processes} was killed ({name}), and the others were ended. If it was for memory, lower "
                 "the batch size; dvc repro goes on from the last checkpoint"
             ) from None
-        kind, _, text = failure.message.partition(": ")
+        found = failure.error_file_data["message"]
+        kind, _, text = str(found["message"] if isinstance(found, dict) else found).partition(": ")
         if kind == "Problem":
             raise Problem(*text.split("\n")) from None
         raise

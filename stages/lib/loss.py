@@ -92,9 +92,8 @@ def load_loss(path: Path, vocabulary: int, label_weights: Mapping[int, float], l
         weights[list(label_weights)] = torch.tensor(list(label_weights.values()))
     settings = {"label_weights": weights, "label_smoothing_factor": label_smoothing_factor}
     taken = inspect.signature(found).parameters
-    left_out = [
-        f"train.{name}" for name, value in settings.items() if name not in taken and value is not None and value != 0.0
-    ]
+    given = {"label_weights": bool(label_weights), "label_smoothing_factor": label_smoothing_factor > 0}
+    left_out = [f"train.{name}" for name in settings if given[name] and name not in taken]
     if left_out:
         raise Problem(f"params.yaml: {', '.join(left_out)}: the loss in {path} does not take it; leave it at its default")
     return partial(found, **{name: value for name, value in settings.items() if name in taken})

@@ -18,12 +18,14 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from stages.lib.batch import Shuffled, flatten, pad
 from stages.lib.checkpoints import mark_whole
+from stages.lib.jsonl import read_json, write_json
 from stages.lib.loss import Loss, label_logits, next_token_loss
 from stages.lib.problem import Problem
 from stages.lib.tokens import TokenRows
 
 TRAINABLE = "trainable.safetensors"
 """In a checkpoint: all that is learned. PEFT's own file of a p-tuning holds its result and not the network behind it."""
+CURVE = "curve.json"
 NAMED_ROWS = 16
 """So many rows of a bad batch are named."""
 
@@ -55,6 +57,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # _Watch says the same in words
         self.watch, self.loss_function = watch, loss
         self.head = model.get_output_embeddings()
+        # Transformers forgets, when it resumes, what was added up since the last point of the curve.
+        self.loss_since_log, self.last_logged = torch.zeros((), device=arguments.device), 0
         # The loss is divided by the labels of the whole step; without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
 
@@ -130,7 +134,20 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         """One micro-batch, forward and back."""
         with self.out_of_memory_told(inputs):
-            return super().training_step(model, inputs, *rest, **named)
+            loss = super().training_step(model, inputs, *rest, **named)
+        self.loss_since_log += loss
+        return loss
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """Puts a point of the curve into the history: the mean loss of the steps since the last one."""
+        if "loss" in logs:
+            logs["loss"] = self._mean_loss_since_log() / (self.state.global_step - self.last_logged)
+            self.loss_since_log.zero_()
+            self.last_logged = self.state.global_step
+        super().log(logs, *rest)
+
+    def _mean_loss_since_log(self) -> float:
+        return float(self.accelerator.reduce(self.loss_since_log.clone(), "mean"))
 
     @contextmanager
     def out_of_memory_told(self, batch: dict[str, Any]) -> Iterator[None]:
@@ -164,20 +181,30 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         save_file({name: p.detach().contiguous() for name, p in self._trainable().items()}, folder / TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved, ours = load_file(Path(resume_from_checkpoint) / TRAINABLE), self._trainable()
+        folder = Path(resume_from_checkpoint)
+        self._load_trainable(folder)
+        curve = read_json(folder / CURVE)
+        self.loss_since_log.fill_(curve["loss_since_log"])
+        self.last_logged = curve["last_logged"]
+
+    def _load_trainable(self, folder: Path) -> None:
+        saved, ours = load_file(folder / TRAINABLE), self._trainable()
         assert saved.keys() == ours.keys()
         with torch.no_grad():
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_trainable(Path(self.state.best_model_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        since_log = self._mean_loss_since_log()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes the state of its own random numbers
         if self.is_world_process_zero():
-            mark_whole(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / CURVE, {"loss_since_log": since_log, "last_logged": self.last_logged})
+            mark_whole(folder)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -1,0 +1,67 @@
+"""Two processes on the CPU (gloo): the same global batch is the same training, and a killed one is one message."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.lib.checkpoints import WHOLE
+from stages.lib.problem import Problem
+from tests.runs import run
+from tests.tiny import Workspace
+
+# In the second process, and once: the marker then stands there.
+DEADLY = """
+import os, signal
+from pathlib import Path
+from stages.lib.loss import next_token_loss
+
+calls = []
+
+def loss(logits, labels, num_items):
+    calls.append(1)
+    marker = Path({marker!r})
+    if os.environ.get("RANK") == "1" and len(calls) == 10 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return next_token_loss(logits, labels, num_items)
+"""
+
+
+def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpoint(
+    workspace: Workspace, scratch: Path
+) -> None:
+    (scratch / "deadly.py").write_text(DEADLY.format(marker=str(scratch / "marker")))
+    loss = {"loss": str(scratch / "deadly.py"), "num_train_epochs": 2}
+    two = {"num_processes": 2, "per_device_train_batch_size": 2, **loss}
+    with pytest.raises(Problem, match=r"process 1 of 2 was killed \(SIGKILL\), and the others were ended.*last checkpoint"):
+        run(workspace, scratch / "two", **two)
+    assert not (scratch / "two").exists()
+    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))
+    run(workspace, scratch / "two", **two)
+    machine = json.loads((scratch / "two" / "machine" / "x.json").read_text())
+    assert machine["processes"] == 2
+    assert machine["resumed_from"].startswith("checkpoint-")
+    one = run(workspace, scratch / "one", per_device_train_batch_size=4, **loss)
+    reports = [json.loads((scratch / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["rows"] % 4, "the last batch of an epoch falls short, and is filled up with rows that count nothing"
+    assert reports[0]["steps"] == reports[1]["steps"]
+    for name in ("validation_loss_before", "validation_loss", "validation_token_accuracy"):
+        assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-4)
+    weights = [load_file(scratch / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=2e-4)
+    curves = [(out / "loss" / "train.csv").read_text().splitlines()[1:] for out in (one, scratch / "two")]
+    for a, b in zip(*curves, strict=True):
+        assert a.split(",")[0] == b.split(",")[0]
+        assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), rel=1e-3)
+
+
+def test_what_is_wrong_in_every_process_is_said_once(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem) as caught:
+        run(workspace, scratch / "out", num_processes=2, target_modules=["W_pack"])
+    assert len(caught.value.messages) == 1
+    assert "W_pack is not in the model; linear layers here: down_proj" in str(caught.value)

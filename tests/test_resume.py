@@ -1,0 +1,279 @@
+"""A training that is killed, interrupted or refused: what was trained is kept, and it ends in the bytes of a whole run."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.lib import trainer as trainer_module
+from stages.lib.checkpoints import WHOLE, last_checkpoint, open_checkpoints
+from stages.lib.problem import Problem
+from stages.lib.provenance import fingerprint, inputs_of
+from tests.runs import INPUTS, LOSS, params, run
+from tests.tiny import PROJECT, Workspace
+
+SCRIPT = """
+import os, shutil, signal, sys
+from pathlib import Path
+import torch
+from stages.lib import checkpoints, trainer
+from stages import train as stage
+
+PATHS, GIVEN = {paths!r}, {given!r}
+where = sys.argv[1]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at(number, before):
+    calls = []
+    def wrap(function):
+        def wrapped(*arguments, **named):
+            calls.append(1)
+            if len(calls) == number:
+                before(*arguments)
+                die()
+            return function(*arguments, **named)
+        return wrapped
+    return wrap
+
+if where == "in the first step":
+    trainer.AdapterTrainer.training_step = at(1, lambda *_: None)(trainer.AdapterTrainer.training_step)
+elif where == "in the middle of a file of the second checkpoint":
+    torch.save = at(4, lambda _, path: Path(path).write_bytes(b"PK half"))(torch.save)
+elif where == "before the mark of a checkpoint":
+    trainer.mark_whole = at(2, lambda *_: None)(trainer.mark_whole)
+elif where == "while an old checkpoint is removed":
+    shutil.rmtree = at(1, lambda path, *_: next(Path(path).glob("optimizer.pt")).unlink())(shutil.rmtree)
+elif where == "while the adapter is written":
+    stage.save_adapter = at(1, lambda _, folder, *__: (folder / "half").write_text("x"))(stage.save_adapter)
+stage.train(stage.Params(**GIVEN), *map(Path, PATHS))
+"""
+KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
+PLACES = (
+    "in the first step",
+    "before the mark of a checkpoint",
+    "in the middle of a file of the second checkpoint",
+    "while an old checkpoint is removed",
+    "while the adapter is written",
+)
+
+
+class Child:
+    """The training of `out`, as a process of its own."""
+
+    def __init__(self, workspace: Workspace, scratch: Path, out: Path, **given: Any) -> None:
+        self.out, self.script = out, scratch / "run.py"
+        outs = [out / "adapter", out / "report.json", out / "loss", scratch / "machine.json"]
+        paths = [str(path) for path in (*(workspace.root / path for path in (*INPUTS, LOSS)), *outs)]
+        self.script.write_text(SCRIPT.format(paths=paths, given=params(workspace, **given).model_dump()))
+
+    def start(self, where: str = "") -> "subprocess.Popen[str]":
+        command = ["python", str(self.script), where]
+        return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def signal(self, number: int) -> None:
+        """To the process that holds the lock: `python` here is one that only hands its call on."""
+        (lock,) = self.script.parent.glob(".checkpoints/*/lock")
+        os.kill(int(lock.read_text()), number)
+
+    def finish(self) -> str:
+        process = self.start()
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        return said
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "machine"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+# Dropout draws random numbers, which must go on too; the best checkpoint must not be lost.
+GIVEN = {"lora_dropout": 0.1, "num_train_epochs": 2, "eval_steps": 2, "load_best_model_at_end": True}
+
+
+@pytest.mark.usefixtures("second_python")
+def test_killed_at_any_moment_it_ends_in_the_bytes_of_one_never_killed(workspace: Workspace, scratch: Path) -> None:
+    whole = outputs(run(workspace, scratch / "whole", **GIVEN))
+    child = Child(workspace, scratch, scratch / "killed", **GIVEN)
+    for where in PLACES:
+        process = child.start(where)
+        said, _ = process.communicate()
+        assert process.returncode in KILLED, f"{where}: {said}"
+        assert not (child.out / "adapter").exists()
+    assert "train: goes on from checkpoint-" in child.finish()
+    assert outputs(child.out) == whole
+    assert not list(scratch.glob(".checkpoints/*"))
+
+
+@pytest.mark.usefixtures("second_python")
+def test_killed_at_a_random_moment_it_goes_on(workspace: Workspace, scratch: Path) -> None:
+    given = GIVEN | {"num_train_epochs": 4, "method": "p_tuning", "learning_rate": 1e-3}
+    whole = outputs(run(workspace, scratch / "whole", **given))
+    child = Child(workspace, scratch, scratch / "killed", **given)
+    process = child.start()
+    while not list(scratch.glob(".checkpoints/*/checkpoint-2")) and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(random.Random(os.getpid()).uniform(0, 0.5))
+    child.signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode in KILLED, "it ended before it was killed"
+    child.finish()
+    assert outputs(child.out) == whole
+
+
+@pytest.mark.usefixtures("second_python")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_keeps_the_step_and_goes_on_from_it(workspace: Workspace, scratch: Path, number: int) -> None:
+    given = GIVEN | {"num_train_epochs": 6, "save_steps": 50, "eval_steps": 50}
+    child = Child(workspace, scratch, scratch / "out", **given)
+    process = child.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 4/" in line:
+            break
+    child.signal(number)
+    said = process.stdout.read()
+    assert process.wait() != 0
+    assert "interrupted; saves a checkpoint at the end of this step" in said
+    assert "KeyboardInterrupt" in said
+    assert len(list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))) == 1
+    if number == signal.SIGTERM:
+        assert "train: goes on from checkpoint-" in child.finish()
+        assert outputs(child.out) == outputs(run(workspace, scratch / "whole", **given))
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = outputs(run(workspace, scratch / "whole", **GIVEN))
+    save, calls = torch.save, []
+
+    def full(value: Any, path: Any, *rest: Any, **named: Any) -> None:
+        calls.append(path)
+        if len(calls) == 7:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(value, path, *rest, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(workspace, scratch / "out", **GIVEN)
+    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))
+    monkeypatch.setattr(torch, "save", save)
+    assert outputs(run(workspace, scratch / "out", **GIVEN)) == whole
+
+
+def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspace, tmp_path: Path) -> None:
+    def name(*inputs: Path, **given: Any) -> str:
+        read = inputs_of("train", params(workspace, **given).model_dump(), dict(zip("abc", inputs, strict=True)), PROJECT)
+        return fingerprint(read)
+
+    inputs = [workspace.root / path for path in INPUTS]
+    names = {name(*inputs), name(*inputs, learning_rate=1e-4)}
+    other = tmp_path / "train.arrow"
+    other.write_bytes(inputs[0].read_bytes() + b"\0")
+    names.add(name(other, *inputs[1:]))
+    (tmp_path / "manifest.json").write_text("{}")
+    names.add(name(*inputs[:2], tmp_path))
+    assert len(names) == 4
+    assert name(*inputs) in names
+
+
+def test_a_second_trainer_is_refused_and_told_who_trains(scratch: Path) -> None:
+    said = f"process {os.getpid()} is training the very same"
+    with open_checkpoints("same"), pytest.raises(Problem, match=said), open_checkpoints("same"):
+        pass
+    with open_checkpoints("same"):
+        pass
+
+
+def test_a_checkpoint_without_its_mark_is_not_taken(scratch: Path) -> None:
+    with open_checkpoints("x") as folder:
+        for step, whole in ((2, True), (4, True), (6, False)):
+            (folder / f"checkpoint-{step}").mkdir()
+            if whole:
+                (folder / f"checkpoint-{step}" / WHOLE).touch()
+        kept = shutil.copytree(folder, scratch / "kept")
+    shutil.copytree(kept, folder)
+    with open_checkpoints("x") as folder:
+        assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+        assert not (folder / "checkpoint-6").exists()
+
+
+# What stops a run
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_not_finite_names_the_rows(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem, match=r"loss is (nan|inf)") as caught:
+        run(workspace, scratch / "out", learning_rate=1e30, max_grad_norm=1e30)
+    assert "lower train.learning_rate" in str(caught.value)
+    assert not (scratch / "out" / "adapter").exists()
+
+
+def test_the_rows_of_a_bad_batch_are_named(workspace: Workspace, scratch: Path) -> None:
+    (scratch / "bad.py").write_text(
+        "def loss(logits, labels, num_items):\n"
+        "    loss.calls = getattr(loss, 'calls', 0) + 1\n"
+        "    return logits.float().logsumexp(-1).sum() / (num_items if loss.calls != 4 else 0)\n"
+    )
+    with pytest.raises(Problem, match=r"the loss is inf in a batch before step 4, in the rows (\w{16}), ") as caught:
+        run(workspace, scratch / "out", loss=str(scratch / "bad.py"))
+    examples = (workspace.root / "data" / "examples" / "train.jsonl").read_text()
+    ids = str(caught.value).partition("in the rows ")[2].partition(" of data")[0].split(", ")
+    assert len(ids) == 4
+    assert all(f'"id":"{number}"' in examples for number in ids)
+
+
+def test_too_little_memory_is_told_before_the_first_step(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def small(model: Any, batch: Any, head: Any = None) -> Any:
+        seen.append(batch)
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+            "which 1.25 GiB is free."
+        )
+
+    monkeypatch.setattr(trainer_module, "label_logits", small)
+    with pytest.raises(Problem) as caught:
+        run(workspace, scratch / "out")
+    said = str(caught.value)
+    assert "out of memory on a batch of 4 rows" in said
+    assert "asked for 2.50 GiB, 1.25 GiB were free" in said
+    assert "train.gradient_checkpointing to true" in said
+    longest = sorted(map(len, _token_rows(workspace)))[-4:]
+    assert len(seen) == 1
+    assert seen[0]["input_ids"].numel() == sum(longest)
+
+
+def test_a_refused_allocation_on_the_cpu_is_told_too(workspace: Workspace, scratch: Path) -> None:
+    (scratch / "huge.py").write_text("import torch\ndef loss(logits, labels, num_items):\n    return torch.empty(2**60)\n")
+    with pytest.raises(Problem, match=r"out of memory on a batch of 4 rows, .*asked for \d+ bytes"):
+        run(workspace, scratch / "out", loss=str(scratch / "huge.py"))
+
+
+def _token_rows(workspace: Workspace) -> list[list[int]]:
+    from stages.lib.tokens import read_tokens
+
+    ids: list[list[int]] = read_tokens(workspace.root / INPUTS[0]).column("input_ids").to_pylist()
+    return ids
+
+
+def test_the_longest_batch_changes_nothing(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"lora_dropout": 0.5, "training_arguments": {"max_steps": 3}}
+    tried = outputs(run(workspace, scratch / "a", **given))
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "try_longest", lambda _: None)
+    assert outputs(run(workspace, scratch / "b", **given)) == tried
