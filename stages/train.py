@@ -78,13 +78,16 @@ class Params(Quantization, Adapter):
     """Keeps the adapter of the checkpoint with the best validation loss, not the last; eval_steps must divide save_steps."""
     num_processes: int = Field(gt=0)
     """GPUs of this machine to train on, each with its own batches: rows a step are so many times as many."""
+    fsdp: bool
+    """With several processes: each keeps a part of the frozen weights and gathers a layer's as it computes; for a model that
+    one GPU does not hold. The result is the same."""
     training_arguments: dict[str, Any]
     """Any other field of Transformers' TrainingArguments, by its name."""
     full_determinism: bool
     """On a GPU, the same bytes at every run, at some cost in speed; the CPU needs no such switch."""
 
 
-OURS = ("loss", "label_weights", "early_stopping_patience", "num_processes", "training_arguments")
+OURS = ("loss", "label_weights", "early_stopping_patience", "num_processes", "fsdp", "training_arguments")
 """Parameters of `Params` itself that are no fields of TrainingArguments."""
 
 
@@ -125,11 +128,13 @@ def train(
     read = inputs_of("train", params.model_dump(), {str(path): path for path in (tokens, validation, base)}, Path())
     with open_checkpoints(fingerprint(read), main=distributed.is_main()) as checkpoints:
         set_seed(params.seed)  # before the adapter: its first weights are random
-        quantized = load_quantized(base, params)
-        flat = params.method == "lora" and not params.neftune_noise_alpha and use_flat_rows(quantized.model)
+        quantized = load_quantized(base, params, in_main_memory=params.fsdp)
         if params.gradient_checkpointing:
             quantized.model.enable_input_require_grads()
         model = add_adapter(quantized.model, base, params, params)
+        if params.fsdp:
+            distributed.shard_frozen(model, pick_device())
+        flat = params.method == "lora" and not params.neftune_noise_alpha and use_flat_rows(model.eval())
         first = initial_factors(model, params)
         given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
         arguments = make_arguments(
@@ -179,6 +184,9 @@ def _check_together(params: Params) -> None:
             "params.yaml: train.gradient_checkpointing: must be false for prefix_tuning: the prefix is handed to the layers "
             "as a cache, which a layer that is computed twice would read twice"
         )
+    if params.fsdp and (params.num_processes == 1 or params.quantization == "int8"):
+        found = "num_processes is 1" if params.num_processes == 1 else "quantization is int8, whose scales cannot be parted"
+        problems.append(f"params.yaml: train.fsdp: must be false: train.{found}")
     if params.load_best_model_at_end and params.save_steps % params.eval_steps:
         problems.append(
             f"params.yaml: train.save_steps: {params.save_steps} is no multiple of train.eval_steps, {params.eval_steps}; "

@@ -60,6 +60,18 @@ def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpo
         assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), rel=1e-3)
 
 
+def test_parted_weights_train_to_the_same_bytes_as_whole_ones(workspace: Workspace, scratch: Path) -> None:
+    given = {"num_processes": 2, "per_device_train_batch_size": 2, "training_arguments": {"max_steps": 3}}
+    outs = [run(workspace, scratch / str(fsdp), fsdp=fsdp, gradient_checkpointing=fsdp, **given) for fsdp in (False, True)]
+    for name in ("adapter/adapter_model.safetensors", "report.json", "loss/train.csv"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
+
+
+def test_parted_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.num_processes is 1"):
+        run(workspace, scratch, fsdp=True)
+
+
 def test_what_is_wrong_in_every_process_is_said_once(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem) as caught:
         run(workspace, scratch / "out", num_processes=2, target_modules=["W_pack"])

@@ -71,8 +71,8 @@ OWNED = {
     "logging_nan_inf_filter": "it would hide a loss that is not finite",
     "average_tokens_across_devices": "the loss is divided by the labels of all processes",
     **dict.fromkeys(
-        ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "ddp_find_unused_parameters"),
-        "set train.num_processes",
+        ("fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "ddp_find_unused_parameters"),
+        "set train.num_processes and train.fsdp",
     ),
 }
 """Fields that a user cannot set below train.training_arguments, and why, or what to set in their place."""

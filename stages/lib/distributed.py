@@ -6,10 +6,15 @@ import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
 from stages.lib.problem import Problem
 
@@ -28,6 +33,33 @@ def join(*, cpu: bool) -> None:
     """Meets the other processes, and takes this one's GPU."""
     if is_launched():
         PartialState(cpu=cpu)
+
+
+def shard_frozen(model: Any, device: torch.device) -> None:
+    """Leaves each process its part of the frozen weights (FSDP), and the whole of what is trained, as DDP wants it.
+
+    A layer's weights are gathered while it computes, so the numbers are those of an unsharded model, to the bit. The model
+    may lie in main memory: its layers come to `device` one by one.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in _layers(model):
+        fully_shard(layer.to(device), mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    model.to(device)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+    base = model.get_base_model()
+    if hasattr(base, "hf_device_map"):
+        base.hf_device_map = {"": device}
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The blocks that a model is a stack of: Transformers knows their classes, or it is the longest list of modules."""
+    base = model.get_base_model()
+    kinds = set(base._no_split_modules or ())
+    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+    return found or max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))
 
 
 def launch(function: Callable[..., None], processes: int, *arguments: object) -> None:

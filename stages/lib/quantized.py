@@ -37,8 +37,11 @@ class Quantized(NamedTuple):
     layers: list[str]
 
 
-def load_quantized(base: Path, settings: Quantization) -> Quantized:
-    """The base model on this machine's device, quantized as `settings` say, in evaluation mode, all weights frozen."""
+def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool = False) -> Quantized:
+    """The base model on this machine's device, quantized as `settings` say, in evaluation mode, all weights frozen.
+
+    `in_main_memory`: it stays there, packed, for a GPU that would not hold it.
+    """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
     trust = read_json(base / "manifest.json")["trust_remote_code"]
@@ -59,14 +62,14 @@ def load_quantized(base: Path, settings: Quantization) -> Quantized:
     model = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=dtype,
-        device_map={"": device},
+        device_map={"": "cpu" if in_main_memory else device},
         quantization_config=config,
         trust_remote_code=trust,
         use_safetensors=True,
     )
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     layers = sorted(name for name, layer in model.named_modules() if isinstance(layer, kinds))
-    if device.type == "cpu":
+    if device.type == "cpu" and not in_main_memory:
         _unpack_4bit(model)
     model.requires_grad_(False)
     return Quantized(model.eval(), layers)

@@ -110,9 +110,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _validation_batches(self) -> Iterator[dict[str, Any]]:
         rows, size = self.eval_dataset, self.args.eval_batch_size
         order = sorted(range(len(rows)), key=lambda number: int(rows.lengths[number]))
-        starts = range(0, len(order), size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        for start in starts:
-            yield self.data_collator([rows[number] for number in order[start : start + size]])
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        # As many for each process, since all must take part where weights are gathered; the empty row has no label.
+        for start in range(index * size, -(-len(order) // (size * processes)) * size * processes, size * processes):
+            yield self.data_collator([rows[number] for number in order[start : start + size] or [len(rows)]])
 
     def try_longest(self) -> None:
         """Sends the longest batch through the model and back, so that too little memory shows now, and changes nothing.
