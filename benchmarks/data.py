@@ -92,7 +92,15 @@ def run_encode(work: Path, tokenizer: Path) -> None:
     gates = dict.fromkeys(params("encode")["gates"], 100.0)
     given = params("encode") | {"max_length": 4096, "gates": gates, "template": str(templates / "chatml.jinja")}
     outs = [work / name for name in ("tokens", "encode.json", "masks.html", "lengths.csv")]
-    encode(Params(**given), work / "examples", tokenizer, Path(given["template"]), templates / "masks.html.jinja", *outs)
+    encode(
+        Params(**given),
+        work / "examples",
+        ROOT / "data" / "prompts.json",
+        tokenizer,
+        Path(given["template"]),
+        templates / "masks.html.jinja",
+        *outs,
+    )
 
 
 def run_datasets(work: Path, folder: Path, batched: bool) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from stages.lib.encoder import EngineDiffersError
-from stages.lib.jsonl import parse_line, write_json, write_line
+from stages.lib.jsonl import parse_line, read_json, write_json, write_line
 from stages.lib.labels import IGNORE
 from stages.lib.mask import LabelsOn
 from stages.lib.output import fresh_file, fresh_folder
@@ -53,6 +53,7 @@ class Params(Section):
 def encode(
     params: Params,
     examples: Path,
+    prompts: Path,
     tokenizer: Path,
     template: Path,
     page: Path,
@@ -63,6 +64,9 @@ def encode(
 ) -> None:
     """Writes train and validation rows (input_ids, labels) and tokenized test prompts as Arrow files into `tokens`.
 
+    `prompts` is a JSON list of further prompts, texts or lists of messages, which have no right answer; they become
+    prompts.arrow.
+
     `tokens` also gets rejected.jsonl (rows that do not fit, with the reason) and the template's text, which `merge` saves
     with the model. `report` gets counts, `masks` a page (made with `page`) of what is learned, `lengths` a histogram.
 
@@ -70,15 +74,16 @@ def encode(
 
     Raises Problem if the template or the tokenizer cannot be used, if a gate does not hold, or if no row is left.
     """
+    further = _read_prompts(prompts)
     maker = _load(params, tokenizer, template, use_engine=True)
     try:
-        tally = _write_tokens(params, maker, examples, template, tokens)
+        tally = _write_tokens(params, maker, examples, further, template, tokens)
     except EngineDiffersError as text:
         print(
             f"encode: fastokens and the tokenizer differ in {str(text)!r}; begins again with the tokenizer alone", flush=True
         )
         maker = _load(params, tokenizer, template, use_engine=False)
-        tally = _write_tokens(params, maker, examples, template, tokens)
+        tally = _write_tokens(params, maker, examples, further, template, tokens)
     counts = tally.report(maker.stop_token_ids)
     with fresh_file(report) as report_file, fresh_file(masks) as masks_file, fresh_file(lengths) as lengths_file:
         write_json(report_file, counts)
@@ -109,7 +114,52 @@ def _load(params: Params, tokenizer: Path, template: Path, *, use_engine: bool) 
         raise Problem(f"{template}: line {error.lineno}: {error.message}") from None
 
 
-def _write_tokens(params: Params, maker: RowMaker, examples: Path, template: Path, tokens: Path) -> Tally:
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The prompts of a JSON file as rows of data/examples, with an answer that is not used. Raises Problem."""
+    wanted = 'wanted a list of texts, or of lists of {"role", "content"} that end with a user message'
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        raise Problem(f"{path}: not found; it may be an empty list, []") from None
+    except ValueError as error:
+        raise Problem(f"{path}: not JSON: {error}; {wanted}") from None
+    if not isinstance(found, list):
+        raise Problem(f"{path}: found {type(found).__name__}, {wanted}")
+    rows, problems = [], []
+    for number, entry in enumerate(found, 1):
+        messages = [{"role": "user", "content": entry}] if isinstance(entry, str) else entry
+        try:
+            texts = [(message["role"], message["content"].strip()) for message in messages]
+            if not texts or texts[-1][0] != "user" or not texts[-1][1] or texts[-1][1].encode() == b"":
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            problems.append(f"{path}: entry {number}: found {str(entry)[:60]!r}, {wanted}")
+            continue
+        answered = [*messages, {"role": "assistant", "content": "."}]
+        rows.append({"id": f"prompt-{number}", "source": f"{path.name}:{number}", "messages": answered})
+    if problems:
+        raise Problem(*problems)
+    return rows
+
+
+def _write_prompts(maker: RowMaker, rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes the prompts as training would see them. Raises Problem if the template has no place for one."""
+    made = list(maker.rows(rows))
+    problems = [
+        f"{row['source']}: {found.reason}: {found.detail}"
+        for row, found in zip(rows, made, strict=True)
+        if isinstance(found, Rejection)
+    ]
+    if problems:
+        raise Problem(*problems)
+    prompts = [row._replace(reference="") for row in made if isinstance(row, Row)]
+    with open_tokens(path, PROMPTS, maker.stop_token_ids) as stream:
+        stream.write_batch(_prompt_batch(maker, prompts))
+
+
+def _write_tokens(
+    params: Params, maker: RowMaker, examples: Path, further: list[dict[str, Any]], template: Path, tokens: Path
+) -> Tally:
     """Fills the folder `tokens`. Raises Problem if a gate does not hold, and EngineDiffersError."""
     tally = Tally()
     count = sum(_count_lines(examples / f"{split}.jsonl") for split in SPLITS)
@@ -129,6 +179,7 @@ def _write_tokens(params: Params, maker: RowMaker, examples: Path, template: Pat
                 write_line(rejected, row)
             tally.add(chunk)
         tally.check(template, params.gates, cut_is_error=params.truncation_strategy == "error")
+        _write_prompts(maker, further, folder / "prompts.arrow")
         (folder / "chat_template.jinja").write_text(maker.template.source, encoding="utf-8", newline="\n")
     return tally
 

@@ -1,14 +1,16 @@
-"""Answers every test prompt with one model."""
+"""Answers every test prompt, and the prompts of data/prompts.json, with one model."""
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from pydantic import Field
-from transformers import AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.utils import logging
 
 from stages.lib.device import DtypeName
@@ -16,12 +18,25 @@ from stages.lib.jsonl import read_json, write_jsonl
 from stages.lib.model import load_model
 from stages.lib.output import fresh_file
 from stages.lib.params import Section
+from stages.lib.problem import Problem
+from stages.lib.provenance import fingerprint, inputs_of
+from stages.lib.sampling import RowSampler
 from stages.lib.tokens import read_tokens, stop_token_ids
+
+TUTORIAL = {
+    "do_sample": True,
+    "temperature": 0.5,
+    "top_p": 0.85,
+    "repetition_penalty": 2.0,
+    "max_new_tokens": 1024,
+}
 
 
 class Params(Section):
     """How answers are drawn. GenerationConfig's names."""
 
+    preset: Literal["own", "tutorial"]
+    """own: the values below; tutorial: temperature 0.5, top_p 0.85, repetition_penalty 2.0, max_new_tokens 1024, sampled."""
     max_new_tokens: int = Field(gt=0)
     """An answer that is longer is cut there, and counted as not stopped."""
     do_sample: bool
@@ -35,28 +50,63 @@ class Params(Section):
     seed: int
     """Sampling: another seed draws other answers."""
     batch_size: int = Field(gt=0)
-    """Prompts answered at once."""
+    """Prompts answered at once; halved where the memory does not suffice."""
     dtype: DtypeName
     """The type that the model computes in; auto is bfloat16 where the hardware has it, else float32."""
 
 
-def generate(params: Params, model: Path, prompts: Path, predictions: Path) -> None:
-    """Writes a row for each prompt, in their order, to `predictions`.
+def generate(params: Params, model: Path, prompts: Path, extra: Path, predictions: Path, extra_predictions: Path) -> None:
+    """Writes a row for each prompt, in their order: those of `prompts` to `predictions`, of `extra` to `extra_predictions`.
 
     A row: {"id", "prompt", "reference", "answer", "finish_reason": "stop" or "length", "prompt_tokens", "answer_tokens"}.
-    The prompts come tokenized from `encode`, so this stage knows no template.
+    The prompts come tokenized from `encode`, so this stage knows no template. An answer depends on its own prompt and row
+    alone, not on those beside it. A run that is killed goes on behind the last batch that it answered.
+
+    Raises Problem if the memory does not suffice for one prompt.
     """
     logging.disable_progress_bar()
-    table = read_tokens(prompts)
-    rows = table.to_pylist()
-    answerer = _Answerer(params, model, stop_token_ids(table))
-    answers: dict[int, list[int]] = {}
+    logging.set_verbosity_error()
+    read = inputs_of("generate", params.model_dump(), {path.name: path for path in (model, prompts, extra)}, Path())
+    finished = _Finished(fingerprint(read))
+    tables = [read_tokens(prompts), read_tokens(extra)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    answerer = _Answerer(params, model, stop_token_ids(tables[0]))
+    answers = finished.answers
     for numbers in _batches([len(row["prompt_ids"]) for row in rows], params.batch_size, padded=answerer.padded):
-        new = answerer.answer([rows[number]["prompt_ids"] for number in numbers])
-        answers |= zip(numbers, new, strict=True)
-        print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
-    with fresh_file(predictions) as file:
-        write_jsonl(file, (answerer.row(row, answers[number]) for number, row in enumerate(rows)))
+        if not all(number in answers for number in numbers):
+            finished.add(zip(numbers, answerer.answer([rows[number] for number in numbers]), strict=True))
+            print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
+    done = [answerer.row(row, answers[number]) for number, row in enumerate(rows)]
+    with fresh_file(predictions) as file, fresh_file(extra_predictions) as extra_file:
+        write_jsonl(file, done[: len(tables[0])])
+        write_jsonl(extra_file, done[len(tables[0]) :])
+    finished.remove()
+
+
+class _Finished:
+    """The answers so far, kept beside the outputs until all are there; only a run that reads the very same takes them up."""
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"generate-{name}.jsonl"
+        self.answers: dict[int, list[int]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = b""
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+            if not line.endswith(b"\n"):
+                break  # a batch that was being written
+            whole += line
+            self.answers |= dict(json.loads(line))
+        self.path.write_bytes(whole)
+
+    def add(self, batch: Any) -> None:
+        """Keeps the answers of a batch, (number, tokens) each."""
+        pairs = list(batch)
+        self.answers |= pairs
+        with self.path.open("ab") as file:
+            file.write(json.dumps(pairs).encode() + b"\n")
+
+    def remove(self) -> None:
+        self.path.unlink()
 
 
 def _batches(lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:
@@ -71,7 +121,6 @@ class _Answerer:
     """A loaded model with its stop tokens and generation settings."""
 
     def __init__(self, params: Params, folder: Path, stops: list[int]) -> None:
-        set_seed(params.seed)
         trust = read_json(folder / "manifest.json")["trust_remote_code"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         self.model = load_model(folder, params.dtype)
@@ -81,26 +130,45 @@ class _Answerer:
         defaults = default if isinstance(default, list) else [default]
         # The template's stop tokens, and those that the model itself came with.
         self.stops = sorted({token for token in [*stops, *defaults] if token is not None})
-        sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": 0} if params.do_sample else {}
+        self.params = params.model_copy(update=TUTORIAL) if params.preset == "tutorial" else params
         self.config = GenerationConfig(
-            max_new_tokens=params.max_new_tokens,
-            do_sample=params.do_sample,
-            repetition_penalty=params.repetition_penalty,
+            max_new_tokens=self.params.max_new_tokens,
+            do_sample=False,  # RowSampler turns the likeliest token into a drawn one
+            repetition_penalty=self.params.repetition_penalty,
             eos_token_id=self.stops or None,
             pad_token_id=0,
-            **sampling,
         )
         # What the folder's own generation config says about sampling must not mix with params.yaml.
         self.model.generation_config = self.config
 
-    def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-        """The new tokens for each prompt, the stop token included if there is one."""
+    def answer(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The new tokens for each row's prompt, the stop token included if there is one. Raises Problem."""
+        try:
+            return self._answer(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise Problem(
+                    f"out of memory on a single prompt, {rows[0]['id']} with {len(rows[0]['prompt_ids'])} tokens; lower "
+                    "generate.max_new_tokens, or use a GPU with more memory"
+                ) from None
+        torch.cuda.empty_cache()
+        half = len(rows) // 2
+        return [*self.answer(rows[:half]), *self.answer(rows[half:])]
+
+    def _answer(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        prompts = [row["prompt_ids"] for row in rows]
         width = max(map(len, prompts))
         # Padded on the left: generation goes on from the last position.
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        drawing = LogitsProcessorList()
+        if self.params.do_sample:
+            seeds = [f"{self.params.seed} {row['id']}" for row in rows]
+            drawing.append(RowSampler(seeds, self.params.temperature, self.params.top_p, self.model.device))
         with torch.no_grad():
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=self.config, logits_processor=drawing
+            )
         return [self._cut(new) for new in output[:, width:].tolist()]
 
     def _cut(self, new: list[int]) -> list[int]:

@@ -3,27 +3,28 @@
 import json
 import shutil
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
-from torch.nn.functional import log_softmax
 from transformers.utils import logging
 
-from stages.lib.adapter import INITIAL, load_adapter, lora_scale, without
-from stages.lib.batch import pad
+from stages.lib.adapter import INITIAL, BaseWeights, load_adapter, lora_scale, without
 from stages.lib.device import pick_device
 from stages.lib.jsonl import read_json, write_json
-from stages.lib.loss import label_logits
 from stages.lib.model import ADAPTER, load_model
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.params import Section
+from stages.lib.parity import Said, compare, greedy_agreement
 from stages.lib.problem import Problem
+from stages.lib.provenance import inputs_of, write_provenance
 from stages.lib.quantized import Quantization, load_quantized, round_trip
 from stages.lib.tokens import read_tokens, stop_token_ids
 
+COPIED_AT_ONCE = 1 << 24
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -38,6 +39,8 @@ class Params(Section):
     """The stage fails above this mean Kullback-Leibler divergence, in nats a token, from the trained model."""
     min_top1_agreement: float = Field(ge=0, le=1)
     """The stage fails if the likeliest token agrees at a smaller share of the positions."""
+    min_greedy_agreement: float = Field(ge=0, le=1)
+    """The stage fails if a smaller share of greedy answers is the same, token for token."""
 
 
 def merge(params: Params, base: Path, adapter: Path, validation: Path, template: Path, merged: Path, report: Path) -> None:
@@ -50,51 +53,106 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
     Raises Problem if a tensor of the adapter has no place in the base, or if the merged model is not the trained one.
     """
     logging.disable_progress_bar()
+    read = inputs_of(
+        "merge",
+        params.model_dump(),
+        {str(path): path for path in (base, adapter, validation, template)},
+        Path(),
+    )
     settings = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
     table = read_tokens(validation)
     rows = table.slice(0, params.parity_rows).to_pylist()
+    stops = stop_token_ids(table)
+    lora = _Lora(adapter)
+    weights = _Weights(base, adapter, lora, settings, params.base)
+    trained = Said(load_adapter(load_quantized(base, settings).model, base, settings, adapter), rows, stops)
     with fresh_folder(merged) as folder:
-        lora = _Lora(adapter)
-        _merge_weights(params, settings, base, adapter, lora, folder)
+        weights.write(folder)
         if not lora.layers:
             _keep_beside(adapter, folder)
-        _copy_the_rest(base, template, stop_token_ids(table), folder)
-        trained = _trained_logits(base, adapter, settings, rows)
-        parity = _compare(trained, _Logits.of(load_model(folder, settings.dtype), rows))
+        _copy_the_rest(base, template, stops, folder)
+        model = load_model(folder, settings.dtype)
         figures = {
             "model": read_json(base / "manifest.json")["model"],
             "base": params.base,
             "method": lora.kind.lower(),
             "merged_layers": len(lora.layers),
             "rows": len(rows),
-            **parity,
+            "tokens": len(trained.labels),
+            **compare(trained, Said(model, rows)),
+            "greedy_rows": len(trained.answers),
+            "greedy_agreement": greedy_agreement(trained, model),
         }
         _check_parity(params, figures)
+        if weights.rounded_layers:
+            # What the other choice of merge.base would have given.
+            other = _Weights(base, adapter, lora, settings, _other_base(params))
+            _put_weights(
+                model.get_base_model() if hasattr(model, "get_base_model") else model, other, weights.rounded_layers
+            )
+            figures["other_base"] = {"base": _other_base(params), **compare(trained, Said(model, rows))}
         _write_card(folder, base, adapter, figures)
+        write_provenance(folder, {**read, "adapter": read_json(adapter / "provenance.json"), "parity": figures})
     with fresh_file(report) as file:
         write_json(file, figures)
     kept = f"{len(lora.layers)} layers" if lora.layers else f"{lora.kind.lower()}, kept beside the weights,"
     print(
-        f"merge: {kept} into {merged}; mean KL {parity['mean_kl']:.2e}, the likeliest token agrees at "
-        f"{100 * parity['top1_agreement']:.2f} % of {parity['tokens']:,} positions"
+        f"merge: {kept} into {merged}; mean KL {figures['mean_kl']:.2e}, the likeliest token agrees at "
+        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} positions"
     )
 
 
 # Weights
 
 
-def _merge_weights(params: Params, settings: Quantization, base: Path, adapter: Path, lora: "_Lora", folder: Path) -> None:
-    """Writes the shards."""
-    quantized = set(read_json(adapter / "training.json")["quantized_layers"])
-    rounded = {f"{name}.weight" for name in quantized} if params.base == "dequantized" else set()
-    shards = sorted(base.glob("*.safetensors"))
-    names = {name for shard in shards for name in _header(shard)[0] if name != "__metadata__"}
-    problems = [f"{adapter}: trained {name}, which {base} does not have" for name in sorted(set(lora.layers) - names)]
-    problems += [f"{adapter}: quantized {name}, which {base} does not have" for name in sorted(rounded - names)]
-    if problems:
-        raise Problem(*problems)
-    for shard in shards:
-        _merge_shard(shard, folder / shard.name, lora, rounded, settings)
+class _Weights:
+    """The merged weights by name, made one at a time from the base's."""
+
+    def __init__(self, base: Path, adapter: Path, lora: "_Lora", settings: Quantization, kind: str) -> None:
+        """`kind` is merge.base. Raises Problem if the adapter belongs to another base."""
+        self.base, self.lora, self.settings = BaseWeights(base), lora, settings
+        self.shards = sorted(base.glob("*.safetensors"))
+        self.rounded_layers = {f"{name}.weight" for name in read_json(adapter / "training.json")["quantized_layers"]}
+        self.rounds = kind == "dequantized"
+        names = {name for shard in self.shards for name in _header(shard)[0]}
+        absent = sorted(set(lora.layers) - names)
+        problems = [f"{adapter}: trained {name}, which {base} does not have" for name in absent]
+        problems += [
+            f"{adapter}: quantized {name}, which {base} does not have" for name in sorted(self.rounded_layers - names)
+        ]
+        if problems:
+            raise Problem(*problems)
+
+    def changes(self, name: str) -> bool:
+        """Whether the merged weight is another than the base's."""
+        return name in self.lora.layers or (self.rounds and name in self.rounded_layers)
+
+    def merged(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        """The merged weight in float32, on this machine's device."""
+        weight = self.lora.base_of(original.to(pick_device()).float(), name)
+        if self.rounds and name in self.rounded_layers:
+            weight = round_trip(weight, self.settings)
+        return self.lora.add_to(weight, name) if name in self.lora.layers else weight
+
+    def write(self, folder: Path) -> None:
+        """Writes the shards, with the same headers and so the same places; memory holds one tensor at a time."""
+        for shard in self.shards:
+            header, raw = _header(shard)
+            with shard.open("rb") as reader, (folder / shard.name).open("wb") as writer:
+                writer.write(raw)
+                tensors = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+                for name, entry in sorted(tensors, key=lambda tensor: tensor[1]["data_offsets"]):
+                    start, end = entry["data_offsets"]
+                    reader.seek(len(raw) + start)
+                    if self.changes(name):
+                        data = bytearray(reader.read(end - start))
+                        original = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+                        weight = self.merged(name, original).to("cpu", original.dtype).contiguous()
+                        # numpy has no bfloat16, so the bytes go out as integers.
+                        writer.write(weight.view(torch.uint8).numpy().data)
+                    else:
+                        for at in range(start, end, COPIED_AT_ONCE):
+                            writer.write(reader.read(min(COPIED_AT_ONCE, end - at)))
 
 
 class _Lora:
@@ -155,29 +213,6 @@ def _header(shard: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(raw[8:]), raw
 
 
-def _merge_shard(shard: Path, target: Path, lora: _Lora, rounded: set[str], settings: Quantization) -> None:
-    """Writes the shard with the same header and so the same places; memory holds one tensor at a time."""
-    header, raw = _header(shard)
-    with shard.open("rb") as reader, target.open("wb") as writer:
-        writer.write(raw)
-        tensors = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        for name, entry in sorted(tensors, key=lambda tensor: tensor[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            reader.seek(len(raw) + start)
-            data = bytearray(reader.read(end - start))
-            if name in lora.layers or name in rounded:
-                dtype = DTYPES[entry["dtype"]]
-                original = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-                weight = lora.base_of(original.to(pick_device()).float(), name)
-                weight = round_trip(weight, settings) if name in rounded else weight
-                if name in lora.layers:
-                    weight = lora.add_to(weight, name)
-                # numpy has no bfloat16, so the bytes go out as integers.
-                writer.write(weight.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
-            else:
-                writer.write(data)
-
-
 def _keep_beside(adapter: Path, folder: Path) -> None:
     """Virtual tokens and prefixes are no part of any weight: the adapter goes along, and `generate` loads it."""
     (folder / ADAPTER).mkdir()
@@ -208,42 +243,15 @@ def _copy_the_rest(base: Path, template: Path, stops: list[int], folder: Path) -
 # Proof
 
 
-def _trained_logits(base: Path, adapter: Path, settings: Quantization, rows: list[dict[str, Any]]) -> "_Logits":
-    model = load_quantized(base, settings).model
-    return _Logits.of(load_adapter(model, base, settings, adapter), rows)
+def _other_base(params: Params) -> str:
+    return "full" if params.base == "dequantized" else "dequantized"
 
 
-class _Logits:
-    """What a model says at the labelled tokens of some rows: logits (labels, vocabulary) in float32 on the CPU."""
-
-    def __init__(self, logits: list[torch.Tensor], labels: list[torch.Tensor]) -> None:
-        self.logits, self.labels = torch.cat(logits), torch.cat(labels)
-
-    @classmethod
-    def of(cls, model: Any, rows: list[dict[str, Any]]) -> "_Logits":
-        parts = []
-        with torch.no_grad():
-            for row in rows:  # one by one: padding may change the last bits, and this is about the last bits
-                batch = {name: tensor.to(model.device) for name, tensor in pad([row]).items()}
-                logits, labels = label_logits(model, batch)
-                parts.append((logits.float().cpu(), labels.cpu()))
-        return cls([part[0] for part in parts], [part[1] for part in parts])
-
-
-def _compare(trained: _Logits, merged: _Logits) -> dict[str, Any]:
-    """How far the merged model is from the trained one; KL in nats a token."""
-    p, q = log_softmax(trained.logits, -1), log_softmax(merged.logits, -1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    labels = trained.labels.unsqueeze(-1)
-    return {
-        "tokens": len(labels),
-        "mean_kl": kl.mean().item(),
-        "max_kl": kl.max().item(),
-        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
-        "max_abs_logit_difference": (trained.logits - merged.logits).abs().max().item(),
-        "trained_loss": -p.gather(-1, labels).mean().item(),
-        "merged_loss": -q.gather(-1, labels).mean().item(),
-    }
+def _put_weights(model: Any, weights: "_Weights", names: Iterable[str]) -> None:
+    """Gives a loaded model the merged weights of these names, one at a time, in the type that a folder would hold."""
+    for name in sorted(names):
+        original = weights.base[name]
+        model.get_parameter(name).data.copy_(weights.merged(name, original).to(original.dtype))
 
 
 def _check_parity(params: Params, figures: dict[str, Any]) -> None:
@@ -254,6 +262,11 @@ def _check_parity(params: Params, figures: dict[str, Any]) -> None:
         problems.append(
             f"the likeliest token agrees at {figures['top1_agreement']:.4f} of the positions, merge.min_top1_agreement is "
             f"{params.min_top1_agreement}"
+        )
+    if not figures["greedy_agreement"] >= params.min_greedy_agreement:
+        problems.append(
+            f"{figures['greedy_agreement']:.4f} of the greedy answers are the same, merge.min_greedy_agreement is "
+            f"{params.min_greedy_agreement}"
         )
     if problems:
         problems.append(
@@ -269,7 +282,6 @@ def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]
     manifest = read_json(base / "manifest.json")
     training = read_json(adapter / "training.json")
     config = read_json(adapter / "adapter_config.json")
-    write_json(folder / "provenance.json", {"base": manifest, "training": training, "parity": figures})
     quantization = training["quantization"]["quantization"]
     if figures["method"] == "lora":
         how = (
@@ -282,11 +294,12 @@ def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]
             f"It cannot be merged into weights: load this folder's {figures['base']} weights with Transformers, then "
             f'PeftModel.from_pretrained(model, "{ADAPTER}") from the folder inside it.'
         )
+    scores = f"greedy answers that are the same: {100 * figures['greedy_agreement']:.0f} % of {figures['greedy_rows']}"
     (folder / "README.md").write_text(
         f"# {manifest['model']}, fine-tuned\n\n"
         f"Base: {manifest['model']} at {manifest['revision']}. {how}\n\n"
         f"Measured against the trained model on {figures['tokens']} tokens: mean KL {figures['mean_kl']:.2e} nats, the "
-        f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %. `provenance.json` has the rest.\n",
+        f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %, {scores}. `provenance.json` has the rest.\n",
         encoding="utf-8",
         newline="\n",
     )

@@ -36,12 +36,15 @@ class Encoded:
         ]
         for split in ("train", "validation", "test"):
             (examples / f"{split}.jsonl").write_text("".join(lines))
+        further = params.pop("prompts", ["你好 q"])
         template = params.pop("template", str(PROJECT / "stages/templates/chatml.jinja"))
         gates = GATES | params.pop("gates", {})
         values = {"template": template, "labels_on": "assistant", "max_length": 200, "truncation_strategy": "drop"} | params
+        prompts = root / "prompts.json"
+        prompts.write_text(json.dumps(further))
         self.root, self.tokenizer = root, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)
         outs = [root / name for name in ("tokens", "report.json", "masks.html", "lengths.csv")]
-        encode(Params(**values, gates=gates), examples, tokenizer, Path(template), PAGE, *outs)
+        encode(Params(**values, gates=gates), examples, prompts, tokenizer, Path(template), PAGE, *outs)
         self.report = json.loads((root / "report.json").read_text())
         self.train = read_tokens(root / "tokens" / "train.arrow")
         self.test = read_tokens(root / "tokens" / "test.arrow")
@@ -426,3 +429,42 @@ def test_an_engine_that_differs_is_found_and_put_aside(
     Encoded(tmp_path, tiny_tokenizer, rows)
     assert "fastokens and the tokenizer differ" in capsys.readouterr().out
     assert (tmp_path / "tokens" / "train.arrow").read_bytes() == wanted
+
+
+# Further prompts
+
+
+def test_further_prompts_are_the_beginning_of_a_training_row(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    asked = [
+        "你好 q",
+        [{"role": "system", "content": "short"}, *chat("a", "b"), {"role": "user", "content": "c"}],
+        "<|im_end|>",
+    ]
+    encoded = Encoded(tmp_path, tiny_tokenizer, [chat("你好 q", "x")], prompts=asked)
+    rows = read_tokens(tmp_path / "tokens" / "prompts.arrow").to_pylist()
+    assert [row["id"] for row in rows] == ["prompt-1", "prompt-2", "prompt-3"]
+    trained = encoded.train.to_pylist()[0]["input_ids"]
+    assert rows[0]["prompt_ids"] == trained[: len(rows[0]["prompt_ids"])]
+    assert rows[0]["prompt"] == "<|im_start|>user\n你好 q<|im_end|>\n<|im_start|>assistant\n"
+    assert rows[1]["prompt"].endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert rows[2]["prompt_ids"].count(2) == 1, "what a user wrote is no control token"
+    assert {row["reference"] for row in rows} == {""}
+    assert stop_token_ids(read_tokens(tmp_path / "tokens" / "prompts.arrow")) == [2]
+
+
+def test_there_may_be_no_further_prompts(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    Encoded(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=[])
+    assert len(read_tokens(tmp_path / "tokens" / "prompts.arrow")) == 0
+
+
+@pytest.mark.parametrize("asked", [{"a": 1}, [1], [""], [[]], [[{"role": "user"}]], [chat("a", "b")], ["\ud800"]])
+def test_further_prompts_that_are_none_are_named(tmp_path: Path, tiny_tokenizer: Path, asked: Any) -> None:
+    with pytest.raises(Problem, match=r"prompts\.json: .*wanted a list of texts"):
+        Encoded(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked)
+
+
+def test_a_further_prompt_that_the_template_refuses_is_named(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    template = str(PROJECT / "stages/templates/chatglm.jinja")
+    asked = [[{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]]
+    with pytest.raises(Problem, match=r"prompts\.json:1: not_in_template: this template has no place for a system message"):
+        Encoded(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked, template=template)

@@ -1,5 +1,6 @@
 """merge: the written model is the trained one, proven by measuring it; a damaged one is not let through."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge as module
+from stages.lib.parity import Said, compare, greedy_agreement
 from stages.lib.problem import Problem
+from stages.lib.provenance import verify
+from stages.lib.tokens import read_tokens
 from stages.merge import Params, merge
 from tests.tiny import Workspace
 
-PARAMS = {"base": "dequantized", "parity_rows": 8, "max_mean_kl": 1e-3, "min_top1_agreement": 0.9}
+PARAMS = {
+    "base": "dequantized",
+    "parity_rows": 8,
+    "max_mean_kl": 1e-3,
+    "min_top1_agreement": 0.9,
+    "min_greedy_agreement": 0.0,
+}
 
 
 class Merge:
@@ -68,12 +78,42 @@ def test_the_merged_model_is_the_trained_one(merging: Merge) -> None:
     assert report["top1_agreement"] > 0.9
     assert report["merged_layers"] == 14
     assert report["trained_loss"] == pytest.approx(report["merged_loss"], abs=0.01)
+    assert report["greedy_rows"] == 8
+    assert 0 <= report["greedy_agreement"] <= 1
 
 
 def test_the_dequantized_base_is_closer_than_the_full_one(merging: Merge) -> None:
     close = merging.run()["mean_kl"]
-    far = merging.run(base="full", max_mean_kl=100, min_top1_agreement=0)["mean_kl"]
-    assert far > 10 * close
+    report = merging.run(base="full", max_mean_kl=100, min_top1_agreement=0)
+    assert report["mean_kl"] > 10 * close
+    # Each report has the figures of the other choice too, and they are the ones that it would have given.
+    assert report["other_base"]["base"] == "dequantized"
+    assert report["other_base"]["mean_kl"] == pytest.approx(close, rel=1e-3)
+
+
+def test_the_greedy_answers_of_the_trained_model_are_compared_token_for_token(
+    merging: Merge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "of the greedy answers are the same, merge.min_greedy_agreement is 1" in merging.refused(min_greedy_agreement=1)
+    model = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32).eval()
+    rows = read_tokens(merging.root / "data" / "tokens" / "validation.arrow").to_pylist()[:3]
+    said = Said(model, rows, [2])
+    assert [prompt for prompt, _ in said.answers] == [
+        row["input_ids"][: next(n for n, label in enumerate(row["labels"]) if label != -100)] for row in rows
+    ]
+    assert greedy_agreement(said, model) == 1.0
+    said.answers[0][1][-1] = (said.answers[0][1][-1] + 1) % 400
+    assert greedy_agreement(said, model) == pytest.approx(2 / 3)
+    assert compare(said, said)["mean_kl"] == 0
+
+
+def test_the_folder_says_what_made_it(workspace: Workspace) -> None:
+    with contextlib.chdir(workspace.root):
+        assert verify(Path("models/merged"), Path()) == []
+    said = json.loads((workspace.root / "models" / "merged" / "provenance.json").read_text())
+    assert said["adapter"]["stage"] == "train"
+    assert "models/adapter" in said["inputs"]
+    assert said["parity"]["mean_kl"] < 1e-2
 
 
 def test_the_weights_are_pefts_own_on_an_unquantized_base(merging: Merge) -> None:

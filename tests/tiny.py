@@ -138,7 +138,7 @@ class Workspace:
             if (
                 name
                 and (PROJECT / name).is_file()
-                and not name.startswith((".dvc/", "data/", "reports/"))
+                and (name == "data/prompts.json" or not name.startswith((".dvc/", "data/", "reports/")))
                 and name != "dvc.lock"
             ):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)

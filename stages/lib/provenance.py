@@ -84,8 +84,14 @@ def verify(folder: Path, root: Path) -> list[str]:
 
 
 def _hash(path: Path) -> str:
-    """sha256 of a file; of a folder, of its manifest, which has the hashes of the files in it."""
-    with (path / "manifest.json" if path.is_dir() else path).open("rb") as file:
+    """sha256 of a file; of a folder, of its provenance or manifest, which has the hashes of the files in it."""
+    if path.is_dir():
+        known = next((path / name for name in (FILE, "manifest.json") if (path / name).exists()), None)
+        if known is None:
+            inside = "".join(f"{_hash(file)}  {file.name}\n" for file in sorted(path.iterdir()))
+            return hashlib.sha256(inside.encode()).hexdigest()
+        path = known
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,0 +1,78 @@
+"""Two models side by side on the same rows: what each says at every learned token, and whether they answer alike."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import log_softmax
+
+from stages.lib.batch import pad
+from stages.lib.labels import IGNORE
+from stages.lib.loss import label_logits
+
+GREEDY_ROWS, GREEDY_TOKENS = 16, 32
+"""Rows that are answered, and tokens of an answer that are compared; each is a pass through the model."""
+
+
+class Said:
+    """What a model says of some rows: its logits at the labelled tokens, and the likeliest answer to the row's prompt."""
+
+    def __init__(self, model: Any, rows: Sequence[dict[str, Any]], stops: Sequence[int] | None = None) -> None:
+        """With `stops`, the tokens that end an answer, the first rows are answered too."""
+        logits, labels = [], []
+        with torch.no_grad():
+            for row in rows:  # one by one: padding may change the last bits, and this is about the last bits
+                batch = {name: tensor.to(model.device) for name, tensor in pad([row]).items()}
+                found, wanted = label_logits(model, batch)
+                logits.append(found.float().cpu())
+                labels.append(wanted.cpu())
+        self.logits, self.labels = torch.cat(logits), torch.cat(labels)
+        """(labels, vocabulary) in float32 on the CPU, and (labels,)."""
+        self.answers = [_answer(model, row, stops) for row in rows[:GREEDY_ROWS]] if stops is not None else []
+        """(prompt, answer) tokens of each row that was answered."""
+
+
+def _answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
+    learned = [place for place, label in enumerate(row["labels"]) if label != IGNORE]
+    prompt = list(row["input_ids"][: learned[0]])
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GREEDY_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+        )
+    return prompt, out[0, len(prompt) :].tolist()
+
+
+def compare(trained: Said, merged: Said) -> dict[str, Any]:
+    """How far one model is from the other; Kullback-Leibler divergence and losses in nats a token."""
+    p, q = log_softmax(trained.logits, -1), log_softmax(merged.logits, -1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    labels = trained.labels.unsqueeze(-1)
+    return {
+        "mean_kl": kl.mean().item(),
+        "max_kl": kl.max().item(),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+        "max_abs_logit_difference": (trained.logits - merged.logits).abs().max().item(),
+        "trained_loss": -p.gather(-1, labels).mean().item(),
+        "merged_loss": -q.gather(-1, labels).mean().item(),
+    }
+
+
+def greedy_agreement(trained: Said, model: Any) -> float:
+    """The share of `trained`'s answers that `model` would give too.
+
+    It would, if and only if at each token of the answer that token is its likeliest: one pass an answer tells.
+    """
+    same = 0
+    for prompt, answer in trained.answers:
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
+        same += logits.argmax(-1).tolist() == answer
+    return same / len(trained.answers)
