@@ -184,9 +184,12 @@ def _check_together(params: Params) -> None:
             "params.yaml: train.gradient_checkpointing: must be false for prefix_tuning: the prefix is handed to the layers "
             "as a cache, which a layer that is computed twice would read twice"
         )
-    if params.fsdp and (params.num_processes == 1 or params.quantization == "int8"):
-        found = "num_processes is 1" if params.num_processes == 1 else "quantization is int8, whose scales cannot be parted"
-        problems.append(f"params.yaml: train.fsdp: must be false: train.{found}")
+    if params.fsdp and params.num_processes == 1:
+        problems.append("params.yaml: train.fsdp: must be false: train.num_processes is 1")
+    if params.fsdp and params.quantization not in ("nf4", "none"):
+        problems.append(
+            f"params.yaml: train.fsdp: must be false: train.quantization is {params.quantization}; nf4 or none can be parted"
+        )
     if params.load_best_model_at_end and params.save_steps % params.eval_steps:
         problems.append(
             f"params.yaml: train.save_steps: {params.save_steps} is no multiple of train.eval_steps, {params.eval_steps}; "

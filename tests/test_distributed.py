@@ -70,6 +70,8 @@ def test_parted_weights_train_to_the_same_bytes_as_whole_ones(workspace: Workspa
 def test_parted_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.num_processes is 1"):
         run(workspace, scratch, fsdp=True)
+    with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.quantization is int8; nf4 or none"):
+        run(workspace, scratch, fsdp=True, quantization="int8")
 
 
 def test_what_is_wrong_in_every_process_is_said_once(workspace: Workspace, scratch: Path) -> None:

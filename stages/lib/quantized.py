@@ -53,6 +53,8 @@ def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool =
             bnb_4bit_quant_type=settings.quantization,
             bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            # What FSDP parts and gathers is best of a floating-point type; the bits are the same.
+            bnb_4bit_quant_storage=dtype if in_main_memory else torch.uint8,
             llm_int8_skip_modules=skipped,
         )
     elif settings.quantization == "int8":

@@ -1,0 +1,188 @@
+"""How long it takes, and how much memory, to write an adapter into the weights of an 8B model.
+
+    python benchmarks/merge.py [--layers 32]
+
+Makes a random model of Llama-3-8B's shape in bfloat16 (16 GB at 32 layers) and a LoRA adapter with r=16 on all linear
+layers, and lets each way write the merged model, in a process of its own: Loratory's (into the full weights, and into those
+that NF4 leaves), PEFT's on the CPU and on the GPU, and a plain copy of the files, which is what no merge can beat. Prints
+seconds, the process's peak of main memory, and the share of weights with other bits than the exact result rounded once.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+SHARD_BYTES = 5e9
+WAYS = {
+    "copy": "plain copy of the files",
+    "full": "Loratory, merge.base: full",
+    "dequantized": "Loratory, merge.base: dequantized (NF4)",
+    "peft_gpu": "PEFT merge_and_unload on the GPU, save_pretrained",
+    "peft_cpu": "PEFT merge_and_unload on the CPU, save_pretrained",
+}
+
+
+def make(work: Path, layers: int, width: int) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = work / "base"
+    base.mkdir()
+    shards: list[dict[str, torch.Size]] = [{}]
+    size = 0.0
+    for name, tensor in model.state_dict().items():
+        size += 2 * math.prod(tensor.shape)
+        if size > SHARD_BYTES:
+            shards.append({})
+            size = 2 * math.prod(tensor.shape)
+        shards[-1][name] = tensor.shape
+    torch.manual_seed(0)
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        made = {name: torch.randn(shape, device=device).mul(0.02).bfloat16() for name, shape in shard.items()}
+        save_file(made, base / file, {"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(base)
+    (base / "manifest.json").write_text(json.dumps({"model": "random", "revision": "", "trust_remote_code": False}))
+    with torch.device("meta"):
+        adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapter = work / "adapter"
+    adapter.mkdir()
+    factors = {
+        name.replace(".default", ""): torch.randn(tensor.shape) * 0.02
+        for name, tensor in adapted.state_dict().items()
+        if "lora_" in name
+    }
+    save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    given = adapted.peft_config["default"]
+    given.base_model_name_or_path, given.inference_mode = str(base), True
+    given.save_pretrained(adapter)
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"]
+    layers_of = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in linear]
+    training = {"quantization": settings("nf4"), "quantized_layers": sorted({n for n in layers_of if ".lora_" not in n})}
+    (adapter / "training.json").write_text(json.dumps(training))
+    os.sync()
+
+
+def settings(quantization: str) -> dict[str, object]:
+    return {
+        "quantization": quantization,
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": [],
+        "dtype": "bfloat16",
+    }
+
+
+def merge(work: Path, way: str) -> None:
+    base, adapter, out = work / "base", work / "adapter", work / "out"
+    out.mkdir()
+    started = time.monotonic()
+    if way == "copy":
+        for file in base.iterdir():
+            shutil.copyfile(file, out / file.name)
+    elif way in ("full", "dequantized"):
+        from stages.lib.jsonl import read_json
+        from stages.lib.quantized import Quantization
+        from stages.merge import _Lora, _Weights
+
+        kind = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
+        started = time.monotonic()  # the others' libraries take as long to load, and are not counted either
+        _Weights(base, adapter, _Lora(adapter), kind, way).write(out)
+    else:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        started = time.monotonic()
+        device = "cuda" if way == "peft_gpu" else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": device})
+        PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)
+    seconds = time.monotonic() - started
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024  # getrusage would count the process that started this one
+    wrong = wrong_share(work) if way in ("full", "peft_gpu", "peft_cpu") else None
+    print(json.dumps({"seconds": seconds, "peak": peak, "wrong": wrong}))
+
+
+def wrong_share(work: Path) -> float:
+    """Of one layer's seven weights."""
+
+    def read(folder: Path, name: str) -> torch.Tensor:
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118
+                    return file.get_tensor(name)
+        raise KeyError(name)
+
+    wrong = count = 0
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        stem = f"model.layers.0.{part}"
+        a, b = (read(work / "adapter", f"base_model.model.{stem}.lora_{f}.weight") for f in "AB")
+        exact = (read(work / "base", f"{stem}.weight").double() + 2.0 * b.double() @ a.double()).bfloat16()
+        wrong += int((read(work / "out", f"{stem}.weight") != exact).sum())
+        count += exact.numel()
+    return wrong / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--work", type=Path)
+    given = parser.parse_args()
+    if given.way:
+        merge(given.work, given.way)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make(work, given.layers, given.width)
+        size = sum(file.stat().st_size for file in (work / "base").iterdir())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        print(f"{size / 1e9:.1f} GB, {device}, torch {torch.__version__}")
+        print("| | seconds | peak GB | other bits than exact |")
+        print("|---|---:|---:|---:|")
+        for way in [way for way in WAYS if way != "peft_gpu" or torch.cuda.is_available()]:
+            command = [sys.executable, __file__, "--way", way, "--work", str(work)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            shutil.rmtree(work / "out", ignore_errors=True)
+            if done.returncode:
+                print(f"| {WAYS[way]} | failed: {done.stderr.strip().splitlines()[-1][:200]} |", flush=True)
+                continue
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            wrong = "–" if found["wrong"] is None else f"{100 * found['wrong']:.3f} %"
+            print(f"| {WAYS[way]} | {found['seconds']:.1f} | {found['peak'] / 1e9:.2f} | {wrong} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
