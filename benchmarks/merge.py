@@ -158,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--work", type=Path)
     given = parser.parse_args()
@@ -172,7 +173,7 @@ def main() -> None:
         print(f"{size / 1e9:.1f} GB, {device}, torch {torch.__version__}")
         print("| | seconds | peak GB | other bits than exact |")
         print("|---|---:|---:|---:|")
-        for way in [way for way in WAYS if way != "peft_gpu" or torch.cuda.is_available()]:
+        for way in [way for way in given.ways if way != "peft_gpu" or torch.cuda.is_available()]:
             command = [sys.executable, __file__, "--way", way, "--work", str(work)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             shutil.rmtree(work / "out", ignore_errors=True)

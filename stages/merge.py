@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,9 +28,9 @@ from stages.lib.provenance import inputs_of, write_provenance
 from stages.lib.quantized import Quantization, load_quantized, round_trip
 from stages.lib.tokens import read_tokens, stop_token_ids
 
-COPIED_AT_ONCE = 1 << 24
 WORKERS = 6
-"""Threads that write a model. Each holds a tensor twice: 230 MB in the largest layers of an 8B model."""
+"""Threads that write a model; each holds one tensor on the device."""
+BUFFER_BYTES = 1 << 26
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -152,50 +153,76 @@ class _Weights:
                 writer = stack.enter_context((folder / shard.name).open("wb")).fileno()
                 os.ftruncate(writer, shard.stat().st_size)
                 os.pwrite(writer, raw, 0)
+                files = _Files(reader, writer)
                 for name, entry in header.items():
                     if name == "__metadata__":
                         continue
                     start, end = (len(raw) + offset for offset in entry["data_offsets"])
                     if self.changes(name):
-                        jobs.append(pool.submit(self._write_merged, reader, writer, start, end, name, entry))
+                        jobs.append(pool.submit(self._write_merged, files, start, end, name, entry))
                     else:
-                        jobs += [
-                            pool.submit(_copy, reader, writer, at, min(end, at + COPIED_AT_ONCE))
-                            for at in range(start, end, COPIED_AT_ONCE)
-                        ]
+                        jobs.append(pool.submit(files.copy, start, end))
             for job in jobs:
                 job.result()
 
-    def _write_merged(self, reader: int, writer: int, start: int, end: int, name: str, entry: dict[str, Any]) -> None:
-        data = torch.frombuffer(bytearray(end - start), dtype=torch.uint8)
-        _read(reader, data.numpy().data, start)
+    def _write_merged(self, files: "_Files", start: int, end: int, name: str, entry: dict[str, Any]) -> None:
+        data = torch.empty(end - start, dtype=torch.uint8, device=pick_device())
+        files.read_into(data, start)
         original = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        weight = self.merged(name, original).to("cpu", original.dtype).contiguous()
-        # numpy has no bfloat16, so the bytes go out as integers.
-        _write(writer, weight.view(torch.uint8).numpy().data, start)
+        files.write_from(self.merged(name, original).to(original.dtype).contiguous().view(-1).view(torch.uint8), start)
 
 
-def _copy(reader: int, writer: int, start: int, end: int) -> None:
-    data = memoryview(bytearray(end - start))
-    _read(reader, data, start)
-    _write(writer, data, start)
+class _Files:
+    """A shard of the base and the one that is written, and a small buffer a thread between them and the device."""
 
+    buffers = threading.local()
 
-def _read(file: int, into: memoryview, at: int) -> None:
-    """Fills a buffer from a place in a file; one call may bring less than was asked for."""
-    into = into.cast("B")
-    while into:
-        count = os.preadv(file, [into], at)
-        if not count:
-            raise Problem("a shard of the base ends too soon; run fetch again")
-        into, at = into[count:], at + count
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader, self.writer = reader, writer
 
+    def copy(self, start: int, end: int) -> None:
+        """Hands bytes on as they are."""
+        for at in range(start, end, BUFFER_BYTES):
+            data = self._buffer()[: min(BUFFER_BYTES, end - at)]
+            self._read(data, at)
+            self._write(data, at)
 
-def _write(file: int, data: memoryview, at: int) -> None:
-    data = data.cast("B")
-    while data:
-        count = os.pwrite(file, data, at)
-        data, at = data[count:], at + count
+    def read_into(self, data: torch.Tensor, at: int) -> None:
+        """Fills bytes (n,) on any device from a place in the base."""
+        for part in torch.split(data, BUFFER_BYTES):
+            buffer = self._buffer()[: len(part)]
+            self._read(buffer, at)
+            part.copy_(buffer)
+            at += len(part)
+
+    def write_from(self, data: torch.Tensor, at: int) -> None:
+        """Writes bytes (n,) from any device to the same place in the other file."""
+        for part in torch.split(data, BUFFER_BYTES):
+            buffer = self._buffer()[: len(part)]
+            buffer.copy_(part)
+            self._write(buffer, at)
+            at += len(part)
+
+    def _buffer(self) -> torch.Tensor:
+        if not hasattr(self.buffers, "bytes"):
+            pinned = pick_device().type == "cuda"  # what a GPU reads and writes without a copy in between
+            self.buffers.bytes = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned)
+        found: torch.Tensor = self.buffers.bytes
+        return found
+
+    def _read(self, into: torch.Tensor, at: int) -> None:
+        view = into.numpy().data
+        while view:  # one call may bring less than was asked for
+            count = os.preadv(self.reader, [view], at)
+            if not count:
+                raise Problem("a shard of the base ends too soon; run fetch again")
+            view, at = view[count:], at + count
+
+    def _write(self, data: torch.Tensor, at: int) -> None:
+        view = data.numpy().data
+        while view:
+            count = os.pwrite(self.writer, view, at)
+            view, at = view[count:], at + count
 
 
 class _Lora:
