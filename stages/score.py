@@ -1,8 +1,8 @@
 """Compares the answers of the base and of the merged model with the right ones, beside baselines that keep them honest."""
 
-import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import jinja2
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
-from sacrebleu.metrics import CHRF
 
+from stages.lib.answers import METRICS, bleu_signature, is_chinese, score_answer
 from stages.lib.intervals import Interval, bootstrap
 from stages.lib.jsonl import read_json, read_jsonl, write_json
 from stages.lib.neighbours import NearestPrompt
@@ -25,7 +25,11 @@ SYSTEMS = {
     "nearest": "answer of the nearest training prompt",
     "merged": "fine-tuned model",
 }
-METRICS = ("exact_match", "valid_json", "json_field_f1", "chrf")
+PRINTED = ("exact_match", "valid_json", "json_field_f1", "chrf", "rouge_l")
+"""What the table at the end of a run shows; the report has all."""
+MODELS = ("base", "merged")
+SHOWN_GROUPS = 20
+"""Source files with the most rows that the report breaks the scores down by."""
 
 
 class Params(Section):
@@ -39,6 +43,8 @@ def score(
     params: Params,
     base: Path,
     merged: Path,
+    base_prompts: Path,
+    merged_prompts: Path,
     examples: Path,
     reports: Path,
     template: Path,
@@ -48,6 +54,8 @@ def score(
 ) -> None:
     """Scores data/predictions of `base` and `merged` over the same test rows, with 95 % intervals.
 
+    `base_prompts` and `merged_prompts` are the answers to data/prompts.json, which are shown and have no score.
+
     `examples` gives the training rows for two baselines: the most frequent answer, and the answer of the nearest prompt.
     `reports` is the folder of the earlier stages' reports; their few figures that matter join the scores in `metrics`, the
     one file that `dvc exp show` reads. `bars` gets the scores for a plot, `page` the report, made with `template`.
@@ -55,25 +63,30 @@ def score(
     Raises Problem if the two files of predictions are not answers to the same test rows.
     """
     rows = _rows(base, merged, examples)
-    scores = {system: [_score(row["reference"], row["answers"][system]) for row in rows] for system in SYSTEMS}
-    summary = {
-        system: {metric: _interval([s[metric] for s in scores[system]], params) for metric in METRICS} for system in SYSTEMS
+    further = _further(base_prompts, merged_prompts)
+    scores = {
+        system: [score_answer(row["reference"], row["answers"][system], row["finish"].get(system)) for row in rows]
+        for system in SYSTEMS
     }
+    summary = {
+        system: {metric: _interval([each[metric] for each in scores[system]], params) for metric in METRICS}
+        for system in SYSTEMS
+    }
+    # Row by row, so that what is hard for both does not blur the difference.
     gains = {
-        other: bootstrap(
-            [better - worse for better, worse in zip(_exact(scores["merged"]), _exact(scores[other]), strict=True)],
-            params.bootstrap_resamples,
-        )
+        other: {metric: _gain(scores["merged"], scores[other], metric, params) for metric in METRICS}
         for other in SYSTEMS
         if other != "merged"
     }
+    groups = _groups(rows, scores, params)
     stages = {stage: read_json(reports / f"{stage}.json") for stage in ("ingest", "encode", "train", "merge")}
     with fresh_file(metrics) as file:
         write_json(file, _metrics(stages, summary))
     with fresh_file(bars) as file:
         file.write_text(_bars(summary), encoding="utf-8", newline="\n")
     with fresh_file(page) as file:
-        file.write_text(_page(template, reports, stages, summary, gains, rows, scores), encoding="utf-8", newline="\n")
+        page_text = _page(template, reports, stages, summary, gains, groups, rows, scores, further)
+        file.write_text(page_text, encoding="utf-8", newline="\n")
     _print(summary, gains, len(rows))
 
 
@@ -107,7 +120,7 @@ def _rows(base: Path, merged: Path, examples: Path) -> list[dict[str, Any]]:
                 "question": question,
                 "reference": answer["reference"],
                 "neighbour": _question(neighbour),
-                "stopped": answer["finish_reason"] == "stop",
+                "finish": {"base": answers["base"][id]["finish_reason"], "merged": answer["finish_reason"]},
                 "answers": {
                     "base": answers["base"][id]["answer"],
                     "most_frequent": frequent,
@@ -119,6 +132,22 @@ def _rows(base: Path, merged: Path, examples: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _further(base: Path, merged: Path) -> list[dict[str, Any]]:
+    """The further prompts with both answers. Raises Problem if the two files are not answers to the same."""
+    found = [_by_id(base), _by_id(merged)]
+    if found[0].keys() != found[1].keys():
+        raise Problem(f"{base} and {merged}: not the same prompts; generate again")
+    return [
+        {
+            "question": row["prompt"],
+            "base": found[0][id]["answer"],
+            "merged": row["answer"],
+            "stopped": row["finish_reason"] == "stop",
+        }
+        for id, row in found[1].items()
+    ]
+
+
 def _by_id(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in read_jsonl(path)}
 
@@ -127,42 +156,42 @@ def _question(row: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in row["messages"][:-1])
 
 
-# One answer
-
-
-def _score(reference: str, answer: str) -> dict[str, float | None]:
-    """Each metric of one answer, 0 to 1; None where a metric says nothing of such a reference."""
-    wanted, found = _json(reference), _json(answer)
-    return {
-        "exact_match": float(answer.strip() == reference.strip()),
-        "valid_json": None if wanted is None else float(found is not None),
-        "json_field_f1": None if wanted is None else _field_f1(wanted, found),
-        "chrf": CHRF().sentence_score(answer, [reference]).score / 100,
-    }
-
-
-def _json(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _field_f1(wanted: dict[str, Any], found: dict[str, Any] | None) -> float:
-    """Harmonic mean of precision and recall over the top-level fields with their values."""
-    pairs = [{(key, json.dumps(value, sort_keys=True)) for key, value in each.items()} for each in (wanted, found or {})]
-    return 2 * len(pairs[0] & pairs[1]) / max(1, len(pairs[0]) + len(pairs[1]))
-
-
 # All answers
 
 
-def _exact(scores: list[dict[str, float | None]]) -> list[float]:
-    return [score["exact_match"] or 0.0 for score in scores]
+def _gain(
+    better: list[dict[str, float | None]], worse: list[dict[str, float | None]], metric: str, params: Params
+) -> Interval | None:
+    pairs = [(a[metric], b[metric]) for a, b in zip(better, worse, strict=True)]
+    return _interval([a - b for a, b in pairs if a is not None and b is not None], params)
 
 
-def _interval(values: list[float | None], params: Params) -> Interval | None:
+def _groups(
+    rows: list[dict[str, Any]], scores: dict[str, list[dict[str, float | None]]], params: Params
+) -> dict[str, dict[str, Any]]:
+    """Rows, and the models' exact match and ROUGE-L, by language and by source file, where there are several."""
+    members: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        members.setdefault("Chinese" if is_chinese(row["question"] + row["reference"]) else "other", []).append(number)
+    languages = dict(members) if len(members) > 1 else {}
+    files: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        files.setdefault(row["source"].rpartition(":")[0], []).append(number)
+    files = dict(sorted(files.items(), key=lambda item: -len(item[1]))[:SHOWN_GROUPS]) if len(files) > 1 else {}
+    return {
+        name: {
+            "rows": len(numbers),
+            **{
+                f"{system}_{metric}": _interval([scores[system][number][metric] for number in numbers], params)
+                for system in MODELS
+                for metric in ("exact_match", "rouge_l")
+            },
+        }
+        for name, numbers in (languages | files).items()
+    }
+
+
+def _interval(values: Sequence[float | None], params: Params) -> Interval | None:
     known = [value for value in values if value is not None]
     return bootstrap(known, params.bootstrap_resamples) if known else None
 
@@ -190,7 +219,7 @@ def _bars(summary: dict[str, dict[str, Interval | None]]) -> str:
         f"{SYSTEMS[system]}: {metric},{100 * interval.mean:.2f}"
         for system, metrics in summary.items()
         for metric, interval in metrics.items()
-        if interval
+        if interval and metric in PRINTED
     ]
     return "score,percent\n" + "".join(f"{line}\n" for line in lines)
 
@@ -200,16 +229,21 @@ def _page(
     reports: Path,
     stages: dict[str, Any],
     summary: dict[str, dict[str, Interval | None]],
-    gains: dict[str, Interval],
+    gains: dict[str, dict[str, Interval | None]],
+    groups: dict[str, dict[str, Any]],
     rows: list[dict[str, Any]],
     scores: dict[str, list[dict[str, float | None]]],
+    further: list[dict[str, Any]],
 ) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sides = [row | {"scores": {system: scores[system][number] for system in SYSTEMS}} for number, row in enumerate(rows)]
     sides.sort(key=lambda row: (row["scores"]["merged"]["exact_match"], row["scores"]["merged"]["chrf"]))
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         systems=SYSTEMS,
-        metrics=[metric for metric in METRICS if summary["merged"][metric]],
+        metrics={metric: meaning for metric, meaning in METRICS.items() if summary["merged"][metric]},
+        signature=bleu_signature([row["reference"] for row in rows]),
+        groups=groups,
+        further=further,
         summary=summary,
         gains=gains,
         stages=stages,
@@ -231,8 +265,8 @@ def _bins(path: Path) -> list[tuple[float, float]]:
     return [(float(range_.split("-")[1]), float(rows)) for range_, rows in (line.split(",") for line in lines)]
 
 
-def _print(summary: dict[str, dict[str, Interval | None]], gains: dict[str, Interval], count: int) -> None:
-    metrics = [metric for metric in METRICS if summary["merged"][metric]]
+def _print(summary: dict[str, dict[str, Interval | None]], gains: dict[str, dict[str, Interval | None]], count: int) -> None:
+    metrics = [metric for metric in PRINTED if summary["merged"][metric]]
     table = Table(title=f"{count} test rows, mean and 95 % interval, in percent")
     table.add_column("")
     for metric in metrics:
@@ -242,7 +276,7 @@ def _print(summary: dict[str, dict[str, Interval | None]], gains: dict[str, Inte
     console = Console(width=120)
     console.print(table)
     for other, gain in gains.items():
-        console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(gain)} points")
+        console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(gain['exact_match'])} points")
 
 
 def _cell(interval: Interval | None) -> str:

@@ -38,6 +38,7 @@ READ_BY = {
     "stages/generate.py": GENERATE,
     "stages/score.py": {"score"},
     "stages/lib/adapter.py": {"train", "merge"},
+    "stages/lib/answers.py": {"score"},
     "stages/lib/arguments.py": {"train"},
     "stages/lib/batch.py": {"train", "merge"},
     "stages/lib/checkpoints.py": {"train"},

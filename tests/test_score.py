@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
+from stages.lib.answers import METRICS, bleu_signature, score_answer
 from stages.lib.intervals import bootstrap
 from stages.lib.neighbours import NearestPrompt
 from stages.lib.problem import Problem
-from stages.score import Params, _score, score
+from stages.score import Params, score
 from tests.tiny import PROJECT, Workspace
 
 
@@ -59,7 +60,8 @@ def test_the_nearest_prompt_by_shared_pairs_of_characters() -> None:
     ],
 )
 def test_one_answer(reference: str, answer: str, exact: float, valid: float | None, f1: float | None) -> None:
-    found = _score(reference, answer)
+    found = score_answer(reference, answer, "stop")
+    assert list(found) == list(METRICS)
     assert (found["exact_match"], found["valid_json"]) == (exact, valid)
     assert found["json_field_f1"] == (None if f1 is None else pytest.approx(f1))
     assert found["chrf"] == pytest.approx(CHRF().sentence_score(answer, [reference]).score / 100)
@@ -85,6 +87,8 @@ class Inputs:
             Params(bootstrap_resamples=100),
             self.root / "base.jsonl",
             self.root / "merged.jsonl",
+            project / "data/predictions/base.prompts.jsonl",
+            project / "data/predictions/merged.prompts.jsonl",
             project / "data/examples",
             project / "reports",
             PROJECT / "stages/templates/report.html.jinja",
@@ -144,3 +148,55 @@ def test_answers_to_other_rows_are_named(inputs: Inputs) -> None:
     assert "merged.jsonl: 1 rows are no test rows, the first foreign" in caught.value.messages[0]
     assert "2 rows stand in one alone" in caught.value.messages[1]
     assert not (inputs.root / "score.json").exists()
+
+
+def test_chinese_is_compared_by_characters_and_by_words() -> None:
+    same = score_answer("我想买三个苹果", "我想买三个苹果", "stop")
+    assert [same[name] for name in ("rouge_1", "rouge_2", "rouge_l", "rouge_l_words", "bleu")] == pytest.approx([1] * 5)
+    near = score_answer("我想买三个苹果", "我要买三个苹果", "length")
+    assert near["rouge_1"] == pytest.approx(6 / 7)
+    assert near["rouge_2"] == pytest.approx(4 / 6)
+    assert near["rouge_l"] == pytest.approx(6 / 7)
+    assert near["stopped"] == 0
+    # 我 / 想 / 买 / 三个 / 苹果 and 我要 / 买 / 三个 / 苹果 have three words in common.
+    assert near["rouge_l_words"] == pytest.approx(2 * 3 / (5 + 4))
+    assert score_answer("three apples", "three pears", "stop")["rouge_l_words"] is None
+    assert score_answer("three apples", "three pears", "stop")["rouge_1"] == pytest.approx(0.5)
+
+
+def test_an_empty_answer_has_nothing_and_is_counted() -> None:
+    found = score_answer('{"a":1}', " ", "stop")
+    assert found["empty"] == 1
+    better = ("exact_match", "valid_json", "json_field_f1", "chrf", "bleu", "rouge_1", "rouge_2", "rouge_l", "distinct_2")
+    assert all(found[name] == 0 for name in better)
+    assert score_answer("a", "b", None)["stopped"] is None
+
+
+def test_repetition_and_distinct_pairs() -> None:
+    loop = score_answer("x", "a b c d a b c d a b c d", "length")
+    assert loop["repetition"] == pytest.approx(1 - 4 / 9)
+    assert loop["distinct_2"] == pytest.approx(4 / 11)
+    assert score_answer("x", "one two three four five", "stop")["repetition"] == 0
+
+
+def test_bleu_is_sacrebleus_and_says_how() -> None:
+    from sacrebleu.metrics import BLEU
+
+    wanted = BLEU(tokenize="zh", effective_order=True).sentence_score("我要买三个苹果", ["我想买三个苹果"]).score / 100
+    assert score_answer("我想买三个苹果", "我要买三个苹果", "stop")["bleu"] == pytest.approx(wanted)
+    assert "tok:zh" in bleu_signature(["a", "中"])
+    assert "tok:13a" in bleu_signature(["a"])
+
+
+def test_the_page_has_groups_further_prompts_and_both_bases(inputs: Inputs) -> None:
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    for said in (
+        "<td>Chinese</td>",
+        "<td>zh.json</td>",
+        "<td>en.json</td>",
+        "帮我取一个很独特的网名",
+        "Into the full ones it would",
+    ):
+        assert said in page, said
+    assert "tok:zh" in page
