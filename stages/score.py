@@ -25,7 +25,7 @@ SYSTEMS = {
     "nearest": "answer of the nearest training prompt",
     "merged": "fine-tuned model",
 }
-PRINTED = ("exact_match", "valid_json", "json_field_f1", "chrf", "rouge_l")
+PRINTED = ("exact_match", "valid_json", "json_field_f1", "chrf")
 """What the table at the end of a run shows; the report has all."""
 MODELS = ("base", "merged")
 SHOWN_GROUPS = 20
