@@ -25,6 +25,8 @@ SYSTEMS = {
     "nearest": "answer of the nearest training prompt",
     "merged": "fine-tuned model",
 }
+SHORT = {"base": "base", "most_frequent": "frequent", "nearest": "nearest", "merged": "fine-tuned"}
+"""The same in few letters, for the plot."""
 PRINTED = ("exact_match", "valid_json", "json_field_f1", "chrf")
 """What the table at the end of a run shows; the report has all."""
 MODELS = ("base", "merged")
@@ -216,7 +218,7 @@ def _short(value: float) -> float:
 
 def _bars(summary: dict[str, dict[str, Interval | None]]) -> str:
     lines = [
-        f"{SYSTEMS[system]}: {metric},{100 * interval.mean:.2f}"
+        f"{metric}: {SHORT[system]},{100 * interval.mean:.2f}"
         for system, metrics in summary.items()
         for metric, interval in metrics.items()
         if interval and metric in PRINTED
