@@ -14,6 +14,7 @@ from rich.table import Table
 from stages.lib.answers import METRICS, bleu_signature, is_chinese, score_answer
 from stages.lib.intervals import Interval, bootstrap
 from stages.lib.jsonl import read_json, read_jsonl, write_json
+from stages.lib.judge import Judge, judge_rows
 from stages.lib.neighbours import NearestPrompt
 from stages.lib.output import fresh_file
 from stages.lib.params import Section
@@ -39,6 +40,12 @@ class Params(Section):
 
     bootstrap_resamples: int = Field(gt=0)
     """How often the test rows are drawn again for an interval; more is smoother and slower."""
+    judge_url: str
+    """Root of an OpenAI-compatible endpoint that compares the answers of base and fine-tuned model; "": no judge."""
+    judge_model: str
+    """The endpoint's name for the model that judges."""
+    judge_rows: int = Field(gt=0)
+    """Test rows that are judged, the first ones; two questions each."""
 
 
 def score(
@@ -81,13 +88,16 @@ def score(
         if other != "merged"
     }
     groups = _groups(rows, scores, params)
+    judged = None
+    if params.judge_url:
+        judged = _interval(judge_rows(Judge(params.judge_url, params.judge_model), rows[: params.judge_rows]), params)
     stages = {stage: read_json(reports / f"{stage}.json") for stage in ("ingest", "encode", "train", "merge")}
     with fresh_file(metrics) as file:
         write_json(file, _metrics(stages, summary))
     with fresh_file(bars) as file:
         file.write_text(_bars(summary), encoding="utf-8", newline="\n")
     with fresh_file(page) as file:
-        page_text = _page(template, reports, stages, summary, gains, groups, rows, scores, further)
+        page_text = _page(template, reports, stages, summary, gains, groups, rows, scores, further, params, judged)
         file.write_text(page_text, encoding="utf-8", newline="\n")
     _print(summary, gains, len(rows))
 
@@ -236,6 +246,8 @@ def _page(
     rows: list[dict[str, Any]],
     scores: dict[str, list[dict[str, float | None]]],
     further: list[dict[str, Any]],
+    params: Params,
+    judged: Interval | None,
 ) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sides = [row | {"scores": {system: scores[system][number] for system in SYSTEMS}} for number, row in enumerate(rows)]
@@ -246,6 +258,8 @@ def _page(
         signature=bleu_signature([row["reference"] for row in rows]),
         groups=groups,
         further=further,
+        params=params,
+        judged=judged,
         summary=summary,
         gains=gains,
         stages=stages,

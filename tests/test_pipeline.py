@@ -54,6 +54,7 @@ READ_BY = {
     "stages/lib/device.py": {"train", "merge"} | GENERATE,
     "stages/lib/intervals.py": {"score"},
     "stages/lib/jsonl.py": ALL,
+    "stages/lib/judge.py": {"score"},
     "stages/lib/loss.py": {"train", "merge"},
     "stages/lib/mask.py": {"encode"},
     "stages/lib/neighbours.py": {"score"},

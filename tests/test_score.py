@@ -1,6 +1,9 @@
 """score: each figure is what it says, has an interval, and stands beside the baselines."""
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,10 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
+from stages.lib import judge as judge_module
 from stages.lib.answers import METRICS, bleu_signature, score_answer
 from stages.lib.intervals import bootstrap
+from stages.lib.judge import Judge
 from stages.lib.neighbours import NearestPrompt
 from stages.lib.problem import Problem
 from stages.score import Params, score
@@ -79,12 +84,12 @@ class Inputs:
             for system in ("base", "merged")
         }
 
-    def score(self) -> dict[str, Any]:
+    def score(self, **given: Any) -> dict[str, Any]:
         for system, rows in self.rows.items():
             (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         project = self.workspace.root
         score(
-            Params(bootstrap_resamples=100),
+            Params(**{"bootstrap_resamples": 100, "judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
             self.root / "base.jsonl",
             self.root / "merged.jsonl",
             project / "data/predictions/base.prompts.jsonl",
@@ -200,3 +205,92 @@ def test_the_page_has_groups_further_prompts_and_both_bases(inputs: Inputs) -> N
     ):
         assert said in page, said
     assert "tok:zh" in page
+
+
+# A judge
+
+
+class Endpoint:
+    """A local server that prefers the longer answer, favours place A where they are equal, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.fail: list[int] = []
+        self.reply: str | None = None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                outer.keys.append(self.headers.get("Authorization"))
+                if outer.fail:
+                    self.send_response(outer.fail.pop())
+                    self.end_headers()
+                    self.wfile.write(b"not now")
+                    return
+                text = body["messages"][0]["content"]
+                a, _, b = text.partition("[Answer A]")[2].partition("[Answer B]")
+                a, b = a.strip(), b.partition("Reply with one word")[0].strip()
+                said = outer.reply or ("B" if len(b) > len(a) else "A")
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def endpoint(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setattr("stages.lib.judge.FIRST_WAIT_S", 0.0)
+    found = Endpoint()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_kept(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(endpoint.url, "m")
+    assert judge.compare("q", "r", "short", "much longer") == 1
+    assert judge.compare("q", "r", "much longer", "short") == 0
+    assert judge.compare("q", "r", "abcd", "wxyz") == 0.5, "A both times: it favours a place"
+    assert judge.compare("q", "r", "same", "same") == 0.5
+    assert len(endpoint.asked) == 4, "the second pair is the first one's other order, and was kept"
+    assert endpoint.asked[0]["model"] == "m"
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    Judge(endpoint.url, "other").compare("q", "r", "short", "much longer")
+    assert endpoint.keys[-1] == "Bearer secret"
+    assert endpoint.keys[0] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [("B", "B"), ("**A**", "A"), ("b.", "B"), ("A: it is right", "A"), ("TIE", "TIE"), ("", "TIE"), ("hm", "TIE")],
+)
+def test_a_verdict_is_read_from_what_a_judge_says(said: str, verdict: str) -> None:
+    assert judge_module._verdict(said) == verdict
+
+
+def test_a_busy_judge_is_asked_again_and_a_broken_one_is_one_message(endpoint: Endpoint) -> None:
+    endpoint.fail = [503, 429]
+    assert Judge(endpoint.url, "m").compare("q", "r", "short", "much longer") == 1
+    endpoint.fail = [401]
+    with pytest.raises(Problem, match=r"score\.judge_url: http.*/v1: status 401: not now\. What was judged so far is kept"):
+        Judge(endpoint.url, "m").compare("other", "r", "short", "much longer")
+    with pytest.raises(Problem, match=r"Connection refused"):
+        Judge("http://127.0.0.1:9/v1", "m").compare("q", "r", "a", "bc")
+
+
+def test_the_report_has_the_judges_verdict(inputs: Inputs, endpoint: Endpoint) -> None:
+    inputs.score(judge_url=endpoint.url, judge_model="the judge")
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert "the judge as the judge of 5 rows, each asked in both orders" in page
+    assert len(endpoint.asked) <= 10
