@@ -138,8 +138,10 @@ def test_an_edit_during_the_run_is_seen(here: Workspace, file: str) -> None:
 
 
 def test_a_matrix_stage_watches_its_own_model(here: Workspace) -> None:
-    taken = Snapshot.take("generate", ("models/merged", "data/tokens/test.arrow", "data/predictions/merged.jsonl"), Path())
-    assert {"models/merged", "data/tokens/test.arrow"} == set(taken.data)
+    tokens = ("data/tokens/test.arrow", "data/tokens/prompts.arrow")
+    outs = ("data/predictions/merged.jsonl", "data/predictions/merged.prompts.jsonl")
+    taken = Snapshot.take("generate", ("models/merged", *tokens, *outs), Path())
+    assert {"models/merged", *tokens} == set(taken.data)
     assert all(taken.data.values())
 
 

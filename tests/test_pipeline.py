@@ -145,8 +145,10 @@ def test_a_file_reruns_its_stages_and_what_follows(workspace: Workspace, file: s
 def test_the_table_above_names_every_file_of_the_project_that_a_stage_can_read(workspace: Workspace) -> None:
     code = {str(path.relative_to(PROJECT)) for path in (PROJECT / "stages").rglob("*") if path.suffix in (".py", ".jinja")}
     empty = {"stages/__init__.py", "stages/lib/__init__.py"}
-    raw = {str(path.relative_to(workspace.root)) for path in (workspace.root / "data" / "raw").iterdir()}
-    assert {name for name in READ_BY if "/" in name} == code - empty | raw
+    data = {"data/prompts.json"} | {
+        str(path.relative_to(workspace.root)) for path in (workspace.root / "data" / "raw").iterdir()
+    }
+    assert {name for name in READ_BY if "/" in name} == code - empty | data
     assert set(PARAMS) == set(SPEC)
 
 
