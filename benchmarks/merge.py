@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
 
 SHARD_BYTES = 5e9
 WAYS = {
@@ -128,10 +129,8 @@ def merge(work: Path, way: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": device})
         PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)
     seconds = time.monotonic() - started
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024  # getrusage would count the process that started this one
     wrong = wrong_share(work) if way in ("full", "peft_gpu", "peft_cpu") else None
-    print(json.dumps({"seconds": seconds, "peak": peak, "wrong": wrong}))
+    print(json.dumps({"seconds": seconds, "peak": peak_main_memory(), "wrong": wrong}))
 
 
 def wrong_share(work: Path) -> float:
@@ -174,13 +173,11 @@ def main() -> None:
         print("| | seconds | peak GB | other bits than exact |")
         print("|---|---:|---:|---:|")
         for way in [way for way in given.ways if way != "peft_gpu" or torch.cuda.is_available()]:
-            command = [sys.executable, __file__, "--way", way, "--work", str(work)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            found, failure = run_way(__file__, way, "--work", str(work))
             shutil.rmtree(work / "out", ignore_errors=True)
-            if done.returncode:
-                print(f"| {WAYS[way]} | failed: {done.stderr.strip().splitlines()[-1][:200]} |", flush=True)
+            if found is None:
+                print(f"| {WAYS[way]} | failed: {failure.splitlines()[-1][:200]} |", flush=True)
                 continue
-            found = json.loads(done.stdout.strip().splitlines()[-1])
             wrong = "–" if found["wrong"] is None else f"{100 * found['wrong']:.3f} %"
             print(f"| {WAYS[way]} | {found['seconds']:.1f} | {found['peak'] / 1e9:.2f} | {wrong} |", flush=True)
 

@@ -10,7 +10,6 @@ speed is not bought with another training.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
 
 WARM_UP = 2
 WAYS = {
@@ -44,9 +45,7 @@ def clocked(trainer: Any, lengths: list[int], steps: int) -> dict[str, Any]:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = marks[-1] - marks[WARM_UP - 1]
-    gpu = torch.cuda.is_available()
-    status = Path("/proc/self/status").read_text()
-    peak = torch.cuda.max_memory_allocated() if gpu else int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_main_memory()
     return {"tokens": sum(lengths), "seconds": seconds, "peak": peak, "losses": losses, "steps": steps}
 
 
@@ -155,11 +154,9 @@ def main() -> None:
     print("| | tokens/s | seconds | peak MB | loss of the last step |")
     print("|---|---:|---:|---:|---:|")
     for way, name in WAYS.items():
-        command = [sys.executable, __file__, "--way", way, "--steps", str(given.steps), "--batch", str(given.batch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{way} failed: {done.stderr[-2000:]}")
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        found, failure = run_way(__file__, way, "--steps", str(given.steps), "--batch", str(given.batch))
+        if found is None:
+            sys.exit(f"{way} failed: {failure}")
         rate, peak = found["tokens"] / found["seconds"], found["peak"] / 1e6
         print(f"| {name} | {rate:,.0f} | {found['seconds']:.1f} | {peak:,.0f} | {found['losses'][-1]:.4f} |", flush=True)
 

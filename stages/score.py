@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,9 @@ def _groups(
     rows: list[dict[str, Any]], scores: dict[str, list[dict[str, float | None]]], params: Params
 ) -> dict[str, dict[str, Any]]:
     """Rows, and the models' exact match and ROUGE-L, by language and by source file, where there are several."""
-    members: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        members.setdefault("Chinese" if is_chinese(row["question"] + row["reference"]) else "other", []).append(number)
-    languages = dict(members) if len(members) > 1 else {}
-    files: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        files.setdefault(row["source"].rpartition(":")[0], []).append(number)
-    files = dict(sorted(files.items(), key=lambda item: -len(item[1]))[:SHOWN_GROUPS]) if len(files) > 1 else {}
+    languages = _members("Chinese" if is_chinese(row["question"] + row["reference"]) else "other" for row in rows)
+    files = _members(row["source"].rpartition(":")[0] for row in rows)
+    files = dict(sorted(files.items(), key=lambda item: -len(item[1]))[:SHOWN_GROUPS])
     return {
         name: {
             "rows": len(numbers),
@@ -201,6 +196,14 @@ def _groups(
         }
         for name, numbers in (languages | files).items()
     }
+
+
+def _members(names: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of the rows of each name; nothing if all have the same."""
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        members.setdefault(name, []).append(number)
+    return members if len(members) > 1 else {}
 
 
 def _interval(values: Sequence[float | None], params: Params) -> Interval | None:
