@@ -70,6 +70,7 @@ def run(way: str, steps: int, batch: int) -> dict[str, Any]:
         }
     )
     rows = TokenRows(read_tokens(ROOT / "data" / "tokens" / "train.arrow"))
+    validation = TokenRows(read_tokens(ROOT / "data" / "tokens" / "validation.arrow"))
     order = list(Shuffled(len(rows), params.data_seed))
     counted = [int(rows.lengths[number]) for number in order[WARM_UP * batch : steps * batch]]
     base = ROOT / "models" / "base"
@@ -88,7 +89,7 @@ def run(way: str, steps: int, batch: int) -> dict[str, Any]:
             given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
             arguments = make_arguments(given, params.training_arguments, Path(folder), model.dtype, cpu=device.type == "cpu")
             loss = load_loss(ROOT / params.loss, model.config.vocab_size, {}, 0.0)
-            trainer = AdapterTrainer(model, arguments, rows, rows, loss, flat=flat, early_stopping_patience=0)
+            trainer = AdapterTrainer(model, arguments, rows, validation, loss, flat=flat, early_stopping_patience=0)
         else:
             from peft import LoraConfig, get_peft_model
             from transformers import (
