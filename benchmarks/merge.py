@@ -90,7 +90,11 @@ def make(work: Path, layers: int, width: int) -> None:
     given.save_pretrained(adapter)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"]
     layers_of = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in linear]
-    training = {"quantization": settings("nf4"), "quantized_layers": sorted({n for n in layers_of if ".lora_" not in n})}
+    training = {
+        "quantization": settings("nf4"),
+        "quantized_layers": sorted({n for n in layers_of if ".lora_" not in n}),
+        "transposed_layers": [],
+    }
     (adapter / "training.json").write_text(json.dumps(training))
     os.sync()
 

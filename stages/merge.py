@@ -118,7 +118,10 @@ class _Weights:
         """`kind` is merge.base. Raises Problem if the adapter belongs to another base."""
         self.base, self.lora, self.settings = BaseWeights(base), lora, settings
         self.shards = sorted(base.glob("*.safetensors"))
-        self.rounded_layers = {f"{name}.weight" for name in read_json(adapter / "training.json")["quantized_layers"]}
+        training = read_json(adapter / "training.json")
+        self.rounded_layers, self.transposed = (
+            {f"{name}.weight" for name in training[key]} for key in ("quantized_layers", "transposed_layers")
+        )
         self.rounds = kind == "dequantized"
         names = {name for shard in self.shards for name in _header(shard)[0]}
         absent = sorted(set(lora.layers) - names)
@@ -135,10 +138,13 @@ class _Weights:
 
     def merged(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The merged weight in float32, on this machine's device."""
-        weight = self.lora.base_of(original.to(pick_device()).float(), name)
+        weight = original.to(pick_device()).float()
+        weight = self.lora.base_of(weight.T if name in self.transposed else weight, name)
         if self.rounds and name in self.rounded_layers:
             weight = round_trip(weight, self.settings)
-        return self.lora.add_to(weight, name) if name in self.lora.layers else weight
+        if name in self.lora.layers:
+            weight = self.lora.add_to(weight, name)
+        return weight.T if name in self.transposed else weight
 
     def write(self, folder: Path) -> None:
         """Writes the shards, with the same headers and so the same places.
@@ -239,7 +245,7 @@ class _Lora:
         unknown = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
         if self.kind != "LORA" or config["bias"] != "none" or unknown:
             raise Problem(f"{adapter}: cannot merge {self.kind} with {', '.join(unknown) or 'bias'}")
-        self.scale, self.transposed = lora_scale(config), config["fan_in_fan_out"]
+        self.scale = lora_scale(config)
         self.layers = self._read(adapter / "adapter_model.safetensors", dora=config["use_dora"])
         if (adapter / INITIAL).exists():
             self.first = self._read(adapter / INITIAL, dora=False)
@@ -259,20 +265,19 @@ class _Lora:
         return layers
 
     def base_of(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        """A base's weight as training began with it, before it was rounded."""
+        """A base's weight (out, in) as training began with it, before it was rounded."""
         if name not in self.first:
             return weight
         a, b = (self.first[name][part].to(weight) for part in "AB")
-        return without(weight, a, b, self.scale, transposed=self.transposed)
+        return without(weight, a, b, self.scale)
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        """The weight with the layer's product, and with DoRA's length of each row."""
+        """The weight (out, in) with the layer's product, and with DoRA's length of each row."""
         layer = {part: tensor.to(weight) for part, tensor in self.layers[name].items()}
-        flat = weight.T if self.transposed else weight
-        flat = torch.addmm(flat, layer["B"], layer["A"], alpha=self.scale)
+        weight = torch.addmm(weight, layer["B"], layer["A"], alpha=self.scale)
         if "length" in layer:
-            flat = flat * (layer["length"] / torch.linalg.norm(flat, dim=1)).unsqueeze(1)
-        return flat.T if self.transposed else flat
+            weight = weight * (layer["length"] / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
+        return weight
 
 
 def _header(shard: Path) -> tuple[dict[str, Any], bytes]:

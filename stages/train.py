@@ -24,7 +24,7 @@ from stages.lib.loss import load_loss
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.problem import Problem
 from stages.lib.provenance import fingerprint, inputs_of, write_provenance
-from stages.lib.quantized import Quantization, load_quantized
+from stages.lib.quantized import Quantization, Quantized, load_quantized
 from stages.lib.tokens import TokenRows, read_tokens
 from stages.lib.trainer import AdapterTrainer
 
@@ -160,7 +160,7 @@ def train(
             trainer.train(resume_from_checkpoint=last)
         after = trainer.measure()
         if distributed.is_main():
-            _save(params, model, quantized.layers, first, read, adapter)
+            _save(params, model, quantized, first, read, adapter)
     if not distributed.is_main():
         return
     _write_report(trainer, rows, before, after, report)
@@ -205,7 +205,7 @@ def _check_together(params: Params) -> None:
 def _save(
     params: Params,
     model: Any,
-    quantized_layers: list[str],
+    quantized: Quantized,
     first: dict[str, torch.Tensor],
     read: dict[str, Any],
     adapter: Path,
@@ -214,7 +214,12 @@ def _save(
     settings["dtype"] = str(model.dtype).removeprefix("torch.")  # what "auto" came to here
     with fresh_folder(adapter) as folder:
         save_adapter(model, folder, first)
-        write_json(folder / "training.json", {"quantization": settings, "quantized_layers": quantized_layers})
+        training = {
+            "quantization": settings,
+            "quantized_layers": quantized.layers,
+            "transposed_layers": quantized.transposed,
+        }
+        write_json(folder / "training.json", training)
         write_provenance(folder, read)
 
 

@@ -15,8 +15,8 @@ INPUTS = ("data/tokens/train.arrow", "data/tokens/validation.arrow", "models/bas
 LOSS = "stages/losses/cross_entropy.py"
 
 
-def run(workspace: Workspace, out: Path, **given: Any) -> Path:
-    inputs = [workspace.root / path for path in (*INPUTS, given.get("loss", LOSS))]
+def run(workspace: Workspace, out: Path, base: Path | str = INPUTS[2], **given: Any) -> Path:
+    inputs = [workspace.root / path for path in (*INPUTS[:2], base, given.get("loss", LOSS))]
     train(
         params(workspace, **given), *inputs, out / "adapter", out / "report.json", out / "loss", out / "machine" / "x.json"
     )

@@ -1,6 +1,7 @@
 """Every method: what is trained, what is merged, and what answers, is one model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from stages.lib.problem import Problem
 from stages.lib.quantized import Quantization, load_quantized
 from stages.merge import Params as MergeParams
 from stages.merge import merge
-from tests.runs import params, run
-from tests.tiny import Workspace
+from tests.runs import INPUTS, params, run
+from tests.tiny import Workspace, make_other_model
 
 SHORT = {"training_arguments": {"max_steps": 4}, "learning_rate": 2e-2}
 PARITY = {
@@ -30,18 +31,25 @@ PARITY = {
 }
 
 
-def finish(workspace: Workspace, out: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Merges and answers; the merge's report and the answers."""
-    tokens, base = workspace.root / "data" / "tokens", workspace.root / "models" / "base"
+def merged(workspace: Workspace, out: Path, base: Path | str = INPUTS[2], **given: Any) -> dict[str, Any]:
+    """The merge's report."""
+    tokens = workspace.root / "data" / "tokens"
     merge(
         MergeParams(**PARITY | given),
-        base,
+        workspace.root / base,
         out / "adapter",
         tokens / "validation.arrow",
         tokens / "chat_template.jinja",
         out / "merged",
         out / "merge.json",
     )
+    report: dict[str, Any] = json.loads((out / "merge.json").read_text())
+    return report
+
+
+def answered(workspace: Workspace, out: Path) -> list[dict[str, Any]]:
+    """The merged model's answers."""
+    tokens = workspace.root / "data" / "tokens"
     generate(
         GenerateParams(**workspace.params()["generate"]),
         out / "merged",
@@ -50,8 +58,16 @@ def finish(workspace: Workspace, out: Path, **given: Any) -> tuple[dict[str, Any
         out / "predictions.jsonl",
         out / "prompts.jsonl",
     )
-    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    return json.loads((out / "merge.json").read_text()), answers
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def base_of(workspace: Workspace, tmp_path: Path, kind: str) -> Path:
+    """The workspace's base, which is a Llama, or another model in its place."""
+    base = workspace.root / "models" / "base"
+    if kind != "llama":
+        base = Path(shutil.copytree(base, tmp_path / "base"))
+        make_other_model(base, kind)
+    return base
 
 
 @pytest.mark.parametrize(
@@ -74,11 +90,48 @@ def test_a_lora_of_any_kind_is_merged_into_the_model_that_was_trained(
     report = json.loads((out / "report.json").read_text())
     assert report["validation_loss"] < report["validation_loss_before"]
     assert (out / "adapter" / INITIAL).exists() == str(given.get("init_lora_weights")).startswith(("pissa", "olora"))
-    merged, answers = finish(workspace, out)
-    assert merged["method"] == "lora"
-    assert merged["trained_loss"] == pytest.approx(merged["merged_loss"], abs=0.02)
-    assert all(row["answer_tokens"] for row in answers)
+    proof = merged(workspace, out)
+    assert proof["method"] == "lora"
+    assert proof["trained_loss"] == pytest.approx(proof["merged_loss"], abs=0.02)
+    assert all(row["answer_tokens"] for row in answered(workspace, out))
     assert not (out / "merged" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("gpt2", {"quantization": "none"}),
+        ("gpt2", {"quantization": "none", "use_dora": True}),
+        ("gpt2", {"quantization": "none", "init_lora_weights": "olora"}),
+        ("gpt2", {"quantization": "nf4", "use_dora": True}),
+        ("gpt2", {"quantization": "nf4", "init_lora_weights": "pissa", "use_rslora": True}),
+        ("gpt2", {"quantization": "int8", "llm_int8_skip_modules": ["c_fc"]}),
+        ("phi3", {"quantization": "none", "use_dora": True}),
+        ("phi3", {"quantization": "nf4"}),
+    ],
+    ids=str,
+)
+def test_conv1d_and_fused_layers_are_merged_to_the_rounding_of_float32(
+    workspace: Workspace, scratch: Path, kind: str, given: dict[str, Any]
+) -> None:
+    base = base_of(workspace, scratch, kind)
+    out = run(workspace, scratch, base, **SHORT | given)
+    report = json.loads((out / "report.json").read_text())
+    assert report["validation_loss"] < report["validation_loss_before"]
+    training = json.loads((out / "adapter" / "training.json").read_text())
+    assert len(training["transposed_layers"]) == (8 if kind == "gpt2" else 0)
+    assert len(training["quantized_layers"]) == {"none": 0, "nf4": 8, "int8": 6}[given["quantization"]]
+    assert merged(workspace, out, base, **limits(given))["merged_layers"] == 8
+
+
+def limits(given: dict[str, Any]) -> dict[str, float]:
+    """How close a merged float32 base must be; int8 rounds the inputs of each product too, which a merged layer does not."""
+    return {"max_mean_kl": 0.02} if given.get("quantization") == "int8" else {"max_mean_kl": 1e-7, "min_top1_agreement": 1}
+
+
+def test_dora_in_8_bits_is_refused_on_the_cpu(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(Problem, match=r"train\.use_dora: not with int8 on the CPU"):
+        run(workspace, scratch, use_dora=True, quantization="int8")
 
 
 @pytest.mark.parametrize(
@@ -96,9 +149,9 @@ def test_virtual_tokens_stand_beside_the_weights_and_answer(
     out = run(workspace, scratch, **SHORT | given)
     report = json.loads((out / "report.json").read_text())
     assert report["validation_loss"] < report["validation_loss_before"]
-    merged, answers = finish(workspace, out)
-    assert merged["method"] == given["method"]
-    assert merged["merged_layers"] == 0
+    proof = merged(workspace, out)
+    assert proof["method"] == given["method"]
+    assert proof["merged_layers"] == 0
     assert f"{given['method']}, kept beside the weights" in capsys.readouterr().out
     assert "PeftModel.from_pretrained" in (out / "merged" / "README.md").read_text()
     # The answers are those of the adapter, and not of the base that it stands on.
@@ -107,7 +160,7 @@ def test_virtual_tokens_stand_beside_the_weights_and_answer(
     from stages.lib.tokens import read_tokens
 
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    for row, answer in list(zip(rows, answers, strict=True))[:3]:
+    for row, answer in list(zip(rows, answered(workspace, out), strict=True))[:3]:
         ids = list(row["prompt_ids"])
         new: list[int] = []
         for _ in range(answer["answer_tokens"]):
@@ -167,16 +220,20 @@ def test_loftq_begins_nearer_to_the_base_than_rounding_alone(workspace: Workspac
     assert distance["loftq"] < 0.8 * distance[True]
 
 
-def test_pissa_begins_as_the_base_where_nothing_is_rounded(workspace: Workspace) -> None:
-    base = workspace.root / "models" / "base"
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_taken_out_of_the_base_is_what_the_factors_begin_with(
+    workspace: Workspace, tmp_path: Path, kind: str, how: str
+) -> None:
+    base = base_of(workspace, tmp_path, kind)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     wanted = dict(workspace.params()["train"])
-    given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": "pissa"}
+    given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": how}
     model = add_adapter(load_quantized(base, settings("none")).model, base, settings("none"), Adapter(**given)).eval()
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
-        assert model.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0.1
+    assert all(factor.abs().max() > 0.1 for name, factor in model.named_parameters() if "lora_B" in name)
 
 
 # Which layers

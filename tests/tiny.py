@@ -90,6 +90,34 @@ def make_model(folder: Path, seed: int = 0) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "phi3": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 2,
+    },
+}
+
+
+def make_other_model(folder: Path, kind: str) -> None:
+    """Puts into a base's folder another model for its tokens: two layers, random, in float32, with a head of its own or not.
+
+    gpt2 has Conv1D layers and a tied head; phi3 has fused projections (qkv_proj, gate_up_proj) and an untied one.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=400, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **OTHER_MODELS[kind]
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def folder_hash(folder: Path) -> str:
     """What fetch.revision must be for a folder with nothing but a model in it."""
     lines = (

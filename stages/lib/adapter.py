@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.lib.jsonl import read_json
 from stages.lib.params import Section
 from stages.lib.problem import Problem
-from stages.lib.quantized import Quantization, ends_of, round_trip, set_weight
+from stages.lib.quantized import Quantization, ends_of, is_transposed, round_trip, set_weight
 
 INITIAL = "initial.safetensors"
 """In an adapter's folder: the first factors, where they were taken out of the base's weights (PiSSA, OLoRA)."""
@@ -55,10 +55,12 @@ class Adapter(Section):
 def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter) -> Any:
     """The quantized `model` with a fresh adapter in float32 that alone can be trained; the seed is the caller's.
 
-    Raises Problem if `target_modules` does not fit the model.
+    Raises Problem if `wanted` does not fit the model.
     """
     if wanted.method != "lora":
         return get_peft_model(model, _prompt_config(wanted))
+    if wanted.use_dora and settings.quantization == "int8" and model.device.type == "cpu":
+        raise Problem("params.yaml: train.use_dora: not with int8 on the CPU, where PEFT loses the scales; nf4 works")
     computed = isinstance(wanted.init_lora_weights, str) and wanted.init_lora_weights != "gaussian"
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -141,6 +143,11 @@ class BaseWeights:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
+    def of(self, name: str, layer: Any, device: torch.device) -> torch.Tensor:
+        """The weight (out, in) in float32 of the layer `name`, which is `layer` where the base was loaded."""
+        weight = self[f"{name}.weight"].to(device, torch.float32)
+        return weight.T if is_transposed(layer) else weight
+
 
 def _initialize(adapted: Any, base: Path, settings: Quantization, how: str) -> None:
     """Sets the first factors of every layer from the base's own weights, and takes them out of it where that is meant."""
@@ -152,13 +159,11 @@ def _initialize(adapted: Any, base: Path, settings: Quantization, how: str) -> N
         raise Problem(f"{base}: has no tensor {absent[0]}.weight; train.init_lora_weights: {how} needs it, true does not")
     for name, layer in layers.items():
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        weight = weights[f"{name}.weight"].to(down.device, torch.float32)
-        weight = weight.T if isinstance(layer.get_base_layer(), Conv1D) else weight
-        scale = layer.scaling["default"]
+        weight, scale = weights.of(name, layer.get_base_layer(), down.device), layer.scaling["default"]
         a, b = first_factors(weight, down.shape[0], scale, how, settings)
         down.data, up.data = a.contiguous(), b.contiguous()
         if how != "loftq":
-            _take_out(model, name, weights, a, b, scale, settings)
+            set_weight(model, f"{name}.base_layer", without(weight, a, b, scale), settings)
 
 
 def first_factors(
@@ -187,22 +192,9 @@ def first_factors(
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
-def _take_out(
-    model: Any, name: str, weights: BaseWeights, a: torch.Tensor, b: torch.Tensor, scale: float, settings: Quantization
-) -> None:
-    """Leaves in the base's layer what its weight has more than the product, rounded as the layer is."""
-    layer = model.get_submodule(name)
-    inner = f"{name}.base_layer" if hasattr(layer, "base_layer") else name
-    weight = weights[f"{name}.weight"].to(a.device, torch.float32)
-    set_weight(model, inner, without(weight, a, b, scale, transposed=isinstance(layer, Conv1D)), settings)
-
-
-def without(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool = False
-) -> torch.Tensor:
-    """weight - scale · B A, in float32; (in, out) where `transposed`, as GPT-2's layers are."""
-    product = scale * (b.float() @ a.float())
-    return weight.float() - (product.T if transposed else product)
+def without(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight (out, in) - scale · B A, in float32: what PiSSA and OLoRA leave in the base."""
+    return weight.float() - scale * (b.float() @ a.float())
 
 
 # Folders
@@ -247,5 +239,7 @@ def load_adapter(model: Any, base: Path, settings: Quantization, adapter: Path) 
             if key.endswith(".lora_A.weight"):
                 stem = key.removesuffix(".lora_A.weight")
                 a, b = (factors[f"{stem}.{factor}.weight"].to(model.device) for factor in ("lora_A", "lora_B"))
-                _take_out(model, stem.removeprefix("base_model.model."), weights, a, b, scale, settings)
+                name = stem.removeprefix("base_model.model.")
+                weight = weights.of(name, model.get_submodule(name), model.device)
+                set_weight(model, name, without(weight, a, b, scale), settings)
     return PeftModel.from_pretrained(model, str(adapter)).eval()

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import bitsandbytes as bnb
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from stages.lib.device import DtypeName, pick_device, pick_dtype
@@ -35,6 +36,8 @@ class Quantized(NamedTuple):
 
     model: Any
     layers: list[str]
+    transposed: list[str]
+    """Layers, rounded or not, whose weights the base's files have as (in, out)."""
 
 
 def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool = False) -> Quantized:
@@ -74,7 +77,12 @@ def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool =
     if device.type == "cpu" and not in_main_memory:
         _unpack_4bit(model)
     model.requires_grad_(False)
-    return Quantized(model.eval(), layers)
+    return Quantized(model.eval(), layers, sorted(name for name, layer in model.named_modules() if is_transposed(layer)))
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether the base's files have the layer's weight as (in, out): GPT-2's Conv1D, also where bitsandbytes turned it."""
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
 def _skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> list[str] | None:
@@ -87,7 +95,7 @@ def _skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     problems = [
         f"params.yaml: train.llm_int8_skip_modules: {wanted!r} is no linear layer; there are {', '.join(ends_of(linear))}"
         for wanted in settings.llm_int8_skip_modules
@@ -104,7 +112,10 @@ def ends_of(names: Iterable[str]) -> list[str]:
 
 
 def set_weight(model: Any, name: str, weight: torch.Tensor, settings: Quantization) -> None:
-    """Gives the layer `name`, or the one inside its adapter (`.base_layer`), another weight, rounded as its own was."""
+    """Gives the layer `name`, or the one inside its adapter (`.base_layer`), another weight, rounded as its own was.
+
+    `weight` is (out, in), also for a Conv1D.
+    """
     layer = model.get_submodule(name)
     if isinstance(layer, bnb.nn.Linear4bit):
         old = layer.weight
@@ -124,11 +135,11 @@ def set_weight(model: Any, name: str, weight: torch.Tensor, settings: Quantizati
     elif name.removesuffix(".base_layer") in getattr(model, "unpacked_layers", ()):
         layer.weight.data = round_trip(weight, settings).to(layer.weight)
     else:
-        layer.weight.data = weight.to(layer.weight)
+        layer.weight.data = (weight.T if isinstance(layer, Conv1D) else weight).to(layer.weight)
 
 
 def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
-    """A linear layer's weight as the quantized model multiplies with it, in float32 on this machine's device.
+    """A linear layer's weight (out, in) as the quantized model multiplies with it, in float32 on this machine's device.
 
     The same calls as bitsandbytes' layers make, on the same type and device, so the same rounding.
     """
@@ -158,7 +169,8 @@ def _unpack_4bit(model: Any) -> None:
         if isinstance(layer, bnb.nn.Linear4bit):
             model.unpacked_layers.add(name)
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain: Any = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.source_cls = layer.source_cls
             plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
             plain.bias = layer.bias
             parent, _, child = name.rpartition(".")
