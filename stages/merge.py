@@ -242,13 +242,13 @@ class _Lora:
         """PiSSA's and OLoRA's factors at the beginning, which were taken out of the base."""
         if self.kind in ("P_TUNING", "PREFIX_TUNING"):
             return
-        unknown = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+        unknown = [key for key in ("modules_to_save", "lora_bias") if config.get(key)]
         if self.kind != "LORA" or config["bias"] != "none" or unknown:
             raise Problem(f"{adapter}: cannot merge {self.kind} with {', '.join(unknown) or 'bias'}")
-        self.scale = lora_scale(config)
         self.layers = self._read(adapter / "adapter_model.safetensors", dora=config["use_dora"])
         if (adapter / INITIAL).exists():
             self.first = self._read(adapter / INITIAL, dora=False)
+        self.scales = {name: lora_scale(config, name.removesuffix(".weight")) for name in self.layers}
 
     def _read(self, path: Path, *, dora: bool) -> dict[str, dict[str, torch.Tensor]]:
         parts = {".lora_A.weight": "A", ".lora_B.weight": "B"} | ({".lora_magnitude_vector": "length"} if dora else {})
@@ -269,12 +269,12 @@ class _Lora:
         if name not in self.first:
             return weight
         a, b = (self.first[name][part].to(weight) for part in "AB")
-        return without(weight, a, b, self.scale)
+        return without(weight, a, b, self.scales[name])
 
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """The weight (out, in) with the layer's product, and with DoRA's length of each row."""
         layer = {part: tensor.to(weight) for part, tensor in self.layers[name].items()}
-        weight = torch.addmm(weight, layer["B"], layer["A"], alpha=self.scale)
+        weight = torch.addmm(weight, layer["B"], layer["A"], alpha=self.scales[name])
         if "length" in layer:
             weight = weight * (layer["length"] / torch.linalg.norm(weight, dim=1)).unsqueeze(1)
         return weight

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.generate import Params as GenerateParams
 from stages.generate import generate
-from stages.lib.adapter import INITIAL, Adapter, add_adapter, find_targets, first_factors
+from stages.lib.adapter import INITIAL, Adapter, add_adapter, find_targets, first_factors, lora_scale, save_adapter
 from stages.lib.problem import Problem
 from stages.lib.quantized import Quantization, load_quantized
 from stages.merge import Params as MergeParams
@@ -106,8 +106,10 @@ def test_a_lora_of_any_kind_is_merged_into_the_model_that_was_trained(
         ("gpt2", {"quantization": "nf4", "use_dora": True}),
         ("gpt2", {"quantization": "nf4", "init_lora_weights": "pissa", "use_rslora": True}),
         ("gpt2", {"quantization": "int8", "llm_int8_skip_modules": ["c_fc"]}),
+        ("gpt2", {"quantization": "nf4", "init_lora_weights": "olora", "rank_pattern": {"mlp.c_proj": 4}}),
         ("phi3", {"quantization": "none", "use_dora": True}),
-        ("phi3", {"quantization": "nf4"}),
+        ("phi3", {"quantization": "nf4", "target_modules": r".*(0.*_proj|lm_head)"}),
+        ("phi3", {"quantization": "nf4", "rank_pattern": {"qkv_proj": 4}, "alpha_pattern": {"0.*o_proj": 3.0}}),
     ],
     ids=str,
 )
@@ -121,7 +123,56 @@ def test_conv1d_and_fused_layers_are_merged_to_the_rounding_of_float32(
     training = json.loads((out / "adapter" / "training.json").read_text())
     assert len(training["transposed_layers"]) == (8 if kind == "gpt2" else 0)
     assert len(training["quantized_layers"]) == {"none": 0, "nf4": 8, "int8": 6}[given["quantization"]]
-    assert merged(workspace, out, base, **limits(given))["merged_layers"] == 8
+    assert merged(workspace, out, base, **limits(given))["merged_layers"] == (5 if "target_modules" in given else 8)
+
+
+def test_layers_have_ranks_and_scales_of_their_own(workspace: Workspace, tmp_path: Path) -> None:
+    model = adapted(
+        workspace,
+        rank_pattern={r"layers\.1\..*_proj": 4, "up_proj": 8, "^model.layers.0.mlp.down_proj": 2},
+        alpha_pattern={"q_proj": 6, "layers.0.mlp.up_proj": 1.5},
+        use_rslora=True,
+    )
+    save_adapter(model, tmp_path, {})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = {
+        "layers.0.self_attn.q_proj": (16, 6 / 4),
+        "layers.0.self_attn.k_proj": (16, 32 / 4),
+        "layers.0.mlp.up_proj": (8, 1.5 / 8**0.5),
+        "layers.0.mlp.down_proj": (2, 32 / 2**0.5),
+        "layers.1.self_attn.q_proj": (4, 6 / 2),
+        "layers.1.mlp.up_proj": (4, 32 / 2),  # the first pattern counts, and still does where PEFT has sorted them
+    }
+    again = PeftModel.from_pretrained(load_quantized(workspace.root / INPUTS[2], settings("nf4")).model, str(tmp_path))
+    for name, (r, scale) in wanted.items():
+        for found in (model, again):
+            layer = found.get_base_model().model.get_submodule(name)
+            assert layer.lora_A["default"].weight.shape[0] == r
+            assert layer.scaling["default"] == pytest.approx(scale)
+        assert lora_scale(config, f"model.{name}") == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"rank_pattern": {"q_proj": 2, "W_pack": 2, "layers.1.*q_proj": 4}, "alpha_pattern": {"proj": 1}},
+            [
+                "train.rank_pattern: 'W_pack' fits none of the layers in train.target_modules",
+                "train.rank_pattern: 'layers.1.*q_proj' fits none",
+                "train.alpha_pattern: 'proj' fits none",
+            ],
+        ),
+        ({"rank_pattern": {"*": 2}}, ["train.rank_pattern: '(.*\\\\.)?(*)$' is no regular expression: nothing to repeat"]),
+    ],
+)
+def test_a_pattern_that_decides_about_no_layer_is_named(
+    workspace: Workspace, given: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(Problem) as caught:
+        adapted(workspace, **given)
+    for message, wanted in zip(caught.value.messages, said, strict=True):
+        assert wanted in message
 
 
 def limits(given: dict[str, Any]) -> dict[str, float]:
@@ -205,15 +256,22 @@ def test_the_first_factors_are_pefts(how: str) -> None:
     torch.testing.assert_close(weight - 2.0 * b @ a, inner.base_layer.weight)
 
 
+def adapted(workspace: Workspace, base: Path | str = INPUTS[2], quantization: str = "nf4", **given: Any) -> Any:
+    """A base, the workspace's or another, with a fresh adapter, in evaluation mode."""
+    wanted = dict(workspace.params()["train"]) | given
+    folder = workspace.root / base
+    model = load_quantized(folder, settings(quantization)).model
+    adapter = Adapter(**{name: wanted[name] for name in Adapter.model_fields})
+    return add_adapter(model, folder, settings(quantization), adapter).eval()
+
+
 def test_loftq_begins_nearer_to_the_base_than_rounding_alone(workspace: Workspace) -> None:
     base = workspace.root / "models" / "base"
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    wanted = dict(workspace.params()["train"]) | {"r": 16}
     distance = {}
     for how in (True, "loftq"):
-        given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": how}
         torch.manual_seed(0)
-        model = add_adapter(load_quantized(base, settings("nf4")).model, base, settings("nf4"), Adapter(**given)).eval()
+        model = adapted(workspace, r=16, init_lora_weights=how)
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             distance[how] = (model(ids).logits - plain(ids).logits).pow(2).mean().item()
@@ -227,9 +285,7 @@ def test_what_is_taken_out_of_the_base_is_what_the_factors_begin_with(
 ) -> None:
     base = base_of(workspace, tmp_path, kind)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    wanted = dict(workspace.params()["train"])
-    given = {name: wanted[name] for name in Adapter.model_fields} | {"init_lora_weights": how}
-    model = add_adapter(load_quantized(base, settings("none")).model, base, settings("none"), Adapter(**given)).eval()
+    model = adapted(workspace, base, "none", init_lora_weights=how)
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
@@ -252,6 +308,13 @@ def test_layers_are_found_by_name_and_expression_and_the_head_is_left_out(worksp
     assert find_targets(model, r"model\.layers\.0\.mlp\..*") == [
         f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
     ]
+
+
+def test_a_head_is_found_unless_its_weight_is_that_of_the_embeddings(workspace: Workspace, tmp_path: Path) -> None:
+    for wanted in (["q_proj", "lm_head"], r".*"):
+        with pytest.raises(Problem, match=r"train\.target_modules: lm_head has its weight in common with the input embed"):
+            adapted(workspace, target_modules=wanted)
+    model = load_quantized(base_of(workspace, tmp_path, "phi3"), settings("nf4")).model
     assert find_targets(model, ["lm_head"]) == ["lm_head"]
 
 

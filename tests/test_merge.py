@@ -144,7 +144,7 @@ def test_a_wrong_formula_would_not_pass(merging: Merge, monkeypatch: pytest.Monk
 
     def doubled(self: Any, adapter: Path) -> None:
         init(self, adapter)
-        self.scale *= 2
+        self.scales = {name: 2 * scale for name, scale in self.scales.items()}
 
     monkeypatch.setattr(module._Lora, "__init__", doubled)
     said = merging.refused()
@@ -190,9 +190,9 @@ def test_half_a_pair_and_unknown_kinds_are_refused(merging: Merge) -> None:
     assert "that are no LoRA pair" in merging.refused()
     merging.edit_config(use_dora=False, peft_type="LOHA")
     assert "cannot merge LOHA" in merging.refused()
-    merging.edit_config(peft_type="LORA", rank_pattern={"q_proj": 2})
-    assert "cannot merge LORA with rank_pattern" in merging.refused()
-    merging.edit_config(rank_pattern={})
+    merging.edit_config(peft_type="LORA", modules_to_save=["embed_tokens"])
+    assert "cannot merge LORA with modules_to_save" in merging.refused()
+    merging.edit_config(modules_to_save=None)
     merging.edit_tensors(lambda tensors: tensors.__setitem__("stray", torch.zeros(1)))
     assert "holds stray, which is no part of a LoRA" in merging.refused()
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft.utils.other import get_pattern_key
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,10 @@ class Adapter(Section):
     """lora: rank of the products: their size, and how much they can learn."""
     lora_alpha: float = Field(gt=0)
     """lora: the product is scaled by lora_alpha / r; usually one or two times r."""
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]]
+    """lora: another r for layers whose name, or its end after a dot, a regular expression fits; the first that does counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
+    """lora: another lora_alpha, likewise."""
     lora_dropout: float = Field(ge=0, lt=1)
     """lora: share of the inputs that are left out at random."""
     use_rslora: bool
@@ -62,6 +67,7 @@ def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter)
     if wanted.use_dora and settings.quantization == "int8" and model.device.type == "cpu":
         raise Problem("params.yaml: train.use_dora: not with int8 on the CPU, where PEFT loses the scales; nf4 works")
     computed = isinstance(wanted.init_lora_weights, str) and wanted.init_lora_weights != "gaussian"
+    targets = find_targets(model, wanted.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=wanted.r,
@@ -70,7 +76,8 @@ def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter)
         use_rslora=wanted.use_rslora,
         use_dora=wanted.use_dora,
         init_lora_weights=True if computed else wanted.init_lora_weights,
-        target_modules=find_targets(model, wanted.target_modules),
+        target_modules=targets,
+        **_patterns(wanted, targets),
     )
     adapted = get_peft_model(model, config)
     if computed:
@@ -100,8 +107,22 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     Args:
         wanted: As in `Adapter.target_modules`.
 
-    Raises Problem with the names of the model's linear layers if a name, or the expression, fits none.
+    Raises Problem with the names of the model's linear layers if a name, or the expression, fits none; and if a layer is a
+    head that shares its weight with the input embeddings, which merging would change too.
     """
+    found = _find(model, wanted)
+    tied = model.get_input_embeddings().weight
+    shared = [name for name in found if model.get_submodule(name).weight is tied]
+    if shared:
+        raise Problem(
+            f"params.yaml: train.target_modules: {shared[0]} has its weight in common with the input embeddings "
+            "(tie_word_embeddings), which merging would change too; leave it out, or fetch a copy of the base with "
+            "tie_word_embeddings false and a weight for each"
+        )
+    return found
+
+
+def _find(model: Any, wanted: str | Sequence[str]) -> list[str]:
     head = model.get_output_embeddings()
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     if wanted == "all-linear":
@@ -124,6 +145,30 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
         raise Problem(f"params.yaml: train.target_modules: {', '.join(missing) or 'nothing'} is not in the model; {there}")
     chosen = {full for found in by_name.values() for full in found}
     return [name for name in linear if name in chosen]
+
+
+def _patterns(wanted: Adapter, targets: Sequence[str]) -> dict[str, dict[str, float]]:
+    """rank_pattern and alpha_pattern by whole names: PEFT takes the first that fits, but saves them in another order.
+
+    Raises Problem with the patterns that decide about no layer.
+    """
+    problems, found = [], {}
+    for parameter, patterns in (("rank_pattern", wanted.rank_pattern), ("alpha_pattern", wanted.alpha_pattern)):
+        try:
+            chosen = {name: get_pattern_key(patterns, name) for name in targets}  # the name itself where none fits
+        except re.error as error:
+            problems.append(f"params.yaml: train.{parameter}: {error.pattern!r} is no regular expression: {error}")
+            continue
+        problems += [
+            f"params.yaml: train.{parameter}: {pattern!r} fits none of the layers in train.target_modules, or none that an "
+            f"earlier pattern leaves to it; their names end in {', '.join(ends_of(targets))}"
+            for pattern in patterns
+            if pattern not in chosen.values()
+        ]
+        found[parameter] = {f"^{name}": patterns[key] for name, key in chosen.items() if key in patterns}
+    if problems:
+        raise Problem(*problems)
+    return found
 
 
 class BaseWeights:
@@ -202,7 +247,7 @@ def without(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 
 def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
     """PEFT's two files, the same bytes for the same adapter, and the first factors where they were taken out of the base."""
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # else PEFT puts the head's own weight beside its adapter
     (folder / "README.md").unlink(missing_ok=True)
     config = read_json(folder / "adapter_config.json")
     for key, value in config.items():
@@ -225,15 +270,19 @@ def initial_factors(adapted: Any, wanted: Adapter) -> dict[str, torch.Tensor]:
     }
 
 
-def lora_scale(config: Mapping[str, Any]) -> float:
-    """What an adapter's products are multiplied with, by its adapter_config.json."""
-    return float(config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]))
+def lora_scale(config: Mapping[str, Any], name: str) -> float:
+    """What the product of the layer `name` is multiplied with, by an adapter's adapter_config.json."""
+    r, alpha = (
+        config[pattern].get(get_pattern_key(config[pattern], name), config[usual])
+        for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    return float(alpha / (math.sqrt(r) if config["use_rslora"] else r))
 
 
 def load_adapter(model: Any, base: Path, settings: Quantization, adapter: Path) -> Any:
     """The quantized `model` with a trained adapter on it, as it was when it was trained."""
     if (adapter / INITIAL).exists():
-        scale, factors = lora_scale(read_json(adapter / "adapter_config.json")), load_file(adapter / INITIAL)
+        config, factors = read_json(adapter / "adapter_config.json"), load_file(adapter / INITIAL)
         weights = BaseWeights(base)
         for key in factors:
             if key.endswith(".lora_A.weight"):
@@ -241,5 +290,5 @@ def load_adapter(model: Any, base: Path, settings: Quantization, adapter: Path) 
                 a, b = (factors[f"{stem}.{factor}.weight"].to(model.device) for factor in ("lora_A", "lora_B"))
                 name = stem.removeprefix("base_model.model.")
                 weight = weights.of(name, model.get_submodule(name), model.device)
-                set_weight(model, name, without(weight, a, b, scale), settings)
+                set_weight(model, name, without(weight, a, b, lora_scale(config, name)), settings)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
