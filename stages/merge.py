@@ -97,7 +97,7 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
                 model.get_base_model() if hasattr(model, "get_base_model") else model, other, weights.rounded_layers
             )
             figures["other_base"] = {"base": _other_base(params), **compare(trained, Said(model, rows))}
-        _write_card(folder, base, adapter, figures)
+        _write_card(folder, base, adapter, table.num_rows, figures)
         write_provenance(folder, {**read, "adapter": read_json(adapter / "provenance.json"), "parity": figures})
     with fresh_file(report) as file:
         write_json(file, figures)
@@ -353,15 +353,16 @@ def _check_parity(params: Params, figures: dict[str, Any]) -> None:
         raise Problem(*problems)
 
 
-def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]) -> None:
+def _write_card(folder: Path, base: Path, adapter: Path, validation_rows: int, figures: dict[str, Any]) -> None:
     manifest = read_json(base / "manifest.json")
     training = read_json(adapter / "training.json")
     config = read_json(adapter / "adapter_config.json")
-    quantization = training["quantization"]["quantization"]
+    quantization, data = training["quantization"]["quantization"], training["data"]
     if figures["method"] == "lora":
         how = (
-            f"LoRA with r={config['r']} and lora_alpha={config['lora_alpha']}, trained on the base in {quantization} and "
-            f"merged into its {figures['base']} weights."
+            f"LoRA with r={config['r']} and lora_alpha={config['lora_alpha']}"
+            + " (some layers have others)" * bool(config["rank_pattern"] or config["alpha_pattern"])
+            + f", trained on the base in {quantization} and merged into its {figures['base']} weights."
         )
     else:
         how = (
@@ -373,6 +374,8 @@ def _write_card(folder: Path, base: Path, adapter: Path, figures: dict[str, Any]
     (folder / "README.md").write_text(
         f"# {manifest['model']}, fine-tuned\n\n"
         f"Base: {manifest['model']} at {manifest['revision']}. {how}\n\n"
+        f"Trained on {data['rows']:,} rows of {data['tokens']:,} tokens, of which {data['label_tokens']:,} were learned; "
+        f"{validation_rows:,} further rows for validation.\n\n"
         f"Measured against the trained model on {figures['tokens']} tokens: mean KL {figures['mean_kl']:.2e} nats, the "
         f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %, {scores}. `provenance.json` has the rest.\n",
         encoding="utf-8",

@@ -105,8 +105,9 @@ def train(
     """Learns an adapter for `base` from the rows in `tokens`, and follows the loss on those in `validation`.
 
     `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, training.json, which tells `merge` how the base
-    was quantized, and provenance.json. `report` gets the final losses and counts, `curves` train.csv and validation.csv by
-    optimizer step. `machine` gets what differs between equal runs (time, memory, device, date); it is no output for DVC.
+    was quantized and how much was read, and provenance.json. `report` gets the final losses and counts, `curves` train.csv
+    and validation.csv by optimizer step. `machine` gets what differs between equal runs (time, memory, device, date); it is
+    no output for DVC.
 
     A run that is killed goes on from its last checkpoint and ends in the same bytes; a checkpoint is only ever used by a
     run with the same parameters, data, base, code and packages.
@@ -160,7 +161,7 @@ def train(
             trainer.train(resume_from_checkpoint=last)
         after = trainer.measure()
         if distributed.is_main():
-            _save(params, model, quantized, first, read, adapter)
+            _save(params, model, quantized, first, rows, read, adapter)
     if not distributed.is_main():
         return
     _write_report(trainer, rows, before, after, report)
@@ -207,6 +208,7 @@ def _save(
     model: Any,
     quantized: Quantized,
     first: dict[str, torch.Tensor],
+    rows: TokenRows,
     read: dict[str, Any],
     adapter: Path,
 ) -> None:
@@ -218,18 +220,20 @@ def _save(
             "quantization": settings,
             "quantized_layers": quantized.layers,
             "transposed_layers": quantized.transposed,
+            "data": _counts(rows),
         }
         write_json(folder / "training.json", training)
         write_provenance(folder, read)
 
 
+def _counts(rows: TokenRows) -> dict[str, int]:
+    return {"rows": len(rows), "tokens": int(rows.lengths.sum()), "label_tokens": rows.label_tokens}
+
+
 def _write_report(
     trainer: AdapterTrainer, rows: TokenRows, before: dict[str, float], after: dict[str, float], report: Path
 ) -> None:
-    counts = {
-        "rows": len(rows),
-        "tokens": int(rows.lengths.sum()),
-        "label_tokens": rows.label_tokens,
+    counts = _counts(rows) | {
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }

@@ -139,41 +139,57 @@ def test_the_scale_is_pefts(merging: Merge, rslora: bool) -> None:
     assert merging.run(max_mean_kl=2e-3)["mean_kl"] < 2e-3  # PEFT reads the same config for the trained side
 
 
-def test_a_wrong_formula_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+def doubled(lora: Any) -> None:
+    lora.scales = {name: 2 * scale for name, scale in lora.scales.items()}
+
+
+def damaged(lora: Any) -> None:
+    layer = lora.layers["model.layers.1.mlp.up_proj.weight"]
+    layer["B"] = torch.randn_like(layer["B"])
+
+
+def forgetful(lora: Any) -> None:
+    for name in [name for name in lora.layers if "mlp" in name]:
+        del lora.layers[name]
+
+
+@pytest.mark.parametrize("wrong", [doubled, damaged, forgetful])
+def test_a_wrong_merge_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
     init = module._Lora.__init__
 
-    def doubled(self: Any, adapter: Path) -> None:
+    def broken(self: Any, adapter: Path) -> None:
         init(self, adapter)
-        self.scales = {name: 2 * scale for name, scale in self.scales.items()}
+        wrong(self)
 
-    monkeypatch.setattr(module._Lora, "__init__", doubled)
+    monkeypatch.setattr(module._Lora, "__init__", broken)
     said = merging.refused()
     assert "is above merge.max_mean_kl" in said
     assert "the merged model is not the trained one" in said
 
 
-def test_a_damaged_tensor_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    init = module._Lora.__init__
+@pytest.mark.parametrize("of", ["the base", "another adapter"])
+def test_a_stale_shard_would_not_pass(merging: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+    merging.base = Path(shutil.copytree(merging.base, tmp_path / "base"))
+    AutoModelForCausalLM.from_pretrained(merging.base).save_pretrained(merging.base, max_shard_size="80KB")
+    (merging.base / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted(merging.base.glob("*.safetensors"))[-1].name
+    stale = merging.base / shard
+    if of == "another adapter":
+        before = (merging.adapter / "adapter_model.safetensors").read_bytes()
+        merging.edit_tensors(lambda tensors: tensors.update({name: -tensors[name] for name in tensors if "_B." in name}))
+        merging.run()
+        stale = Path(shutil.copy(merging.out / "merged" / shard, tmp_path))
+        (merging.adapter / "adapter_model.safetensors").write_bytes(before)
+    merging.run()
+    shutil.rmtree(merging.out)
+    write = module._Weights.write
 
-    def damaged(self: Any, adapter: Path) -> None:
-        init(self, adapter)
-        layer = self.layers[sorted(self.layers)[0]]
-        layer["B"] = torch.randn_like(layer["B"])
+    def keep_one(self: Any, folder: Path) -> None:
+        write(self, folder)
+        shutil.copy(stale, folder / shard)
 
-    monkeypatch.setattr(module._Lora, "__init__", damaged)
-    merging.refused()
-
-
-def test_a_missed_layer_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    init = module._Lora.__init__
-
-    def forgetful(self: Any, adapter: Path) -> None:
-        init(self, adapter)
-        for name in [name for name in self.layers if "mlp" in name]:
-            del self.layers[name]
-
-    monkeypatch.setattr(module._Lora, "__init__", forgetful)
-    merging.refused()
+    monkeypatch.setattr(module._Weights, "write", keep_one)
+    assert "the merged model is not the trained one" in merging.refused()
 
 
 def test_a_layer_of_another_base_is_named(merging: Merge) -> None:
@@ -203,5 +219,10 @@ def test_the_folder_is_a_whole_model_with_the_template_and_stop_tokens_of_its_tr
     assert tokenizer.chat_template == (workspace.root / "stages/templates/chatml.jinja").read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.generation_config.eos_token_id == 2
-    assert "mean KL" in (merged / "README.md").read_text()
+    card = (merged / "README.md").read_text()
+    assert "mean KL" in card
+    train, validation = (read_tokens(workspace.root / f"data/tokens/{name}.arrow") for name in ("train", "validation"))
+    tokens = sum(map(len, train["input_ids"].to_pylist()))
+    assert f"Trained on {train.num_rows} rows of {tokens:,} tokens, of which " in card
+    assert f"; {validation.num_rows} further rows for validation" in card
     assert str(workspace.root) not in "".join(path.read_text() for path in merged.glob("*.json"))

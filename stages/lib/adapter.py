@@ -35,7 +35,7 @@ class Adapter(Section):
     lora_alpha: float = Field(gt=0)
     """lora: the product is scaled by lora_alpha / r; usually one or two times r."""
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]]
-    """lora: another r for layers whose name, or its end after a dot, a regular expression fits; the first that does counts."""
+    """lora: another r for layers whose name, or its end after a dot, a regular expression fits; the first fit counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
     """lora: another lora_alpha, likewise."""
     lora_dropout: float = Field(ge=0, lt=1)
