@@ -22,7 +22,7 @@ from stages.lib.jsonl import read_json, write_json
 from stages.lib.model import ADAPTER, load_model
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.params import Section
-from stages.lib.parity import Said, compare, greedy_agreement
+from stages.lib.parity import Additions, Said, compare, greedy_agreement
 from stages.lib.problem import Problem
 from stages.lib.provenance import inputs_of, write_provenance
 from stages.lib.quantized import Quantization, load_quantized, round_trip
@@ -31,6 +31,10 @@ from stages.lib.tokens import read_tokens, stop_token_ids
 WORKERS = 6
 """Threads that write a model; each holds one tensor on the device."""
 BUFFER_BYTES = 1 << 26
+MAX_SHARE_ERROR = 0.1
+"""A layer that has a tenth less or more of what training added to it is not the trained one."""
+NAMED = 3
+"""Layers that a message names."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -56,7 +60,8 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
     tokenizer, the chat `template` it was trained with, a generation config with the right stop tokens, and a README.
     `report` gets the comparison with the adapter on the quantized base, over the labelled tokens of `validation`.
 
-    Raises Problem if a tensor of the adapter has no place in the base, or if the merged model is not the trained one.
+    Raises Problem if a tensor of the adapter has no place in the base, or if the merged model is not the trained one: by
+    what it says, or by what any layer has of its training.
     """
     logging.disable_progress_bar()
     read = inputs_of(
@@ -71,7 +76,9 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
     stops = stop_token_ids(table)
     lora = _Lora(adapter)
     weights = _Weights(base, adapter, lora, settings, params.base)
-    trained = Said(load_adapter(load_quantized(base, settings).model, base, settings, adapter), rows, stops)
+    adapted = load_adapter(load_quantized(base, settings).model, base, settings, adapter)
+    trained, additions = Said(adapted, rows, stops), Additions(adapted, lora.first_products())
+    del adapted  # its memory is for the merged model
     with fresh_folder(merged) as folder:
         weights.write(folder)
         if not lora.layers:
@@ -89,7 +96,7 @@ def merge(params: Params, base: Path, adapter: Path, validation: Path, template:
             "greedy_rows": len(trained.answers),
             "greedy_agreement": greedy_agreement(trained, model),
         }
-        _check_parity(params, figures)
+        _check_parity(params, figures, additions.shares_in(model))
         if weights.rounded_layers:
             # What the other choice of merge.base would have given.
             other = _Weights(base, adapter, lora, settings, _other_base(params))
@@ -271,6 +278,10 @@ class _Lora:
         a, b = (self.first[name][part].to(weight) for part in "AB")
         return without(weight, a, b, self.scales[name])
 
+    def first_products(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A and scale · B at the beginning, by the names of the layers."""
+        return {name.removesuffix(".weight"): (ab["A"], self.scales[name] * ab["B"]) for name, ab in self.first.items()}
+
     def add_to(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         """The weight (out, in) with the layer's product, and with DoRA's length of each row."""
         layer = {part: tensor.to(weight) for part, tensor in self.layers[name].items()}
@@ -329,8 +340,11 @@ def _put_weights(model: Any, weights: "_Weights", names: Iterable[str]) -> None:
         model.get_parameter(name).data.copy_(weights.merged(name, original).to(original.dtype))
 
 
-def _check_parity(params: Params, figures: dict[str, Any]) -> None:
-    problems = []
+def _check_parity(params: Params, figures: dict[str, Any], shares: dict[str, float]) -> None:
+    wrong = [name for name, share in shares.items() if abs(share - 1) > MAX_SHARE_ERROR]
+    problems = [f"{name} has {shares[name]:.2f} times what training added to it" for name in wrong[:NAMED]]
+    if len(wrong) > NAMED:
+        problems.append(f"and so have {len(wrong) - NAMED} more of {len(shares)} layers another share than 1")
     if not figures["mean_kl"] <= params.max_mean_kl:
         problems.append(f"mean KL {figures['mean_kl']:.3e} is above merge.max_mean_kl {params.max_mean_kl:.3e}")
     if not figures["top1_agreement"] >= params.min_top1_agreement:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,17 @@ def test_the_scale_is_pefts(merging: Merge, rslora: bool) -> None:
     assert merging.run(max_mean_kl=2e-3)["mean_kl"] < 2e-3  # PEFT reads the same config for the trained side
 
 
+def lose(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], object]) -> None:
+    """Lets every merge read the adapter as `wrong` leaves it."""
+    init = module._Lora.__init__
+
+    def broken(self: Any, adapter: Path) -> None:
+        init(self, adapter)
+        wrong(self)
+
+    monkeypatch.setattr(module._Lora, "__init__", broken)
+
+
 def doubled(lora: Any) -> None:
     lora.scales = {name: 2 * scale for name, scale in lora.scales.items()}
 
@@ -153,15 +166,22 @@ def forgetful(lora: Any) -> None:
         del lora.layers[name]
 
 
+@pytest.mark.parametrize("layer", ["layers.0.self_attn.k_proj", "layers.1.mlp.gate_proj"])
+def test_a_single_missed_layer_is_named_whatever_the_logits_say(
+    merging: Merge, monkeypatch: pytest.MonkeyPatch, layer: str
+) -> None:
+    loose = {"max_mean_kl": 1000, "min_top1_agreement": 0}
+    merging.run(**loose)
+    shutil.rmtree(merging.out)
+    lose(monkeypatch, lambda lora: lora.layers.pop(f"model.{layer}.weight"))
+    said = merging.refused(**loose)
+    assert re.search(rf"model\.{layer} has -?0\.0\d times what training added to it", said)
+    assert said.count("times what training added") == 1
+
+
 @pytest.mark.parametrize("wrong", [doubled, damaged, forgetful])
 def test_a_wrong_merge_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    init = module._Lora.__init__
-
-    def broken(self: Any, adapter: Path) -> None:
-        init(self, adapter)
-        wrong(self)
-
-    monkeypatch.setattr(module._Lora, "__init__", broken)
+    lose(monkeypatch, wrong)
     said = merging.refused()
     assert "is above merge.max_mean_kl" in said
     assert "the merged model is not the trained one" in said
