@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.generate import Params as GenerateParams
@@ -331,6 +331,21 @@ def test_a_name_that_fits_nothing_is_answered_with_those_that_do(workspace: Work
     model = load_quantized(workspace.root / "models" / "base", settings("nf4")).model
     with pytest.raises(Problem, match=said):
         find_targets(model, wanted)
+
+
+def test_what_could_not_be_merged_is_refused_before_training(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(
+        Problem, match=r"train\.r: 64 is more than model\.layers\.0\.self_attn\.k_proj, 32 by 64, can be parted"
+    ):
+        adapted(workspace, r=64, init_lora_weights="olora")
+    adapted(workspace, r=64)
+    base = Path(shutil.copytree(workspace.root / INPUTS[2], tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    save_file({name.removeprefix("model."): tensors[name] for name in tensors}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        Problem, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight, to which merge would add"
+    ):
+        adapted(workspace, base)
 
 
 def test_a_module_to_skip_must_be_there(workspace: Workspace) -> None:

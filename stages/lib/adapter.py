@@ -60,7 +60,7 @@ class Adapter(Section):
 def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter) -> Any:
     """The quantized `model` with a fresh adapter in float32 that alone can be trained; the seed is the caller's.
 
-    Raises Problem if `wanted` does not fit the model.
+    Raises Problem if `wanted` does not fit the model, or could not be merged into it.
     """
     if wanted.method != "lora":
         return get_peft_model(model, _prompt_config(wanted))
@@ -79,9 +79,15 @@ def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter)
         target_modules=targets,
         **_patterns(wanted, targets),
     )
-    adapted = get_peft_model(model, config)
+    adapted, weights = get_peft_model(model, config), BaseWeights(base)
+    absent = [name for name in targets if f"{name}.weight" not in weights]
+    if absent:
+        raise Problem(
+            f"{base}: has no tensor {absent[0]}.weight, to which merge would add what is learned; name other layers in "
+            "train.target_modules"
+        )
     if computed:
-        _initialize(adapted, base, settings, str(wanted.init_lora_weights))
+        _initialize(adapted, weights, settings, str(wanted.init_lora_weights))
     config.init_lora_weights = True  # PEFT would take the factors out of the base once more when it loads the adapter
     return adapted
 
@@ -194,18 +200,18 @@ class BaseWeights:
         return weight.T if is_transposed(layer) else weight
 
 
-def _initialize(adapted: Any, base: Path, settings: Quantization, how: str) -> None:
+def _initialize(adapted: Any, weights: BaseWeights, settings: Quantization, how: str) -> None:
     """Sets the first factors of every layer from the base's own weights, and takes them out of it where that is meant."""
-    weights = BaseWeights(base)
     model = adapted.get_base_model()
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-    absent = sorted(name for name in layers if f"{name}.weight" not in weights)
-    if absent:
-        raise Problem(f"{base}: has no tensor {absent[0]}.weight; train.init_lora_weights: {how} needs it, true does not")
-    for name, layer in layers.items():
+    for name, layer in _adapted_layers(model).items():
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if len(down) > min(down.shape[1], len(up)):
+            raise Problem(
+                f"params.yaml: train.r: {len(down)} is more than {name}, {len(up)} by {down.shape[1]}, can be parted into; "
+                f"lower it there by train.rank_pattern, or set train.init_lora_weights to true instead of {how}"
+            )
         weight, scale = weights.of(name, layer.get_base_layer(), down.device), layer.scaling["default"]
-        a, b = first_factors(weight, down.shape[0], scale, how, settings)
+        a, b = first_factors(weight, len(down), scale, how, settings)
         down.data, up.data = a.contiguous(), b.contiguous()
         if how != "loftq":
             set_weight(model, f"{name}.base_layer", without(weight, a, b, scale), settings)
@@ -258,14 +264,17 @@ def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]
         save_file(dict(initial), folder / INITIAL)
 
 
+def _adapted_layers(model: Any) -> dict[str, Any]:
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
 def initial_factors(adapted: Any, wanted: Adapter) -> dict[str, torch.Tensor]:
     """The factors of a fresh adapter that were taken out of the base, by their names in adapter_model.safetensors."""
     if wanted.method != "lora" or not str(wanted.init_lora_weights).startswith(("pissa", "olora")):
         return {}
     return {
         f"base_model.model.{name}.{factor}.weight": getattr(layer, factor)["default"].weight.detach().to("cpu", copy=True)
-        for name, layer in adapted.get_base_model().named_modules()
-        if hasattr(layer, "lora_A")
+        for name, layer in _adapted_layers(adapted.get_base_model()).items()
         for factor in ("lora_A", "lora_B")
     }
 

@@ -85,7 +85,8 @@ def greedy_agreement(trained: Said, model: Any) -> float:
 class Additions:
     """What an adapter adds to the outputs of its layers.
 
-    The logits alone would miss a layer: of the sample's 210, most that are left out move them by less than 1e-4 nats.
+    The logits alone would miss a layer: of 14 of the sample's, left out one at a time, 13 moved them by a mean KL
+    below 1e-3, the least by 5e-6.
     """
 
     def __init__(self, adapted: Any, first: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
