@@ -13,14 +13,16 @@ from pydantic import Field
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
 from transformers.utils import logging
 
+from stages.lib.decode import Decoder, can_decode
 from stages.lib.device import DtypeName
+from stages.lib.fused import fuse
 from stages.lib.jsonl import read_json, write_jsonl
 from stages.lib.model import load_model
 from stages.lib.output import fresh_file
 from stages.lib.params import Section
 from stages.lib.problem import Problem
 from stages.lib.provenance import fingerprint, inputs_of
-from stages.lib.sampling import RowSampler
+from stages.lib.sampling import Choice, RowSampler
 from stages.lib.tokens import read_tokens, stop_token_ids
 
 TUTORIAL = {
@@ -72,15 +74,19 @@ def generate(params: Params, model: Path, prompts: Path, extra: Path, prediction
     rows = [row for table in tables for row in table.to_pylist()]
     answerer = _Answerer(params, model, stop_token_ids(tables[0]))
     answers = finished.answers
-    for numbers in _batches([len(row["prompt_ids"]) for row in rows], params.batch_size, padded=answerer.padded):
-        if not all(number in answers for number in numbers):
-            finished.add(zip(numbers, answerer.answer([rows[number] for number in numbers]), strict=True))
-            print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
+    left = sorted((number for number in range(len(rows)) if number not in answers), key=lambda n: len(rows[n]["prompt_ids"]))
+    for found in answerer.answers([rows[number] for number in left]):
+        finished.add([(left[number], tokens) for number, tokens in found])
+        print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
     done = [answerer.row(row, answers[number]) for number, row in enumerate(rows)]
     with fresh_file(predictions) as file, fresh_file(extra_predictions) as extra_file:
         write_jsonl(file, done[: len(tables[0])])
         write_jsonl(extra_file, done[len(tables[0]) :])
     finished.remove()
+
+
+TOO_LITTLE = "out of memory on a single prompt"
+REMEDY = "lower generate.max_new_tokens, or use a GPU with more memory"
 
 
 class _Finished:
@@ -109,14 +115,6 @@ class _Finished:
         self.path.unlink()
 
 
-def _batches(lengths: Sequence[int], size: int, *, padded: bool) -> Iterator[list[int]]:
-    """The numbers of the prompts, in batches of like length: little padding, or none."""
-    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-    for _, group in groupby(order, key=lambda number: 0 if padded else lengths[number]):
-        numbers = list(group)
-        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
 class _Answerer:
     """A loaded model with its stop tokens and generation settings."""
 
@@ -131,43 +129,78 @@ class _Answerer:
         # The template's stop tokens, and those that the model itself came with.
         self.stops = sorted({token for token in [*stops, *defaults] if token is not None})
         self.params = params.model_copy(update=TUTORIAL) if params.preset == "tutorial" else params
+        self.choice = Choice(**self.params.model_dump(include=set(Choice._fields)))
         self.config = GenerationConfig(
             max_new_tokens=self.params.max_new_tokens,
-            do_sample=False,  # RowSampler turns the likeliest token into a drawn one
-            repetition_penalty=self.params.repetition_penalty,
+            do_sample=False,  # RowSampler leaves each row one token to choose
             eos_token_id=self.stops or None,
             pad_token_id=0,
         )
         # What the folder's own generation config says about sampling must not mix with params.yaml.
         self.model.generation_config = self.config
 
-    def answer(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The new tokens for each row's prompt, the stop token included if there is one. Raises Problem."""
+    def answers(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """The rows' numbers and their new tokens, the stop token included if there is one, as they are finished.
+
+        Raises Problem if the memory does not suffice for one row.
+        """
+        if self.model.device.type == "cuda" and self.padded and rows and can_decode(self.model):
+            fuse(self.model)
+            yield from self._decoded(rows)
+        else:
+            yield from self._generated(rows)
+
+    def _decoded(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """With lib/decode.py."""
+        prompts = [row["prompt_ids"] for row in rows]
+        decoder = self._decoder(min(self.params.batch_size, len(rows)), max(map(len, prompts)), rows[0]["id"])
+        for finished in decoder.answers(prompts, [row["id"] for row in rows]):
+            yield [(number, self._cut(tokens)) for number, tokens in finished]
+
+    def _decoder(self, slots: int, longest: int, name: str) -> Decoder:
+        while True:
+            try:
+                new = self.params.max_new_tokens
+                return Decoder(self.model, self.choice, self.stops, slots, longest, new, recorded=True)
+            except torch.OutOfMemoryError:
+                if slots == 1:
+                    raise Problem(f"{TOO_LITTLE}, {name} with {longest} tokens; {REMEDY}") from None
+            torch.cuda.empty_cache()
+            slots //= 2
+
+    def _generated(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """With Transformers' generate, in batches of like length: little padding, or none where a model takes none."""
+        lengths = [len(row["prompt_ids"]) for row in rows]
+        for _, group in groupby(range(len(rows)), key=lambda number: 0 if self.padded else lengths[number]):
+            numbers = list(group)
+            for start in range(0, len(numbers), self.params.batch_size):
+                batch = numbers[start : start + self.params.batch_size]
+                yield list(zip(batch, self._batch([rows[number] for number in batch]), strict=True))
+
+    def _batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         try:
-            return self._answer(rows)
+            return self._generate(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                raise Problem(
-                    f"out of memory on a single prompt, {rows[0]['id']} with {len(rows[0]['prompt_ids'])} tokens; lower "
-                    "generate.max_new_tokens, or use a GPU with more memory"
-                ) from None
+                raise Problem(f"{TOO_LITTLE}, {rows[0]['id']} with {len(rows[0]['prompt_ids'])} tokens; {REMEDY}") from None
         torch.cuda.empty_cache()
         half = len(rows) // 2
-        return [*self.answer(rows[:half]), *self.answer(rows[half:])]
+        return [*self._batch(rows[:half]), *self._batch(rows[half:])]
 
-    def _answer(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    def _generate(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         prompts = [row["prompt_ids"] for row in rows]
         width = max(map(len, prompts))
         # Padded on the left: generation goes on from the last position.
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        drawing = LogitsProcessorList()
-        if self.params.do_sample:
-            seeds = [f"{self.params.seed} {row['id']}" for row in rows]
-            drawing.append(RowSampler(seeds, self.params.temperature, self.params.top_p, self.model.device))
+        names = [row["id"] for row in rows]
+        sampler = RowSampler(self.choice, names, prompts, self.model.device)
         with torch.no_grad():
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=self.config, logits_processor=drawing
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self.config,
+                logits_processor=LogitsProcessorList([sampler]),
             )
         return [self._cut(new) for new in output[:, width:].tolist()]
 

@@ -16,11 +16,14 @@ from transformers.utils import logging
 from stages.lib import distributed
 from stages.lib.adapter import Adapter, add_adapter, initial_factors, save_adapter
 from stages.lib.arguments import make_arguments
-from stages.lib.batch import use_flat_rows
+from stages.lib.blocks import blocks
 from stages.lib.checkpoints import last_checkpoint, open_checkpoints
 from stages.lib.device import pick_device
+from stages.lib.flat_attention import use_flat_rows
+from stages.lib.fused import fuse
 from stages.lib.jsonl import write_json
 from stages.lib.loss import load_loss
+from stages.lib.low_rank import LowRank, fp8_works
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.problem import Problem
 from stages.lib.provenance import fingerprint, inputs_of, write_provenance
@@ -32,10 +35,12 @@ from stages.lib.trainer import AdapterTrainer
 class Params(Quantization, Adapter):
     """Quantization, adapter and optimization. PEFT's and TrainingArguments' names."""
 
+    compute: Literal["dtype", "fp8"]
+    """dtype: products in `dtype`. fp8: those with frozen weights in FP8, a third faster on a Hopper GPU and less exact."""
     num_train_epochs: float = Field(gt=0)
     """How often every row is seen."""
     per_device_train_batch_size: int = Field(gt=0)
-    """Rows that go through the model at once; memory grows with it."""
+    """Rows that go through the model at once. On a GPU, rows laid end to end go through in whatever parts fit the memory."""
     gradient_accumulation_steps: int = Field(gt=0)
     """Batches that one optimizer step adds up: rows a step = the two multiplied."""
     per_device_eval_batch_size: int = Field(gt=0)
@@ -52,8 +57,9 @@ class Params(Quantization, Adapter):
     """Longer gradients are shortened to this."""
     optim: str
     """The optimizer: adamw_torch, paged_adamw_8bit, ..."""
-    gradient_checkpointing: bool
-    """Compute activations twice instead of keeping them: slower, and a fraction of the memory."""
+    gradient_checkpointing: bool | Literal["auto"]
+    """Compute activations twice instead of keeping them: slower, and a fraction of the memory. auto: in as many blocks as
+    the GPU's memory asks for."""
     logging_steps: int = Field(gt=0)
     """A point of the training curve every so many optimizer steps."""
     eval_steps: int = Field(gt=0)
@@ -87,7 +93,16 @@ class Params(Quantization, Adapter):
     """On a GPU, the same bytes at every run, at some cost in speed; the CPU needs no such switch."""
 
 
-OURS = ("loss", "label_weights", "early_stopping_patience", "num_processes", "fsdp", "training_arguments")
+OURS = (
+    "compute",
+    "gradient_checkpointing",
+    "loss",
+    "label_weights",
+    "early_stopping_patience",
+    "num_processes",
+    "fsdp",
+    "training_arguments",
+)
 """Parameters of `Params` itself that are no fields of TrainingArguments."""
 
 
@@ -130,14 +145,16 @@ def train(
     with open_checkpoints(fingerprint(read), main=distributed.is_main()) as checkpoints:
         set_seed(params.seed)  # before the adapter: its first weights are random
         quantized = load_quantized(base, params, in_main_memory=params.fsdp)
-        if params.gradient_checkpointing:
-            quantized.model.enable_input_require_grads()
         model = add_adapter(quantized.model, base, params, params)
         if params.fsdp:
             distributed.shard_frozen(model, pick_device())
         flat = params.method == "lora" and not params.neftune_noise_alpha and use_flat_rows(model.eval())
         first = initial_factors(model, params)
+        low_rank = _quicken(params, model)
         given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
+        # The Trainer's batch is a whole step, which AdapterTrainer cuts into parts.
+        given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
+        given["gradient_accumulation_steps"] = 1
         arguments = make_arguments(
             given, params.training_arguments, checkpoints, model.dtype, cpu=model.device.type == "cpu"
         )
@@ -148,10 +165,13 @@ def train(
             rows,
             validation_rows,
             function,
+            rows_at_once=params.per_device_train_batch_size,
             flat=flat,
+            low_rank=low_rank,
             early_stopping_patience=params.early_stopping_patience,
         )
-        trainer.try_longest()
+        chosen = params.gradient_checkpointing
+        trainer.fit_memory(None if chosen == "auto" else len(blocks(model)) * chosen)
         before = trainer.measure()
         trainer.accelerator.wait_for_everyone()  # the main process may still be removing what a killed run left
         last = last_checkpoint(checkpoints)
@@ -180,7 +200,7 @@ def _check_gpus(params: Params) -> None:
 def _check_together(params: Params) -> None:
     """Raises Problem with all values that cannot stand together."""
     problems = []
-    if params.method == "prefix_tuning" and params.gradient_checkpointing:
+    if params.method == "prefix_tuning" and params.gradient_checkpointing is True:
         problems.append(
             "params.yaml: train.gradient_checkpointing: must be false for prefix_tuning: the prefix is handed to the layers "
             "as a cache, which a layer that is computed twice would read twice"
@@ -198,6 +218,27 @@ def _check_together(params: Params) -> None:
         )
     if problems:
         raise Problem(*problems)
+
+
+def _quicken(params: Params, model: Any) -> LowRank | None:
+    """Replaces what can be computed faster, with the same numbers within rounding, and says what cannot."""
+    fused = fuse(model)
+    if params.method != "lora":
+        return None
+    fp8 = params.compute == "fp8" and fp8_works(model.device) and not params.fsdp
+    low_rank = LowRank(model, fp8=fp8)
+    low_rank.keep(not params.fsdp)  # kept, they would be whole in every process
+    if distributed.is_main():
+        if fused:
+            print(f"train: compiled: {', '.join(fused)}", flush=True)
+        if low_rank.left_out:
+            print(f"train: PEFT's slower way, for {', '.join(low_rank.left_out)}", flush=True)
+        if params.compute == "fp8" and not fp8:
+            print(
+                f"train: products in {model.dtype}: FP8 needs a GPU of NVIDIA's Hopper kind or later, and no fsdp",
+                flush=True,
+            )
+    return low_rank
 
 
 # Outputs

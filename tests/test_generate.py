@@ -1,6 +1,8 @@
 """generate: an answer depends on its prompt alone, and says why it ended."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 
 import stages.generate as module
 from stages.generate import TUTORIAL, Params, generate
+from stages.lib.decode import Decoder, can_decode
 from stages.lib.problem import Problem
-from stages.lib.sampling import RowSampler
+from stages.lib.sampling import Choice, RowSampler, draw, gumbel, seed_of
 from stages.lib.tokens import PROMPTS, open_tokens, read_tokens
 from tests.tiny import Workspace
 
@@ -28,12 +31,14 @@ PARAMS: dict[str, Any] = {
 }
 
 
-def answer(workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = None, **given: Any) -> list[dict[str, Any]]:
+def answer(
+    workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = None, stops: Sequence[int] = (2,), **given: Any
+) -> list[dict[str, Any]]:
     tokens = workspace.root / "data" / "tokens"
     prompts = tokens / "test.arrow"
     if rows is not None:
         prompts = out.with_suffix(".arrow")
-        with open_tokens(prompts, PROMPTS, [2]) as stream:
+        with open_tokens(prompts, PROMPTS, stops) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
     extra = out.with_suffix(".extra.jsonl")
     generate(Params(**PARAMS | given), workspace.root / "models" / "merged", prompts, tokens / "prompts.arrow", out, extra)
@@ -88,14 +93,94 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(workspace: Workspace, 
 
 
 def test_draws_follow_the_distribution() -> None:
-    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1)
-    wanted = torch.nn.functional.softmax(scores / 0.7, -1)[0]
-    sampler = RowSampler(["x"], 0.7, 1.0, torch.device("cpu"))
-    drawn = torch.stack([sampler(torch.zeros(1, 1, dtype=torch.long), scores).argmax(-1) for _ in range(20_000)])
-    shares = torch.bincount(drawn.flatten(), minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, wanted, atol=0.015, rtol=0)
-    cut = RowSampler(["x"], 0.7, 0.5, torch.device("cpu"))
-    assert {int(cut(torch.zeros(1, 1, dtype=torch.long), scores).argmax(-1)) for _ in range(200)} == {0}
+    scores = torch.tensor([[1.0, 2.0, -1.0, 0.0]]).expand(20_000, 4)
+    choice = Choice(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
+    noise = gumbel(torch.full((20_000,), seed_of(0, "x")), torch.arange(20_000), 4)
+    wanted = torch.nn.functional.softmax(scores[0] / 0.7, -1)
+    torch.testing.assert_close(torch.bincount(draw(scores, noise, choice)) / 20_000, wanted, atol=0.015, rtol=0)
+    assert set(draw(scores, noise, choice._replace(top_p=0.85)).tolist()) == {0, 1}, "they have 0.77, and 0.95 together"
+    assert set(draw(scores, noise, choice._replace(top_p=0.5)).tolist()) == {1}
+
+
+def test_noise_is_gumbels_and_each_rows_own() -> None:
+    noise = gumbel(torch.tensor([seed_of(0, "x"), seed_of(0, "y"), seed_of(1, "x")]), torch.tensor([0, 0, 0]), 50_000)
+    assert noise.mean(1).tolist() == pytest.approx([0.5772] * 3, abs=0.02)  # Euler's constant
+    assert noise.var(1).tolist() == pytest.approx([1.6449] * 3, abs=0.06)  # pi squared by 6
+    assert torch.corrcoef(noise).triu(1).abs().max() < 0.02
+    later = gumbel(torch.tensor([seed_of(0, "x")]), torch.tensor([1]), 50_000)
+    assert abs(float(torch.corrcoef(torch.cat([noise[:1], later]))[0, 1])) < 0.02
+    assert noise[0, :3].tolist() == pytest.approx([_by_hand(seed_of(0, "x"), place) for place in range(3)], abs=1e-6)
+
+
+def _by_hand(seed: int, place: int) -> float:
+    """SplitMix64 on Python's own numbers."""
+    x = (seed + place * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return -math.log(-math.log((((x ^ (x >> 31)) >> 11) + 0.5) * 2**-53))
+
+
+def test_the_repetition_penalty_is_transformers_own_but_for_padding() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    scores, prompt = torch.tensor([[3.0, -2.0, 1.0, 0.5]]), [1, 2]
+    choice = Choice(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=2.0, seed=0)
+    ours = RowSampler(choice, ["x"], [prompt], torch.device("cpu"))
+    assert torch.equal(
+        ours(torch.tensor([[0, 0, 1, 2]]), scores), RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([prompt]), scores)
+    )
+    assert ours(torch.tensor([[0, 0, 1, 2, 3]]), scores).tolist() == [[3.0, -4.0, 0.5, 0.25]]
+
+
+def test_padding_changes_no_answer_under_a_repetition_penalty(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    together = answer(workspace, tmp_path / "a.jsonl", rows, batch_size=16, repetition_penalty=2.0)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, batch_size=1, repetition_penalty=2.0) == together
+    assert together != answer(workspace, tmp_path / "c.jsonl", rows, batch_size=16)
+
+
+# Slots, as on a GPU
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"repetition_penalty": 2.0},
+        {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "repetition_penalty": 1.5},
+    ],
+)
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_rows_in_slots_get_the_answers_of_generate(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any], slots: int
+) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    stops = range(0, 800, 5)  # also some that the model does not know
+    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops, **choice)
+    monkeypatch.setattr(module._Answerer, "_generated", module._Answerer._decoded)
+    monkeypatch.setattr(module, "Decoder", _unrecorded)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=slots, **choice) == wanted
+    assert len({row["answer_tokens"] for row in wanted}) > 1, "some end early, and their slots are taken by others"
+
+
+def _unrecorded(*given: Any, recorded: bool) -> Any:
+    assert can_decode(given[0])
+    return Decoder(*given, recorded=False)
+
+
+def test_what_slots_do_not_fit_is_left_to_generate() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    windowed = MistralForCausalLM(MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=3, **sizes)).eval()
+    wide = MistralForCausalLM(MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=64, **sizes)).eval()
+    assert can_decode(wide)
+    assert not can_decode(windowed)
+    assert windowed.config._attn_implementation != "loratory_slots"
+    foreign = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).eval()
+    before = foreign.config._attn_implementation
+    assert can_decode(foreign) or foreign.config._attn_implementation == before
 
 
 def test_the_tutorials_settings_have_a_name(workspace: Workspace, tmp_path: Path) -> None:
@@ -121,7 +206,7 @@ def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
 ) -> None:
     answer(workspace, scratch / "whole.jsonl")
     calls: list[int] = []
-    batch = module._Answerer.answer
+    batch = module._Answerer._batch
 
     def killed(self: Any, rows: Any) -> Any:
         calls.append(len(rows))
@@ -129,7 +214,7 @@ def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         return batch(self, rows)
 
-    monkeypatch.setattr(module._Answerer, "answer", killed)
+    monkeypatch.setattr(module._Answerer, "_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()
@@ -156,7 +241,7 @@ def _numbers(kept: Path, workspace: Workspace) -> range:
 
 def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = answer(workspace, tmp_path / "a.jsonl")
-    sizes, real = [], module._Answerer._answer
+    sizes, real = [], module._Answerer._generate
 
     def small(self: Any, rows: Any) -> Any:
         sizes.append(len(rows))
@@ -164,14 +249,14 @@ def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Pat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, rows)
 
-    monkeypatch.setattr(module._Answerer, "_answer", small)
+    monkeypatch.setattr(module._Answerer, "_generate", small)
     assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == wanted
     assert {8, 4, 2} <= set(sizes)
 
     def none(self: Any, rows: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module._Answerer, "_answer", none)
+    monkeypatch.setattr(module._Answerer, "_generate", none)
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
         answer(workspace, tmp_path / "c.jsonl")
 

@@ -240,14 +240,14 @@ def test_too_little_memory_is_told_before_the_first_step(
 ) -> None:
     seen = []
 
-    def small(model: Any, batch: Any, head: Any = None) -> Any:
+    def small(model: Any, batch: Any, *_: Any) -> Any:
         seen.append(batch)
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
             "which 1.25 GiB is free."
         )
 
-    monkeypatch.setattr(trainer_module, "label_logits", small)
+    monkeypatch.setattr(trainer_module, "label_loss", small)
     with pytest.raises(Problem) as caught:
         run(workspace, scratch / "out")
     said = str(caught.value)
@@ -275,5 +275,5 @@ def _token_rows(workspace: Workspace) -> list[list[int]]:
 def test_the_longest_batch_changes_nothing(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"lora_dropout": 0.5, "training_arguments": {"max_steps": 3}}
     tried = outputs(run(workspace, scratch / "a", **given))
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "try_longest", lambda _: None)
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "fit_memory", lambda *_: None)
     assert outputs(run(workspace, scratch / "b", **given)) == tried

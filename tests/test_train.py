@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.lib.batch import Shuffled, flatten, pad, use_flat_rows
+from stages.lib.batch import Shuffled, flatten, pad
+from stages.lib.flat_attention import use_flat_rows
 from stages.lib.labels import IGNORE
 from stages.lib.loss import label_logits, next_token_loss
 from stages.lib.problem import Problem

@@ -92,10 +92,6 @@ def make_arguments(
     Raises Problem with every value that is not one of Transformers', or is the pipeline's own.
     """
     passed = dict(given)
-    if passed.pop("gradient_checkpointing"):
-        # Transformers 5.23 renames it, and warns of the name that 5.17 needs.
-        prefix = "activation" if "activation_checkpointing" in field_names() else "gradient"
-        passed |= {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
     passed["neftune_noise_alpha"] = passed["neftune_noise_alpha"] or None
     try:
         arguments = TrainingArguments(

@@ -1,138 +1,90 @@
-"""Rows of tokens as tensors: padded, or laid end to end so that no work is done on padding."""
+"""Rows of tokens as tensors: padded, or laid end to end so that no work is done on padding; and the rows of a step."""
 
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from stages.lib.labels import IGNORE
 
-FLAT = "loratory_flat"
-"""The name under which Transformers knows the attention below."""
 
+def pad(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows side by side, padded on the right.
 
-def pad(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels of the rows, each (rows, longest row) in int64, padded on the right."""
-
-    def fill(field: str, value: int) -> torch.Tensor:
-        return pad_sequence([_long(row[field]) for row in rows], batch_first=True, padding_value=value)
-
-    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
-    mask = pad_sequence(ones, batch_first=True)
-    return {"input_ids": fill("input_ids", 0), "attention_mask": mask, "labels": fill("labels", IGNORE)}
-
-
-def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The rows end to end: input_ids, position_ids and labels, each (1, tokens) in int64; position 0 begins a row.
-
-    Every row's first label must be -100: nothing before it, and so no token of another row, predicts it.
+    Returns:
+        input_ids, attention_mask and labels, each (rows, longest row) in int64, as Transformers' models take them; places
+        and targets as in `_targets`.
     """
+    labels = pad_sequence([_long(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE)
+    ids = pad_sequence([_long(row["input_ids"]) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True)
+    starts = [number * ids.shape[1] for number in range(len(rows))]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **_targets(rows, starts)}
+
+
+def flatten(rows: Sequence[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:
+    """The rows end to end; every row's first label must be -100: no token of another row predicts it.
+
+    Args:
+        multiple: A last row of zeros makes the tokens a multiple of this.
+
+    Returns:
+        input_ids and position_ids, each (1, tokens) in int64; position 0 begins a row. row_lengths, a list. places and
+        targets as in `_targets`.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    ids = [_long(row["input_ids"]) for row in rows]
+    rest = -sum(lengths) % multiple
+    if rest:
+        lengths.append(rest)
+        ids.append(torch.zeros(rest, dtype=torch.long))
     return {
-        "input_ids": torch.cat([_long(row["input_ids"]) for row in rows]).unsqueeze(0),
-        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
-        "labels": torch.cat([_long(row["labels"]) for row in rows]).unsqueeze(0),
+        "input_ids": torch.cat(ids).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        "row_lengths": lengths,
+        **_targets(rows, starts),
     }
+
+
+def _targets(rows: Sequence[dict[str, Any]], starts: Sequence[int]) -> dict[str, torch.Tensor]:
+    """targets (labels,): the tokens that are learned, row by row. places (labels,): where the token before each stands.
+
+    Places count through the batch, its rows one after the other. Found here and not on the GPU, which would have to wait.
+    """
+    learned = [np.flatnonzero(np.asarray(row["labels"])[1:] != IGNORE) for row in rows]
+    places = [start + found for start, found in zip(starts, learned, strict=True)]
+    targets = [np.asarray(row["labels"])[found + 1] for row, found in zip(rows, learned, strict=True)]
+    return {"places": _long(np.concatenate(places)), "targets": _long(np.concatenate(targets))}
 
 
 def _long(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
-def use_flat_rows(model: Any) -> bool:
-    """Lets the model read flat batches, and returns True; leaves it alone and returns False if it cannot.
-
-    Some models bring attention of their own, or want more of it than the plain kind. So it is tried: on two short rows
-    the flat logits must be the padded ones.
-    """
-    if not getattr(model, "_supports_attention_backend", False):
-        return False
-    before = model.config._attn_implementation
-    rows: list[dict[str, Any]] = [{"input_ids": ids, "labels": [IGNORE] * len(ids)} for ids in ([5, 6, 7, 8, 9], [9, 5, 8])]
-    to = {"device": model.device}
-    with torch.no_grad():
-        wanted = torch.cat([model(input_ids=torch.tensor([row["input_ids"]], **to)).logits[0] for row in rows])
-        try:
-            model.set_attn_implementation(FLAT)
-            batch = {name: tensor.to(model.device) for name, tensor in flatten(rows).items()}
-            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
-        except (TypeError, ValueError, NotImplementedError):
-            found = None
-    scale = wanted.float().std()
-    if found is not None and found.shape == wanted.shape and (found - wanted).float().abs().max() < 0.1 * scale:
-        return True
-    model.set_attn_implementation(before)
-    return False
-
-
-def _flat_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **wanted: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each row of a flat batch; only here are the rows padded, side by side.
-
-    Padding stands on the right, where causal attention never looks, so no mask is needed.
+def split(lengths: Sequence[int], rows: int, tokens: int | None = None, *, padded: bool = False) -> list[slice]:
+    """Cuts the rows of an optimizer step, one after the other, into micro-batches of like size.
 
     Args:
-        query: (1, heads, tokens, head size); key and value may have fewer heads, each for a group of queries.
-
-    Returns:
-        (1, tokens, heads, head size), and no weights.
+        lengths: Tokens of each row.
+        rows: The most rows of a micro-batch, where `tokens` is None.
+        tokens: The most tokens of a micro-batch; a longer row is one by itself.
+        padded: Whether padding counts, as it does where rows lie side by side.
     """
-    position_ids = wanted.get("position_ids")
-    if position_ids is None:
-        raise NotImplementedError("a model that keeps the positions from its attention")
-    places, real = _layout(position_ids)
-    window = wanted.get("sliding_window")
-    if (
-        attention_mask is not None
-        or wanted.get("softcap")
-        or wanted.get("s_aux") is not None
-        or (window and window < real.shape[1])
-    ):
-        raise NotImplementedError("attention of another kind")
-    q, k, v = (tensor[0][:, places].transpose(0, 1) for tensor in (query, key, value))  # (rows, heads, longest, size)
-    out = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        dropout_p=dropout if module.training else 0.0,
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out.transpose(1, 2)[real].unsqueeze(0), None
-
-
-class _Last:
-    """The layout of the batch at hand; every layer asks for it again, and finding it makes a GPU wait."""
-
-    position_ids: torch.Tensor | None = None
-    layout: tuple[torch.Tensor, torch.Tensor]
-
-
-def _layout(position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's tokens stand in the flat batch: places and real, both (rows, longest); real is False on padding."""
-    if _Last.position_ids is not position_ids:
-        starts = (position_ids[0] == 0).nonzero()
-        ends = torch.cat([starts[1:], starts.new_tensor([[position_ids.shape[1]]])])
-        places = starts + torch.arange(int((ends - starts).max()), device=position_ids.device)
-        real = places < ends
-        _Last.position_ids, _Last.layout = position_ids, (places.where(real, 0), real)
-    return _Last.layout
-
-
-AttentionInterface.register(FLAT, _flat_attention)
-AttentionMaskInterface.register(FLAT, lambda *_, **__: None)
+    if tokens is None:
+        return [slice(start, start + rows) for start in range(0, len(lengths), rows)]
+    share = tokens if padded else sum(lengths) / -(-sum(lengths) // tokens)  # equal parts, no full ones and a small rest
+    cuts, before = [0], 0
+    for number, length in enumerate(lengths):
+        count = number + 1 - cuts[-1]
+        size = count * max(lengths[cuts[-1] : number + 1]) if padded else sum(lengths[cuts[-1] : number + 1])
+        if count > 1 and (size > tokens or (not padded and before + length / 2 > share * len(cuts))):
+            cuts.append(number)
+        before += length
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
 
 
 class Shuffled(torch.utils.data.Sampler[int]):

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
+from stages.lib.blocks import blocks
 from stages.lib.problem import Problem
 
 
@@ -43,7 +44,7 @@ def shard_frozen(model: Any, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in _layers(model):
+    for layer in blocks(model):
         fully_shard(layer.to(device), mesh=mesh, ignored_params=trained, reshard_after_forward=True)
     model.to(device)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -51,15 +52,6 @@ def shard_frozen(model: Any, device: torch.device) -> None:
     base = model.get_base_model()
     if hasattr(base, "hf_device_map"):
         base.hf_device_map = {"": device}
-
-
-def _layers(model: Any) -> list[torch.nn.Module]:
-    """The blocks that a model is a stack of: Transformers knows their classes, or it is the longest list of modules."""
-    base = model.get_base_model()
-    kinds = set(base._no_split_modules or ())
-    found = [module for module in base.modules() if type(module).__name__ in kinds]
-    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
-    return found or max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))
 
 
 def launch(function: Callable[..., None], processes: int, *arguments: object) -> None:

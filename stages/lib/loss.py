@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import cross_entropy
 
-from stages.lib.labels import IGNORE
+from stages.lib.flat_attention import expect
+from stages.lib.fused import compiled
 from stages.lib.problem import Problem
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]
@@ -34,12 +35,101 @@ def label_logits(
     Returns:
         logits (labels, vocabulary) and the labels (labels,), row by row.
     """
-    targets = batch["labels"][:, 1:]
-    learned = targets != IGNORE
+    tokens = batch["input_ids"].shape[1]
+    # An adapter may have put virtual tokens before each row, so a row's states are counted from its end.
+    with _before(head or model.get_output_embeddings(), lambda hidden: _at_places(hidden, tokens, batch["places"])):
+        logits = _call(model, batch).logits
+    return logits, batch["targets"]
+
+
+def label_loss(
+    model: Any, batch: Mapping[str, Any], head: torch.nn.Module, loss: Loss, num_items: torch.Tensor | int
+) -> torch.Tensor:
+    """The loss of a batch, for which no more than LOGITS logits are in memory at a time.
+
+    The logits of a part of the labels are made, their loss is taken back to the hidden states, and they are dropped. So
+    `loss` sees the labels of a batch in parts, which by its contract add up. `head` must be frozen.
+    """
+    tokens, found = batch["input_ids"].shape[1], []
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        found.append(_at_places(hidden, tokens, batch["places"]))
+        return hidden[:1, :1]  # the head's own result is not used
+
+    with _before(head, keep):
+        _call(model, batch)
+    total: torch.Tensor = _InParts.apply(found[0], batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
+    return total
+
+
+LOGITS = 1 << 28
+"""So many logits take 1 GiB in float32."""
+
+
+def head_is_last(model: Any, head: torch.nn.Module) -> bool:
+    """Whether logits are what the frozen head makes of the hidden states, and nothing is done to them after it."""
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return False
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[5, 6, 7]], device=model.device)).logits
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        return len(seen) == 1 and torch.equal(head(seen[0])[:, -3:].to(logits.dtype), logits)
+
+
+class _InParts(torch.autograd.Function):
+    """Hidden states (labels, size) to the summed loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        head: torch.nn.Module,
+        loss: Loss,
+        num_items: torch.Tensor | int,
+    ) -> torch.Tensor:
+        at_once = max(1, LOGITS // head.get_parameter("weight").shape[0])
+        grad = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(targets), at_once):
+            part = slice(start, start + at_once)
+            with torch.enable_grad():
+                states = hidden[part].detach().requires_grad_()
+                value = loss(head(states), targets[part], num_items)
+            grad[part] = torch.autograd.grad(value, states)[0]
+            total += value.detach()
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grads[0], None, None, None, None
+
+
+def _call(model: Any, batch: Mapping[str, Any]) -> Any:
+    if "row_lengths" in batch:
+        expect(batch["position_ids"], batch["row_lengths"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with _only(head or model.get_output_embeddings(), learned):
-        logits = model(**inputs, use_cache=False).logits
-    return logits, targets[learned]
+    return model(**inputs, use_cache=False)
+
+
+def _at_places(hidden: torch.Tensor, tokens: int, places: torch.Tensor) -> torch.Tensor:
+    return hidden[:, -tokens:].flatten(0, 1).index_select(0, places)
+
+
+@contextmanager
+def _before(head: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it holds, the head gets what `change` makes of its input."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def next_token_loss(
@@ -60,8 +150,14 @@ def next_token_loss(
         label_smoothing_factor: Share of the target that is spread evenly over all tokens (Szegedy et al. 2016).
     """
     weight = label_weights.to(logits.device) if label_weights is not None else None
-    total = cross_entropy(logits.float(), labels, weight=weight, label_smoothing=label_smoothing_factor, reduction="sum")
-    return total / num_items
+    total = compiled(_sum) if logits.is_cuda else _sum
+    return total(logits, labels, weight, label_smoothing_factor) / num_items
+
+
+def _sum(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, label_smoothing_factor: float
+) -> torch.Tensor:
+    return cross_entropy(logits.float(), labels, weight=weight, label_smoothing=label_smoothing_factor, reduction="sum")
 
 
 def load_loss(path: Path, vocabulary: int, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
@@ -97,17 +193,3 @@ def load_loss(path: Path, vocabulary: int, label_weights: Mapping[int, float], l
     if left_out:
         raise Problem(f"params.yaml: {', '.join(left_out)}: the loss in {path} does not take it; leave it at its default")
     return partial(found, **{name: value for name, value in settings.items() if name in taken})
-
-
-@contextmanager
-def _only(head: torch.nn.Module, learned: torch.Tensor) -> Iterator[None]:
-    """While it holds, the output head sees the hidden states at `learned` (rows, tokens - 1) and no others.
-
-    An adapter may have put virtual tokens before the row, so the places are counted from its end.
-    """
-    tokens = learned.shape[1] + 1
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -tokens:-1][learned], *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()

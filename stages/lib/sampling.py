@@ -1,35 +1,105 @@
-"""Drawing tokens so that a row's answer depends on that row alone, whatever stands beside it in a batch."""
+"""Choosing the next token so that a row's answer depends on that row alone, whatever stands beside it in a batch."""
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor
+
+
+class Choice(NamedTuple):
+    """How a token is chosen. GenerationConfig's names."""
+
+    do_sample: bool
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: int
+
+
+def penalize(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Scores (rows, vocabulary), those of the tokens in `seen` (the same shape) made less likely (Keskar et al. 2019).
+
+    Transformers' own counts the padding of a batch among a row's tokens.
+    """
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def draw(scores: torch.Tensor, noise: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """Tokens (rows,) drawn from the likeliest that together have top_p.
+
+    The Gumbel-max trick (Gumbel 1954): the place of the largest of log p + Gumbel noise is distributed as p. So a score that
+    is rounded otherwise, as in a batch of another size, changes a draw hardly ever.
+
+    Args:
+        scores: (rows, vocabulary), the logarithms of something in proportion to the probabilities.
+        noise: Of the same shape.
+    """
+    scores = scores.float() / choice.temperature
+    if choice.top_p < 1:
+        ordered, tokens = torch.sort(scores, dim=-1, descending=True, stable=True)
+        p = ordered.softmax(-1)
+        kept = p.cumsum(-1) - p < choice.top_p  # those that begin below top_p: at least one
+        scores = scores.masked_fill(~torch.zeros_like(kept).scatter_(1, tokens, kept), -torch.inf)
+    return (scores + noise).argmax(-1)
+
+
+def seed_of(seed: int, row: str) -> int:
+    """What a row's random numbers follow from, and nothing else; 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
+
+
+def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Noise (rows, vocabulary) in float32, for each row's token number `steps`; the same on every device.
+
+    A counter that is hashed by SplitMix64 (Steele et al. 2014), since no generator can be recorded for each row of a batch.
+
+    Args:
+        seeds: (rows,) in int64, from `seed_of`.
+        steps: (rows,) in int64.
+    """
+    place = steps.unsqueeze(1) * vocabulary + torch.arange(vocabulary, device=seeds.device)
+    x = seeds.unsqueeze(1) + place * -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed number
+    x = (x ^ _right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _right(x, 27)) * -0x6B2FB644ECCEEE15
+    uniform = (_right(x ^ _right(x, 31), 11).double() + 0.5) * 2**-53  # neither 0 nor 1
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def _right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """A shift that brings in zeros, which PyTorch's own does for negative numbers not."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Adds noise to the scores, from each row's own generator, so that the largest is a draw from their distribution.
+    """For Transformers' generate: leaves each row the token of its choice."""
 
-    The Gumbel-max trick (Gumbel 1954): the place of the largest of log p + Gumbel noise is distributed as p. Transformers'
-    own sampling draws for the whole batch from one generator, so there an answer changes with its neighbours.
-    """
-
-    def __init__(self, seeds: Sequence[str], temperature: float, top_p: float, device: torch.device) -> None:
-        """One seed a row of the batch."""
-        self._warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
-        self._generators = [torch.Generator(device).manual_seed(_number(seed)) for seed in seeds]
+    def __init__(self, choice: Choice, rows: Sequence[str], prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        """`rows` are the ids of the batch, `prompts` their tokens."""
+        self._choice = choice
+        self._seeds = torch.tensor([seed_of(choice.seed, row) for row in rows], device=device)
+        self._steps = torch.zeros_like(self._seeds)
+        self._prompts, self._seen = prompts, torch.zeros(0, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) in, the same with noise out."""
-        for warp in self._warpers:
-            scores = warp(input_ids, scores)
-        size = scores.shape[-1]
-        # Not 0, of which there is no logarithm, and in float64, whose steps are finer than any token's probability.
-        uniform = torch.stack(
-            [torch.rand(size, generator=each, dtype=torch.float64, device=scores.device) for each in self._generators]
-        ).clamp_min(torch.finfo(torch.float64).tiny)
-        return (scores.double() - (-uniform.log()).log()).float()
+        """Scores (rows, vocabulary) in, the same with a chosen token's alone out."""
+        if self._choice.repetition_penalty != 1:
+            if not len(self._seen):
+                self._seen = mark(self._prompts, scores)
+            else:
+                self._seen.scatter_(1, input_ids[:, -1:], True)
+            scores = penalize(scores, self._seen, self._choice.repetition_penalty)
+        if self._choice.do_sample:
+            tokens = draw(scores, gumbel(self._seeds, self._steps, scores.shape[1]), self._choice)
+            scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
+        self._steps += 1
+        return scores
 
 
-def _number(seed: str) -> int:
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1
+def mark(prompts: Sequence[Sequence[int]], scores: torch.Tensor) -> torch.Tensor:
+    """Which tokens stand in which prompt, in the shape of `scores`."""
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=scores.device)] = True
+    return seen

@@ -1,5 +1,7 @@
 """Transformers' Trainer with Loratory's loss, order of rows, checkpoints and messages."""
 
+import contextlib
+import itertools
 import re
 import signal
 import sys
@@ -13,25 +15,40 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from stages.lib.batch import Shuffled, flatten, pad
+from stages.lib import memory
+from stages.lib.batch import Shuffled, flatten, pad, split
+from stages.lib.blocks import blocks, recompute
 from stages.lib.checkpoints import mark_whole
+from stages.lib.fused import forget
 from stages.lib.jsonl import read_json, write_json
-from stages.lib.loss import Loss, label_logits, next_token_loss
+from stages.lib.labels import IGNORE
+from stages.lib.loss import Loss, head_is_last, label_logits, label_loss, next_token_loss
+from stages.lib.low_rank import LowRank
 from stages.lib.problem import Problem
 from stages.lib.tokens import TokenRows
 
 TRAINABLE = "trainable.safetensors"
 """In a checkpoint: all that is learned. PEFT's own file of a p-tuning holds its result and not the network behind it."""
 CURVE = "curve.json"
+ADAM_BYTES = 12
+"""Of a parameter that is trained: its gradient and the optimizer's two means, in float32."""
 NAMED_ROWS = 16
 """So many rows of a bad batch are named."""
 
 
+MULTIPLE = 64
+"""Flat batches on a GPU have a multiple of so many tokens, as its matrix units like."""
+
+
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """Trains what can be trained of `model` on `rows`, and measures it on `validation`."""
+    """Trains what can be trained of `model` on `rows`, and measures it on `validation`.
+
+    A batch, for the Trainer, is an optimizer step of this process. It is cut into micro-batches here.
+    """
 
     def __init__(
         self,
@@ -41,37 +58,64 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         validation: TokenRows,
         loss: Loss,
         *,
+        rows_at_once: int,
         flat: bool,
+        low_rank: LowRank | None,
         early_stopping_patience: int,
     ) -> None:
-        watch = _Watch(rows)
+        """Args:
+        arguments: With the rows of a step as per_device_train_batch_size.
+        rows_at_once: Rows of a micro-batch, where `fit_memory` does not choose another size.
+        flat: Whether rows are laid end to end.
+        low_rank: The fast layers of `model`.
+        """
+        watch = _Watch(rows, low_rank)
         stopping = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=rows,
             eval_dataset=validation,
-            data_collator=lambda batch: (flatten if flat else pad)(batch) | {"ids": [row["id"] for row in batch]},
+            data_collator=self._step,
             callbacks=[watch, *stopping],
         )
         self.remove_callback(PrinterCallback)  # _Watch says the same in words
         self.watch, self.loss_function = watch, loss
+        self.rows_at_once, self.flat, self.low_rank = rows_at_once, flat, low_rank
+        self.plan: memory.Plan | None = None
         self.head = model.get_output_embeddings()
+        # float16 has too small a range for gradients that are not scaled yet.
+        self.in_parts = model.dtype != torch.float16 and head_is_last(model, self.head)
         # Transformers forgets, when it resumes, what was added up since the last point of the curve.
         self.loss_since_log, self.last_logged = torch.zeros((), device=arguments.device), 0
         # The loss is divided by the labels of the whole step; without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
 
+    def _step(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The rows of a step as micro-batches; the Trainer counts "labels", in some versions without the first."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        cuts = split(lengths, self.rows_at_once, self.plan and self.plan.tokens, padded=not self.flat)
+        micro = [self._micro_batch(rows[cut]) for cut in cuts]
+        return {"micro": micro, "labels": torch.cat([torch.tensor([IGNORE]), *(batch["targets"] for batch in micro)])}
+
+    def _micro_batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        on_gpu = self.args.device.type == "cuda"
+        batch = flatten(rows, MULTIPLE if on_gpu else 1) if self.flat else pad(rows)
+        return {**batch, "ids": [row["id"] for row in rows]}
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one micro-batch: its part of the optimizer step's."""
-        logits, labels = label_logits(model, inputs, self.head)
-        num_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(labels))
+        num_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(inputs["targets"]))
+        if self.in_parts:
+            loss = label_loss(model, inputs, self.head, self.loss_function, num_items)
+        else:
+            loss = self.loss_function(*label_logits(model, inputs, self.head), num_items)
         # Each process has the labels of all of them in num_items, and the gradients are then averaged.
-        loss = self.loss_function(logits, labels, num_items) * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
         self.watch.seen.append((loss.detach(), inputs["ids"]))
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
         count, at_once = len(self.train_dataset), self.args.train_batch_size * self.accelerator.num_processes
@@ -113,31 +157,102 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         # As many for each process, since all must take part where weights are gathered; the empty row has no label.
         for start in range(index * size, -(-len(order) // (size * processes)) * size * processes, size * processes):
-            yield self.data_collator([rows[number] for number in order[start : start + size] or [len(rows)]])
+            yield self._micro_batch([rows[number] for number in order[start : start + size] or [len(rows)]])
 
-    def try_longest(self) -> None:
-        """Sends the longest batch through the model and back, so that too little memory shows now, and changes nothing.
+    def fit_memory(self, recomputed: int | None) -> None:
+        """Chooses how a step is computed, and sends the largest micro-batch through the model and back.
+
+        Nothing else changes, and too little memory shows now. On a GPU the micro-batch is what fits (lib/memory.py);
+        elsewhere it is `rows_at_once`.
+
+        Args:
+            recomputed: Blocks to compute twice; None leaves it to the memory, or is none where nothing is chosen.
 
         Raises Problem if the memory does not suffice.
         """
         rows, model = self.train_dataset, self.accelerator.unwrap_model(self.model)
-        longest = sorted(range(len(rows)), key=lambda number: -int(rows.lengths[number]))[: self.args.train_batch_size]
-        batch = self.data_collator([rows[number] for number in longest])
+        longest = sorted(range(len(rows)), key=lambda number: -int(rows.lengths[number]))
+        recompute(model, recomputed or 0)
+        if not self._may_choose():
+            self._try([rows[number] for number in longest[: self.rows_at_once]])
+            return
+
+        def long_rows(tokens: int) -> list[dict[str, Any]]:
+            sizes = itertools.accumulate(int(rows.lengths[n if self.flat else longest[0]]) for n in itertools.cycle(longest))
+            count = max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= tokens, sizes)))
+            return [rows[number] for number in itertools.islice(itertools.cycle(longest), count)]
+
+        layers, packed = len(blocks(model)), self.low_rank.unpacked_bytes if self.low_rank else 0
+        if self.low_rank:
+            self.low_rank.keep(False)  # they are counted apart
+
+        def need(count: int) -> memory.Need:
+            recompute(model, count)
+            self._try(long_rows(memory.PROBES[0]))  # kernels are compiled in the first
+            return memory.measure(lambda tokens: self._peak(long_rows(tokens)))
+
+        kept, twice = need(0), need(layers)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = self.args.train_batch_size
+        step = int(count * rows.lengths.mean() + 2 * count**0.5 * rows.lengths.std())  # 39 of 40 are smaller
+        free = memory.free_bytes() - trained * ADAM_BYTES
+        self.plan = memory.choose(free, kept, twice, packed, layers, step, int(rows.lengths.max()), recomputed)
+        if self.plan is None:
+            # The least that there is; if it does not fit, the message says by how much.
+            self.plan = memory.Plan(int(rows.lengths.max()), layers if recomputed is None else recomputed, False)
+        recompute(model, self.plan.recomputed)
+        if self.low_rank:
+            self.low_rank.keep(self.plan.keeps_weights)
+        self._try(long_rows(self.plan.tokens))
+        if self.is_world_process_zero():
+            print(
+                f"train: micro-batches of up to {self.plan.tokens:,} tokens; {self.plan.recomputed} of {layers} blocks "
+                f"computed twice; unpacked weights are {'kept' if self.plan.keeps_weights else 'made again at each use'}",
+                flush=True,
+            )
+
+    def _may_choose(self) -> bool:
+        """Processes that gather weights must compute as many micro-batches, and the same bytes ask for the same ones."""
+        gathered = any(isinstance(p, DTensor) for p in self.model.parameters())
+        return self.args.device.type == "cuda" and not self.args.full_determinism and not gathered
+
+    def _peak(self, rows: list[dict[str, Any]]) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._try(rows)
+        return torch.cuda.max_memory_allocated() - before
+
+    def _try(self, rows: list[dict[str, Any]]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        batch = self._micro_batch(rows)
         was_training = model.training
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.out_of_memory_told(batch), self.compute_loss_context_manager():
             model.train()
-            logits, labels = label_logits(model, self._prepare_inputs(batch), self.head)
-            self.loss_function(logits, labels, max(1, len(labels))).backward()  # type: ignore[no-untyped-call]
+            self.compute_loss(model, self._prepare_inputs(batch)).backward()
+        self.watch.seen.clear()
+        forget()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """One micro-batch, forward and back."""
-        with self.out_of_memory_told(inputs):
-            loss = super().training_step(model, inputs, *rest, **named)
-        self.loss_since_log += loss
-        return loss
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        """One optimizer step of this process, forward and back, micro-batch by micro-batch."""
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs["micro"], start=1):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.out_of_memory_told(batch))
+                if number < len(inputs["micro"]):
+                    stack.enter_context(self.accelerator.no_sync(model))
+                total += super().training_step(model, batch, num_items_in_batch, *rest, **named)
+        forget()
+        self.loss_since_log += total
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer would look for the tokens of a batch where they do not stand."""
+        return 0
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Puts a point of the curve into the history: the mean loss of the steps since the last one."""
@@ -194,6 +309,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])
+        if self.low_rank:
+            self.low_rank.changed()
 
     def _load_best_model(self) -> None:
         self._load_trainable(Path(self.state.best_model_checkpoint))
@@ -239,9 +356,11 @@ REMEDY = "lower train.learning_rate, or set train.dtype to bfloat16 or float32"
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Stops at a loss that is not finite, ends on request, and tells how it goes: a bar on a terminal, else a line."""
 
-    def __init__(self, rows: TokenRows) -> None:
+    def __init__(self, rows: TokenRows, low_rank: LowRank | None) -> None:
+        self.low_rank = low_rank
         self.mean_tokens = float(rows.lengths.mean())
         self.started: tuple[int, float] | None = None
+        self.ended = 0
         self.seen: list[tuple[torch.Tensor, Sequence[str]]] = []
         """Loss and rows of each micro-batch since the last look; a look makes a GPU wait."""
         self.interrupted = False
@@ -259,7 +378,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = self.started or (state.global_step, time.monotonic())
 
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.low_rank:
+            self.low_rank.changed()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ended += 1
+        if self.ended == 1 and state.global_step < state.max_steps:
+            # The first step warms up, and a GPU's work lies in its queue.
+            if args.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.started = (state.global_step, time.monotonic())
         if self.bar is not None:
             self.bar.update()
         if self.interrupted:
@@ -280,6 +409,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs or not self.started:
             return
         first, since = self.started
+        if state.global_step == first:
+            return
         seconds, steps = time.monotonic() - since, state.global_step - first
         rows = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.tokens_per_second = rows * self.mean_tokens / seconds

@@ -1,0 +1,145 @@
+"""New tokens a second: Loratory's decoding beside Transformers' generate, and how often their greedy answers differ.
+
+    python benchmarks/generate.py --shape 8b          an 8B model of random weights in bfloat16, on a GPU
+    python benchmarks/generate.py                     models/merged on data/tokens/test.arrow, after `make repro`
+
+`fixed` answers have all the most tokens; `varied` ones end at random, as answers do: one token in 128 stops them. Beside the
+speed stands how many tokens are the likeliest by a pass over the whole answer at once: in 16 bits, and with random weights,
+near ties are many, so the figure is to be compared between the ways, not with 100 %.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
+
+WAYS = {"loratory": "Loratory", "transformers": "Transformers' generate"}
+CHECKED = 16
+
+
+def load_prompts(folder: Path, kind: str, batch: int) -> tuple[list[list[int]], list[int]]:
+    """The prompts, and the stop tokens."""
+    if not (folder / "prompts.json").exists():
+        from stages.lib.tokens import read_tokens, stop_token_ids
+
+        table = read_tokens(ROOT / "data" / "tokens" / "test.arrow")
+        return [row["prompt_ids"] for row in table.to_pylist()], stop_token_ids(table)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    prompts = json.loads((folder / "prompts.json").read_text())
+    return (prompts[:batch], []) if kind == "fixed" else (prompts, list(range(0, vocabulary, 128)))
+
+
+def run(way: str, folder: Path, kind: str, batch: int, new: int) -> dict[str, Any]:
+    import torch
+
+    from stages.generate import Params, _Answerer
+    from stages.lib.params import read_yaml
+
+    prompts, stops = load_prompts(folder, kind, batch)
+    section = read_yaml(ROOT / "params.yaml")["generate"] | {"max_new_tokens": new, "batch_size": batch}
+    answerer = _Answerer(Params(**section), folder, stops)
+    if kind == "fixed":
+        answerer.stops, answerer.config.eos_token_id = [], None
+    rows = [{"id": str(number), "prompt_ids": prompt} for number, prompt in enumerate(prompts)]
+    rows.sort(key=lambda row: len(row["prompt_ids"]))
+    make = answerer.answers if way == "loratory" else answerer._generated
+
+    def answer(some: list[dict[str, Any]]) -> dict[int, list[int]]:
+        return {int(some[number]["id"]): tokens for found in make(some) for number, tokens in found}
+
+    def limit(tokens: int) -> None:
+        answerer.params = answerer.params.model_copy(update={"max_new_tokens": tokens})
+        answerer.config.max_new_tokens = tokens
+
+    limit(4)
+    answer(rows[:batch])  # kernels are compiled
+    limit(new)
+    started = time.monotonic()
+    answers = answer(rows)
+    seconds = time.monotonic() - started
+    (folder / f"{way}-{kind}.json").write_text(json.dumps(answers))
+    likeliest = []
+    for number in list(answers)[:CHECKED]:
+        ids = torch.tensor([prompts[number] + answers[number]], device=answerer.model.device)
+        answerer.model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            logits = answerer.model(input_ids=ids).logits[0, len(prompts[number]) - 1 : -1]
+        likeliest += (logits.argmax(-1) == ids[0, len(prompts[number]) :]).tolist()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_main_memory()
+    return {
+        "tokens": sum(map(len, answers.values())),
+        "seconds": seconds,
+        "likeliest": sum(likeliest) / len(likeliest),
+        "peak": peak,
+    }
+
+
+def table(folder: Path, title: str, kind: str, batch: int, new: int) -> None:
+    print(f"\n{title}\n")
+    print("| | tokens/s | seconds | likeliest tokens | peak GB |")
+    print("|---|---:|---:|---:|---:|")
+    for way, name in WAYS.items():
+        found, failure = run_way(__file__, way, "--folder", folder, "--kind", kind, "--batch", batch, "--new", new)
+        if found is None:
+            print(f"| {name} | failed: {failure.splitlines()[-1]} | | | |", flush=True)
+            print(failure, file=sys.stderr)
+            continue
+        print(
+            f"| {name} | {found['tokens'] / found['seconds']:,.0f} | {found['seconds']:.1f} | "
+            f"{100 * found['likeliest']:.1f} % | {found['peak'] / 1e9:.1f} |",
+            flush=True,
+        )
+    both = [json.loads((folder / f"{way}-{kind}.json").read_text()) for way in WAYS]
+    differ = sum(both[0][number] != both[1][number] for number in both[0])
+    print(f"\n{differ} of {len(both[0])} answers differ between the two.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", help="a model of random weights in place of models/merged")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--new", type=int, default=256, help="the most tokens of an answer")
+    parser.add_argument("--kinds", nargs="*", default=["fixed", "varied"])
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.way:
+        print(json.dumps(run(given.way, given.folder, given.kind, given.batch, given.new)))
+        return
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, batch {given.batch}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = given.folder or Path(name) / "model"
+        if not given.shape:
+            folder.symlink_to(ROOT / "models" / "merged")
+            table(folder, "models/merged on data/tokens/test.arrow", "own", given.batch, given.new)
+            return
+        from benchmarks.shapes import make_model
+
+        if not folder.exists():
+            make_model(folder, given.shape)
+        import numpy as np
+
+        random = np.random.default_rng(0)
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        prompts = [random.integers(4, vocabulary, 128).tolist() for _ in range(4 * given.batch)]
+        (folder / "prompts.json").write_text(json.dumps(prompts))
+        for kind in given.kinds:
+            title = f"{given.shape} shape, prompts of 128 tokens, {kind} answers of up to {given.new}"
+            table(folder, title, kind, given.batch, given.new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Models of a given size with random weights, and rows of given lengths with random tokens: speed depends on neither."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+    "70b-8": {  # a tenth of its blocks
+        "hidden_size": 8192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+    },
+}
+SHAPES["8b-4"] = SHAPES["8b"] | {"num_hidden_layers": 4}  # as wide, and small enough for float32 beside
+LONGEST = 2048
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """A Llama in bfloat16 as a folder of `fetch`, with a tokenizer that knows numbers alone."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype="bfloat16",
+        **SHAPES[shape],
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(default)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {str(number): number for number in range(4, config.vocab_size)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=LONGEST,
+    ).save_pretrained(folder)
+    manifest = {"model": f"{shape} shape, random weights", "revision": "none", "trust_remote_code": False}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def make_rows(count: int, lengths: str, vocabulary: int, seed: int = 1) -> list[list[int]]:
+    """Rows of tokens: `full` are all of 2,048; `belle` are as long as BELLE's rows (log-normal, median 200, mean 268)."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    if lengths == "full":
+        sizes = np.full(count, LONGEST)
+    else:
+        sizes = np.clip(np.round(np.exp(random.normal(math.log(200), 0.8, count))), 16, LONGEST).astype(int)
+    return [random.integers(4, vocabulary, size).tolist() for size in sizes]
+
+
+def write_rows(path: Path, rows: list[list[int]]) -> None:
+    """As a table of `encode`, every token but the first learned."""
+    import pyarrow as pa
+
+    from stages.lib.labels import IGNORE
+    from stages.lib.tokens import TRAINING, open_tokens
+
+    columns = [
+        [str(number) for number in range(len(rows))],
+        rows,
+        [[IGNORE, *row[1:]] for row in rows],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, TRAINING, strict=True)]
+    with open_tokens(path, TRAINING, [2]) as stream:
+        stream.write_batch(pa.record_batch(arrays, schema=TRAINING))
