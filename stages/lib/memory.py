@@ -3,7 +3,8 @@
 An optimizer step is the same rows whatever is chosen here, so the choice changes the result by rounding alone.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,22 +39,21 @@ class Need(NamedTuple):
     fixed: float
     slope: float
 
-
-def measure(peak: Callable[[int], int]) -> Need:
-    """What micro-batches need, by the peak of memory that `peak` measures for so many tokens."""
-    few, many = (peak(tokens) for tokens in PROBES)
-    slope = (many - few) / (PROBES[1] - PROBES[0])
-    return Need(max(0.0, few - slope * PROBES[0]), slope)
+    @classmethod
+    def of(cls, few: int, many: int) -> "Need":
+        """What follows from the peaks of the two trial batches."""
+        slope = (many - few) / (PROBES[1] - PROBES[0])
+        return cls(max(0.0, few - slope * PROBES[0]), slope)
 
 
 def choose(
-    free: float, kept: Need, twice: Need, weights: int, blocks: int, step: int, longest: int, recomputed: int | None
+    free: float, kept: Need | None, twice: Need, weights: int, blocks: int, step: int, longest: int, recomputed: int | None
 ) -> Plan | None:
     """The plan with the least time of those that fit, None if there is none.
 
     Args:
         free: Bytes that may be used.
-        kept: What micro-batches need if all blocks keep their activations.
+        kept: What micro-batches need if all blocks keep their activations, None if it is too much.
         twice: And if none does.
         weights: Bytes of the unpacked weights, 0 if nothing is packed.
         blocks: How many there are.
@@ -74,10 +74,14 @@ def _plans(blocks: int, step: int, longest: int, recomputed: int | None, *, pack
                 yield Plan(tokens, count, keeps)
 
 
-def _bytes(plan: Plan, kept: Need, twice: Need, weights: int, blocks: int) -> float:
-    share = plan.recomputed / blocks
-    slope = kept.slope + share * (twice.slope - kept.slope)
-    return max(kept.fixed, twice.fixed) + plan.tokens * slope + weights * plan.keeps_weights
+def _bytes(plan: Plan, kept: Need | None, twice: Need, weights: int, blocks: int) -> float:
+    held = weights * plan.keeps_weights
+    if plan.recomputed == blocks:
+        return twice.fixed + plan.tokens * twice.slope + held
+    if kept is None:
+        return math.inf
+    slope = kept.slope + plan.recomputed / blocks * (twice.slope - kept.slope)
+    return max(kept.fixed, twice.fixed) + plan.tokens * slope + held
 
 
 def _cost(plan: Plan, step: int, blocks: int, *, packed: bool) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -176,40 +177,67 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if not self._may_choose():
             self._try([rows[number] for number in longest[: self.rows_at_once]])
             return
-
-        def long_rows(tokens: int) -> list[dict[str, Any]]:
-            sizes = itertools.accumulate(int(rows.lengths[n if self.flat else longest[0]]) for n in itertools.cycle(longest))
-            count = max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= tokens, sizes)))
-            return [rows[number] for number in itertools.islice(itertools.cycle(longest), count)]
-
-        layers, packed = len(blocks(model)), self.low_rank.unpacked_bytes if self.low_rank else 0
+        most, count = int(rows.lengths.max()), len(blocks(model))
+        plan = self._choose(recomputed, most, count) or memory.Plan(most, count if recomputed is None else recomputed, False)
+        recompute(model, plan.recomputed)
         if self.low_rank:
-            self.low_rank.keep(False)  # they are counted apart
-
-        def need(count: int) -> memory.Need:
-            recompute(model, count)
-            self._try(long_rows(memory.PROBES[0]))  # kernels are compiled in the first
-            return memory.measure(lambda tokens: self._peak(long_rows(tokens)))
-
-        kept, twice = need(0), need(layers)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        count = self.args.train_batch_size
-        step = int(count * rows.lengths.mean() + 2 * count**0.5 * rows.lengths.std())  # 39 of 40 are smaller
-        free = memory.free_bytes() - trained * ADAM_BYTES
-        self.plan = memory.choose(free, kept, twice, packed, layers, step, int(rows.lengths.max()), recomputed)
-        if self.plan is None:
-            # The least that there is; if it does not fit, the message says by how much.
-            self.plan = memory.Plan(int(rows.lengths.max()), layers if recomputed is None else recomputed, False)
-        recompute(model, self.plan.recomputed)
-        if self.low_rank:
-            self.low_rank.keep(self.plan.keeps_weights)
-        self._try(long_rows(self.plan.tokens))
+            self.low_rank.keep(plan.keeps_weights)
+        plan = self._try_plan(plan, [rows[number] for number in longest])
         if self.is_world_process_zero():
             print(
-                f"train: micro-batches of up to {self.plan.tokens:,} tokens; {self.plan.recomputed} of {layers} blocks "
-                f"computed twice; unpacked weights are {'kept' if self.plan.keeps_weights else 'made again at each use'}",
+                f"train: micro-batches of up to {plan.tokens:,} tokens; {plan.recomputed} of {count} blocks computed twice; "
+                f"unpacked weights are {'kept' if plan.keeps_weights else 'made again at each use'}",
                 flush=True,
             )
+        self.plan = plan
+
+    def _choose(self, recomputed: int | None, most: int, count: int) -> memory.Plan | None:
+        """The plan for this GPU, from trial batches; None if nothing seems to fit."""
+        rows, model = self.train_dataset, self.accelerator.unwrap_model(self.model)
+        if self.low_rank:
+            self.low_rank.keep(False)  # kept weights are counted apart
+        twice, kept = self._need(count), self._need(0)
+        if twice is None:
+            return None
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        at_once = self.args.train_batch_size
+        step = int(at_once * rows.lengths.mean() + 2 * at_once**0.5 * rows.lengths.std())  # 39 of 40 are smaller
+        free = memory.free_bytes() - trained * ADAM_BYTES
+        packed = self.low_rank.unpacked_bytes if self.low_rank else 0
+        return memory.choose(free, kept, twice, packed, count, step, most, recomputed)
+
+    def _need(self, recomputed: int) -> memory.Need | None:
+        """What micro-batches need if so many blocks are computed twice, None if it is too much even for few tokens."""
+        recompute(self.accelerator.unwrap_model(self.model), recomputed)
+        row = np.arange(memory.PROBES[1]) % 2 + 5
+        # As many labels in either, so that the logits do not count for the tokens.
+        labels = np.where(np.arange(len(row)) % len(row) < memory.PROBES[0], row, IGNORE)
+        labels[0] = IGNORE
+        trials = [{"id": "trial", "input_ids": row[:tokens], "labels": labels[:tokens]} for tokens in memory.PROBES]
+        try:
+            self._try(trials[:1])  # kernels are compiled in the first
+            return memory.Need.of(*(self._peak([trial]) for trial in trials))
+        except Problem:
+            return None
+
+    def _try_plan(self, plan: memory.Plan, rows: list[dict[str, Any]]) -> memory.Plan:
+        """The plan, with fewer tokens if it did not fit after all. Raises Problem if one row alone is too much."""
+        most = len(rows[0]["input_ids"])
+        while True:
+            batch: list[dict[str, Any]] = []
+            size = 0
+            for row in itertools.cycle(rows):
+                size += len(row["input_ids"]) if self.flat else most
+                if batch and size > plan.tokens:
+                    break
+                batch.append(row)
+            try:
+                self._try(batch)
+                return plan
+            except Problem:
+                if plan.tokens <= most:
+                    raise
+            plan = plan._replace(tokens=max(most, int(0.8 * plan.tokens)))
 
     def _may_choose(self) -> bool:
         """Processes that gather weights must compute as many micro-batches, and the same bytes ask for the same ones."""
