@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
+from benchmarks.ways import machine, peak_memory, run_row  # noqa: E402
 
 WAYS = {"loratory": "Loratory", "transformers": "Transformers' generate"}
 CHECKED = 16
@@ -73,12 +73,11 @@ def run(way: str, folder: Path, kind: str, batch: int, new: int) -> dict[str, An
         with torch.no_grad():
             logits = answerer.model(input_ids=ids).logits[0, len(prompts[number]) - 1 : -1]
         likeliest += (logits.argmax(-1) == ids[0, len(prompts[number]) :]).tolist()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_main_memory()
     return {
         "tokens": sum(map(len, answers.values())),
         "seconds": seconds,
         "likeliest": sum(likeliest) / len(likeliest),
-        "peak": peak,
+        "peak": peak_memory(),
     }
 
 
@@ -87,17 +86,18 @@ def table(folder: Path, title: str, kind: str, batch: int, new: int) -> None:
     print("| | tokens/s | seconds | likeliest tokens | peak GB |")
     print("|---|---:|---:|---:|---:|")
     for way, name in WAYS.items():
-        found, failure = run_way(__file__, way, "--folder", folder, "--kind", kind, "--batch", batch, "--new", new)
+        found = run_row(__file__, way, name, "--folder", folder, "--kind", kind, "--batch", batch, "--new", new)
         if found is None:
-            print(f"| {name} | failed: {failure.splitlines()[-1]} | | | |", flush=True)
-            print(failure, file=sys.stderr)
             continue
         print(
             f"| {name} | {found['tokens'] / found['seconds']:,.0f} | {found['seconds']:.1f} | "
             f"{100 * found['likeliest']:.1f} % | {found['peak'] / 1e9:.1f} |",
             flush=True,
         )
-    both = [json.loads((folder / f"{way}-{kind}.json").read_text()) for way in WAYS]
+    files = [folder / f"{way}-{kind}.json" for way in WAYS]
+    if not all(file.exists() for file in files):
+        return  # one of the two failed, and its row says so
+    both = [json.loads(file.read_text()) for file in files]
     differ = sum(both[0][number] != both[1][number] for number in both[0])
     print(f"\n{differ} of {len(both[0])} answers differ between the two.")
 
@@ -115,11 +115,7 @@ def main() -> None:
     if given.way:
         print(json.dumps(run(given.way, given.folder, given.kind, given.batch, given.new)))
         return
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, batch {given.batch}")
+    print(f"{machine()}, batch {given.batch}")
     with tempfile.TemporaryDirectory() as name:
         folder = given.folder or Path(name) / "model"
         if not given.shape:

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
+from benchmarks.ways import peak_main_memory, run_row  # noqa: E402
 
 SHARD_BYTES = 5e9
 WAYS = {
@@ -177,10 +177,9 @@ def main() -> None:
         print("| | seconds | peak GB | other bits than exact |")
         print("|---|---:|---:|---:|")
         for way in [way for way in given.ways if way != "peft_gpu" or torch.cuda.is_available()]:
-            found, failure = run_way(__file__, way, "--work", str(work))
+            found = run_row(__file__, way, WAYS[way], "--work", work)
             shutil.rmtree(work / "out", ignore_errors=True)
             if found is None:
-                print(f"| {WAYS[way]} | failed: {failure.splitlines()[-1][:200]} |", flush=True)
                 continue
             wrong = "–" if found["wrong"] is None else f"{100 * found['wrong']:.3f} %"
             print(f"| {WAYS[way]} | {found['seconds']:.1f} | {found['peak'] / 1e9:.2f} | {wrong} |", flush=True)

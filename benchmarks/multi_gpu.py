@@ -16,26 +16,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train import prepare  # noqa: E402
-from benchmarks.ways import run_way  # noqa: E402
+from benchmarks.shapes import make_model  # noqa: E402
+from benchmarks.train import prepare, train_section  # noqa: E402
+from benchmarks.ways import machine, run_row  # noqa: E402
 
 
 def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> dict[str, Any]:
     """The stage itself, and its own report."""
-    from stages.lib.params import read_yaml
     from stages.train import Params, train
 
-    section = read_yaml(ROOT / "params.yaml")["train"] | {
+    section = train_section(steps, 1e-4) | {
         "num_processes": processes,
         "fsdp": fsdp,
         "per_device_train_batch_size": batch // processes // (4 if fsdp else 1),
         "gradient_accumulation_steps": 4 if fsdp else 1,
         "gradient_checkpointing": True if fsdp else "auto",
-        "learning_rate": 1e-4,
-        "logging_steps": 1,
-        "eval_steps": 10_000,
-        "save_steps": 10_000,
-        "training_arguments": {"max_steps": steps},
     }
     out = folder / f"out{processes}"
     train(
@@ -47,8 +42,7 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
         *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
     )
     curve = (out / "loss" / "train.csv").read_text().splitlines()
-    adapter = sorted(path.name for path in (out / "adapter").iterdir())
-    return json.loads((out / "machine.json").read_text()) | {"loss": float(curve[-1].split(",")[1]), "adapter": adapter}
+    return json.loads((out / "machine.json").read_text()) | {"loss": float(curve[-1].split(",")[1])}
 
 
 def main() -> None:
@@ -67,13 +61,11 @@ def main() -> None:
         print(json.dumps(found))
         return
     import torch
-    import transformers
 
     there = max(1, torch.cuda.device_count())
     counts = given.counts or ([there] if given.fsdp else [count for count in (1, 2, 4, 8) if count <= there])
     shape = given.shape or ("70b-8" if given.fsdp else "8b")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(machine())
     print(f"{shape} shape, NF4, {'FSDP' if given.fsdp else 'DDP'}, BELLE's lengths, {given.batch} rows a step\n")
     print("| GPUs | tokens/s | efficiency | peak GB a GPU | loss of the last step |")
     print("|---:|---:|---:|---:|---:|")
@@ -82,17 +74,13 @@ def main() -> None:
         if given.base:
             (folder / "base").symlink_to(given.base)
         else:
-            from benchmarks.shapes import make_model
-
             make_model(folder / "base", shape)
         prepare(folder, "belle", given.batch * given.steps)
         first = 0.0
         for count in counts:
             arguments = ("--folder", folder, "--steps", given.steps, "--batch", given.batch, *["--fsdp"] * given.fsdp)
-            found, failure = run_way(__file__, str(count), *arguments)
+            found = run_row(__file__, str(count), str(count), *arguments)
             if found is None:
-                print(f"| {count} | failed: {failure.splitlines()[-1]} | | | |", flush=True)
-                print(failure, file=sys.stderr)
                 continue
             rate = found["tokens_per_second"]
             first = first or rate / count

@@ -4,9 +4,9 @@
     python benchmarks/train.py --shape 8b --lengths full belle     an 8B model of random weights, on a GPU
 
 All: NF4 with double quantization, LoRA r=16 on all linear layers, no dropout, AdamW. Each way runs in a process of its own.
-With --peers a folder of packages is named that the peers alone
-see, since they want other versions than Loratory. The first steps warm up and are not counted; padding is no token. The
-loss of the last step stands beside, so that speed is not bought with another training.
+With --peers a folder of packages is named that the peers alone see, since they want other versions than Loratory. The first
+steps warm up and are not counted; padding is no token. The loss of the last step stands beside, so that speed is not bought
+with another training.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.ways import peak_main_memory, run_way  # noqa: E402
+from benchmarks.shapes import LONGEST, make_model, make_rows, write_rows  # noqa: E402
+from benchmarks.ways import machine, peak_memory, run_row  # noqa: E402
 
 WARM_UP = 3
 WAYS = {
@@ -31,13 +32,12 @@ WAYS = {
     "unsloth": "Unsloth, no checkpointing, packed where lengths differ",
 }
 CPU_WAYS = ["loratory", "trainer"]
-LONGEST = 2048
 
 
 class Clock:
     """When each step ended, by the GPU's time and not by that of its queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
         from transformers import TrainerCallback
 
         marks: list[float] = []
@@ -46,19 +46,16 @@ class Clock:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 import torch
 
-                if torch.cuda.is_available() and len(marks) in (WARM_UP - 1, getattr(self, "last", 0) - 1):
+                if torch.cuda.is_available() and len(marks) in (WARM_UP - 1, steps - 1):
                     torch.cuda.synchronize()
                 marks.append(time.monotonic())
 
-        self.callback, self.marks = Callback(), marks
+        self.callback, self.marks, self.steps = Callback(), marks, steps
 
-    def report(self, trainer: Any, tokens: int, steps: int) -> dict[str, Any]:
-        import torch
-
+    def report(self, trainer: Any, tokens: int) -> dict[str, Any]:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        seconds = self.marks[steps - 1] - self.marks[WARM_UP - 1]
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_main_memory()
-        return {"tokens": tokens, "seconds": seconds, "peak": peak, "losses": losses, "steps": steps}
+        seconds = self.marks[self.steps - 1] - self.marks[WARM_UP - 1]
+        return {"tokens": tokens, "seconds": seconds, "peak": peak_memory(), "losses": losses}
 
 
 def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +65,7 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
     from stages.lib.tokens import TokenRows, read_tokens
     from stages.lib.trainer import AdapterTrainer
 
-    clock = Clock()
-    clock.callback.last = steps
+    clock = Clock(steps)
     made = []
 
     class Clocked(AdapterTrainer):
@@ -92,7 +88,7 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
         *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
     )
     tokens = sum(int(rows.lengths[number]) for number in order[WARM_UP * batch : steps * batch])
-    return clock.report(made[0], tokens, steps)
+    return clock.report(made[0], tokens)
 
 
 def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +140,7 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(data)
 
-    clock = Clock()
-    clock.callback.last = steps
+    clock = Clock(steps)
     collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), padding=True)
     trainer = InOrder(
         model=get_peft_model(model, lora),
@@ -156,7 +151,7 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
     )
     trainer.train()
     tokens = sum(int(rows.lengths[number]) for number in order[WARM_UP * batch :])
-    return clock.report(trainer, tokens, steps)
+    return clock.report(trainer, tokens)
 
 
 def peer_arguments(folder: Path, steps: int, batch: int, at_once: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +191,7 @@ def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], mo
     arguments = SFTConfig(
         **peer_arguments(folder, steps, batch, at_once, section), packing=packing, gradient_checkpointing=False
     )
-    clock = Clock()
-    clock.callback.last = steps
+    clock = Clock(steps)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -220,7 +214,7 @@ def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], mo
     trainer.data_collator = counting
     trainer.train()
     parts = batch // at_once
-    return clock.report(trainer, sum(counted[WARM_UP * parts : steps * parts]), steps)
+    return clock.report(trainer, sum(counted[WARM_UP * parts : steps * parts]))
 
 
 def unsloth(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -260,16 +254,21 @@ def trl(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[s
     return peer_train(folder, steps, batch, section, get_peft_model(model, lora), at_once=4)
 
 
-def run(way: str, folder: Path, steps: int, batch: int, rate: float) -> dict[str, Any]:
+def train_section(steps: int, rate: float) -> dict[str, Any]:
+    """params.yaml's section, for so many steps without validation and checkpoints in between."""
     from stages.lib.params import read_yaml
 
-    section = read_yaml(ROOT / "params.yaml")["train"] | {
+    return read_yaml(ROOT / "params.yaml")["train"] | {
         "learning_rate": rate,
         "logging_steps": 1,
         "eval_steps": 10_000,
         "save_steps": 10_000,
         "training_arguments": {"max_steps": steps},
     }
+
+
+def run(way: str, folder: Path, steps: int, batch: int, rate: float) -> dict[str, Any]:
+    section = train_section(steps, rate)
     if way == "fp8":
         return loratory(folder, steps, batch, section | {"compute": "fp8"})
     return {"loratory": loratory, "trainer": trainer, "trl": trl, "unsloth": unsloth}[way](folder, steps, batch, section)
@@ -277,8 +276,6 @@ def run(way: str, folder: Path, steps: int, batch: int, rate: float) -> dict[str
 
 def prepare(folder: Path, lengths: str, count: int) -> None:
     """Random rows beside the random model."""
-    from benchmarks.shapes import make_rows, write_rows
-
     vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
     write_rows(folder / "train.arrow", make_rows(count, lengths, vocabulary))
     write_rows(folder / "validation.arrow", make_rows(4, lengths, vocabulary, seed=2))
@@ -291,10 +288,8 @@ def table(folder: Path, title: str, given: argparse.Namespace, batch: int) -> No
     for way in given.ways:
         packages = given.peers if way in ("trl", "unsloth") else None
         arguments = ("--folder", folder, "--steps", given.steps, "--batch", batch, "--rate", given.rate)
-        found, failure = run_way(__file__, way, *arguments, packages=packages)
+        found = run_row(__file__, way, WAYS[way], *arguments, packages=packages)
         if found is None:
-            print(f"| {WAYS[way]} | failed: {failure.splitlines()[-1] if failure else ''} | | | |", flush=True)
-            print(failure, file=sys.stderr)
             continue
         rate, peak = found["tokens"] / found["seconds"], found["peak"] / 1e9
         print(
@@ -318,11 +313,7 @@ def main() -> None:
     if given.way:
         print(json.dumps(run(given.way, given.folder, given.steps, given.batch, given.rate)))
         return
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(machine())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not given.shape:
@@ -331,8 +322,6 @@ def main() -> None:
                 (folder / table_name).symlink_to(ROOT / "data" / "tokens" / table_name)
             table(folder, "models/base on data/tokens", given, given.batch)
             return
-        from benchmarks.shapes import make_model
-
         if given.base:
             (folder / "base").symlink_to(given.base)
         else:
