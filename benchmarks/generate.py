@@ -40,23 +40,25 @@ def load_prompts(folder: Path, kind: str, batch: int) -> tuple[list[list[int]], 
 def run(way: str, folder: Path, kind: str, batch: int, new: int) -> dict[str, Any]:
     import torch
 
-    from stages.generate import Params, _Answerer
+    from stages.generate import Params, _settings
+    from stages.lib import transformers_answers
     from stages.lib.params import read_yaml
 
     prompts, stops = load_prompts(folder, kind, batch)
     section = read_yaml(ROOT / "params.yaml")["generate"] | {"max_new_tokens": new, "batch_size": batch}
-    answerer = _Answerer(Params(**section), folder, stops)
+    if way == "transformers":
+        transformers_answers.can_decode = lambda _: False  # the model stays as it is
+    answerer = transformers_answers.TransformersAnswers(folder, _settings(Params(**section)), stops)
     if kind == "fixed":
         answerer.stops, answerer.config.eos_token_id = [], None
     rows = [{"id": str(number), "prompt_ids": prompt} for number, prompt in enumerate(prompts)]
     rows.sort(key=lambda row: len(row["prompt_ids"]))
-    make = answerer.answers if way == "loratory" else answerer._generated
 
     def answer(some: list[dict[str, Any]]) -> dict[int, list[int]]:
-        return {int(some[number]["id"]): tokens for found in make(some) for number, tokens in found}
+        return {int(some[number]["id"]): answer.tokens for found in answerer.answers(some) for number, answer in found}
 
     def limit(tokens: int) -> None:
-        answerer.params = answerer.params.model_copy(update={"max_new_tokens": tokens})
+        answerer.settings = answerer.settings._replace(max_new_tokens=tokens)
         answerer.config.max_new_tokens = tokens
 
     limit(4)

@@ -5,8 +5,8 @@
 
 All: NF4 with double quantization, LoRA r=16 on all linear layers, no dropout, AdamW. Each way runs in a process of its own.
 With --peers a folder of packages is named that the peers alone see, since they want other versions than Loratory. The first
-steps warm up and are not counted; padding is no token. The loss of the last step stands beside, so that speed is not bought
-with another training.
+steps warm up and are not counted; padding is no token. The losses stand beside, so that speed is not bought with another
+training: that of the last step, and that on the validation rows at the end.
 """
 
 import argparse
@@ -32,6 +32,8 @@ WAYS = {
     "unsloth": "Unsloth, no checkpointing, packed where lengths differ",
 }
 CPU_WAYS = ["loratory", "trainer"]
+PEERS_ROWS = 8
+"""In their micro-batches."""
 
 
 class Clock:
@@ -58,10 +60,38 @@ class Clock:
         return {"tokens": tokens, "seconds": seconds, "peak": peak_memory(), "losses": losses}
 
 
+def batches(rows: Any, batch: int, steps: int, data_seed: int) -> list[list[int]]:
+    """The rows of each step, as Loratory takes them."""
+    from stages.lib.batch import Shuffled
+
+    order, found = Shuffled(len(rows), data_seed), []
+    for epoch in range(steps):
+        order.set_epoch(epoch)
+        numbers = list(order)
+        found += [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+        if len(found) >= steps:
+            break
+    return found[:steps]
+
+
+def validation_loss(model: Any, rows: Any) -> float:
+    """Of a label, row by row."""
+    import torch
+
+    total, count = 0.0, 0
+    model.eval()
+    for number in range(len(rows)):
+        ids, labels = (torch.tensor(rows[number][name].astype(int), device=model.device) for name in ("input_ids", "labels"))
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+        count += int((labels[1:] != -100).sum())
+    return total / count
+
+
 def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
     """The stage itself."""
     import stages.train
-    from stages.lib.batch import Shuffled
     from stages.lib.tokens import TokenRows, read_tokens
     from stages.lib.trainer import AdapterTrainer
 
@@ -77,7 +107,6 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
     stages.train.AdapterTrainer = Clocked  # type: ignore[misc]
     params = stages.train.Params(**section | {"per_device_train_batch_size": batch})
     rows = TokenRows(read_tokens(folder / "train.arrow"))
-    order = list(Shuffled(len(rows), params.data_seed))
     out = folder / "out"
     stages.train.train(
         params,
@@ -87,8 +116,11 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
         ROOT / params.loss,
         *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
     )
-    tokens = sum(int(rows.lengths[number]) for number in order[WARM_UP * batch : steps * batch])
-    return clock.report(made[0], tokens)
+    tokens = sum(
+        int(rows.lengths[number]) for step in batches(rows, batch, steps, params.data_seed)[WARM_UP:] for number in step
+    )
+    validation = json.loads((out / "report.json").read_text())["validation_loss"]
+    return clock.report(made[0], tokens) | {"validation": validation}
 
 
 def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -103,14 +135,13 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         TrainingArguments,
     )
 
-    from stages.lib.batch import Shuffled
     from stages.lib.device import pick_device, pick_dtype
     from stages.lib.tokens import TokenRows, read_tokens
 
     device = pick_device()
     dtype = pick_dtype("auto", device)
-    rows = TokenRows(read_tokens(folder / "train.arrow"))
-    order = list(Shuffled(len(rows), section["data_seed"]))[: steps * batch]
+    rows, validation = (TokenRows(read_tokens(folder / f"{name}.arrow")) for name in ("train", "validation"))
+    order = batches(rows, batch, steps, section["data_seed"])
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -119,7 +150,7 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
     )
     torch.manual_seed(section["seed"])
     lora = LoraConfig(r=section["r"], lora_alpha=section["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
-    data = [{name: rows[number][name].tolist() for name in ("input_ids", "labels")} for number in order]
+    data = [{name: rows[number][name].tolist() for name in ("input_ids", "labels")} for number in range(len(rows))]
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=batch,
@@ -136,31 +167,48 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
 
+    collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), padding=True)
+
     class InOrder(Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(data)
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=collate)
 
     clock = Clock(steps)
-    collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder / "base"), padding=True)
     trainer = InOrder(
         model=get_peft_model(model, lora),
         args=arguments,
         train_dataset=data,
-        data_collator=collate,
         callbacks=[clock.callback],
     )
     trainer.train()
-    tokens = sum(int(rows.lengths[number]) for number in order[WARM_UP * batch :])
-    return clock.report(trainer, tokens)
+    tokens = sum(int(rows.lengths[number]) for step in order[WARM_UP:] for number in step)
+    return clock.report(trainer, tokens) | {"validation": validation_loss(trainer.model, validation)}
 
 
-def peer_arguments(folder: Path, steps: int, batch: int, at_once: int, section: dict[str, Any]) -> dict[str, Any]:
-    """What SFTConfig gets; `at_once` rows in a micro-batch."""
-    return {
+def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], model: Any, *, plain: bool) -> dict[str, Any]:
+    """A model with an adapter, trained by TRL: rows of one length as they are, others packed in the peer's own way.
+
+    Args:
+        plain: Rows of one length are given to Transformers' Trainer, which a peer has changed, since TRL's would lay them
+            end to end.
+    """
+    import datasets
+    import pyarrow as pa
+    from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+    from trl import SFTConfig, SFTTrainer
+
+    with pa.memory_map(str(folder / "train.arrow")) as file:
+        rows = pa.ipc.open_stream(file).read_all().column("input_ids").to_pylist()
+    packing = len(set(map(len, rows))) > 1
+    if packing:
+        # A packed step is as many tokens as a step of Loratory's, in rows of the longest length.
+        batch = max(PEERS_ROWS, round(batch * sum(map(len, rows)) / len(rows) / LONGEST / PEERS_ROWS) * PEERS_ROWS)
+    parts = batch // PEERS_ROWS
+    arguments = {
         "output_dir": str(folder / "out"),
         "bf16": True,
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": batch // at_once,
+        "per_device_train_batch_size": PEERS_ROWS,
+        "gradient_accumulation_steps": parts,
         "max_steps": steps,
         "learning_rate": section["learning_rate"],
         "lr_scheduler_type": section["lr_scheduler_type"],
@@ -169,36 +217,27 @@ def peer_arguments(folder: Path, steps: int, batch: int, at_once: int, section: 
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "max_length": LONGEST,
-        "dataset_num_proc": 1,
         "seed": section["seed"],
+        "gradient_checkpointing": False,
     }
-
-
-def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], model: Any, at_once: int) -> dict[str, Any]:
-    """TRL's trainer on a model with an adapter: rows of one length as they are, others packed by the peer's own way."""
-    import datasets
-    import pyarrow as pa
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    with pa.memory_map(str(folder / "train.arrow")) as file:
-        rows = pa.ipc.open_stream(file).read_all().column("input_ids").to_pylist()
-    packing = len(set(map(len, rows))) > 1
-    if packing:
-        # A packed step is as many tokens as a step of Loratory's, in rows of the longest length.
-        batch = max(at_once, round(batch * sum(map(len, rows)) / len(rows) / LONGEST / at_once) * at_once)
-    arguments = SFTConfig(
-        **peer_arguments(folder, steps, batch, at_once, section), packing=packing, gradient_checkpointing=False
-    )
     clock = Clock(steps)
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"input_ids": row} for row in rows]),
-        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
-        callbacks=[clock.callback],
-    )
+    trainer: Any
+    if plain and not packing:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**arguments, remove_unused_columns=False),
+            train_dataset=datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
+            data_collator=default_data_collator,
+            callbacks=[clock.callback],
+        )
+    else:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments, max_length=LONGEST, dataset_num_proc=1, packing=packing),
+            train_dataset=datasets.Dataset.from_list([{"input_ids": row} for row in rows]),
+            processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+            callbacks=[clock.callback],
+        )
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
@@ -213,18 +252,18 @@ def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], mo
 
     trainer.data_collator = counting
     trainer.train()
-    parts = batch // at_once
     return clock.report(trainer, sum(counted[WARM_UP * parts : steps * parts]))
 
 
 def unsloth(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
     import os
 
-    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    from unsloth import FastLanguageModel  # before transformers, which it changes
+    os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
+    from unsloth import FastLanguageModel  # isort: skip  # before transformers, which it changes
+    import torch
 
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder / "base"), max_seq_length=LONGEST, load_in_4bit=True, device_map={"": 0}
+        str(folder / "base"), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=True, device_map={"": 0}
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -236,7 +275,7 @@ def unsloth(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         use_gradient_checkpointing=False,
     )
     FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
-    return peer_train(folder, steps, batch, section, model, at_once=4)
+    return peer_train(folder, steps, batch, section, model, plain=True)
 
 
 def trl(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +290,7 @@ def trl(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[s
         folder / "base", dtype=torch.bfloat16, device_map={"": 0}, quantization_config=config
     )
     lora = LoraConfig(r=section["r"], lora_alpha=section["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
-    return peer_train(folder, steps, batch, section, get_peft_model(model, lora), at_once=4)
+    return peer_train(folder, steps, batch, section, get_peft_model(model, lora), plain=False)
 
 
 def train_section(steps: int, rate: float) -> dict[str, Any]:
@@ -283,18 +322,17 @@ def prepare(folder: Path, lengths: str, count: int) -> None:
 
 def table(folder: Path, title: str, given: argparse.Namespace, batch: int) -> None:
     print(f"\n{title}, {batch} rows a step\n")
-    print("| | tokens/s | seconds | peak GB | loss of the last step |")
-    print("|---|---:|---:|---:|---:|")
+    print("| | tokens/s | seconds | peak GB | loss of the last step | validation loss |")
+    print("|---|---:|---:|---:|---:|---:|")
     for way in given.ways:
         packages = given.peers if way in ("trl", "unsloth") else None
         arguments = ("--folder", folder, "--steps", given.steps, "--batch", batch, "--rate", given.rate)
-        found = run_row(__file__, way, WAYS[way], *arguments, packages=packages)
+        found = run_row(__file__, way, WAYS[way], *arguments, packages=packages, limit=given.limit)
         if found is None:
             continue
         rate, peak = found["tokens"] / found["seconds"], found["peak"] / 1e9
-        print(
-            f"| {WAYS[way]} | {rate:,.0f} | {found['seconds']:.1f} | {peak:,.1f} | {found['losses'][-1]:.4f} |", flush=True
-        )
+        losses = f"{found['losses'][-1]:.4f} | " + (f"{found['validation']:.4f}" if "validation" in found else "–")
+        print(f"| {WAYS[way]} | {rate:,.0f} | {found['seconds']:.1f} | {peak:,.1f} | {losses} |", flush=True)
 
 
 def main() -> None:
@@ -306,6 +344,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", default=["belle"], choices=["full", "belle"])
     parser.add_argument("--ways", nargs="*", default=CPU_WAYS, choices=WAYS)
     parser.add_argument("--peers", type=Path, help="a folder of packages for TRL and Unsloth")
+    parser.add_argument("--limit", type=float, help="seconds that each way may take")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

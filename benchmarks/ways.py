@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 
-def run_row(script: str, way: str, name: str, *arguments: object, packages: Path | None = None) -> dict[str, Any] | None:
+def run_row(
+    script: str, way: str, name: str, *arguments: object, packages: Path | None = None, limit: float | None = None
+) -> dict[str, Any] | None:
     """What `script --way <way> <arguments>` printed last; None if it failed, and then a row of the table says so.
 
-    `packages` is a folder that it sees before those of PYTHONPATH.
+    `packages` is a folder that it sees before those of PYTHONPATH; after `limit` seconds it is ended.
     """
     command = [sys.executable, script, "--way", way, *map(str, arguments)]
     path = {"PYTHONPATH": f"{packages}:{os.environ.get('PYTHONPATH', '')}"} if packages else {}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | path)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | path, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        print(f"| {name} | not finished after {limit:.0f} s |", flush=True)
+        print((error.stderr or b"").decode(errors="replace")[-2000:], file=sys.stderr)
+        return None
     if not done.returncode:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found

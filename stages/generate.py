@@ -2,28 +2,25 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from peft import PeftModel
 from pydantic import Field
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from stages.lib.decode import Decoder, can_decode
+from stages.lib import distributed
+from stages.lib.answering import Answer, Settings
 from stages.lib.device import DtypeName
-from stages.lib.fused import fuse
 from stages.lib.jsonl import read_json, write_jsonl
-from stages.lib.model import load_model
 from stages.lib.output import fresh_file
 from stages.lib.params import Section
-from stages.lib.problem import Problem
 from stages.lib.provenance import fingerprint, inputs_of
-from stages.lib.sampling import Choice, RowSampler
+from stages.lib.sampling import Choice
 from stages.lib.tokens import read_tokens, stop_token_ids
+from stages.lib.transformers_answers import TransformersAnswers
+from stages.lib.vllm_answers import VllmAnswers
 
 TUTORIAL = {
     "do_sample": True,
@@ -55,6 +52,10 @@ class Params(Section):
     """Prompts answered at once; halved where the memory does not suffice."""
     dtype: DtypeName
     """The type that the model computes in; auto is bfloat16 where the hardware has it, else float32."""
+    num_processes: int = Field(gt=0)
+    """GPUs of this machine to answer on, each with its own part of the prompts."""
+    use_vllm: bool
+    """Answer with vLLM, which has to be installed; it parts the model, and not the prompts, among num_processes GPUs."""
 
 
 def generate(params: Params, model: Path, prompts: Path, extra: Path, predictions: Path, extra_predictions: Path) -> None:
@@ -66,157 +67,90 @@ def generate(params: Params, model: Path, prompts: Path, extra: Path, prediction
 
     Raises Problem if the memory does not suffice for one prompt.
     """
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     read = inputs_of("generate", params.model_dump(), {path.name: path for path in (model, prompts, extra)}, Path())
-    finished = _Finished(fingerprint(read))
+    work = (params, model, prompts, extra, fingerprint(read))
+    processes = 1 if params.use_vllm else params.num_processes
+    if processes > 1:
+        distributed.check_gpus(processes, "generate.num_processes")
+        distributed.launch(answer_share, processes, *work)
+    else:
+        answer_share(*work)
     tables = [read_tokens(prompts), read_tokens(extra)]
-    rows = [row for table in tables for row in table.to_pylist()]
-    answerer = _Answerer(params, model, stop_token_ids(tables[0]))
-    answers = finished.answers
-    left = sorted((number for number in range(len(rows)) if number not in answers), key=lambda n: len(rows[n]["prompt_ids"]))
-    for found in answerer.answers([rows[number] for number in left]):
-        finished.add([(left[number], tokens) for number, tokens in found])
-        print(f"generate: {model.name}: {len(answers)}/{len(rows)} prompts", flush=True)
-    done = [answerer.row(row, answers[number]) for number, row in enumerate(rows)]
+    trust = read_json(model / "manifest.json")["trust_remote_code"]
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+    kept = [_Finished(fingerprint(read), process) for process in range(processes)]
+    answers = {number: answer for part in kept for number, answer in part.answers.items()}
+    done = [_row(tokenizer, row, answers[number]) for number, row in enumerate(_rows(tables))]
     with fresh_file(predictions) as file, fresh_file(extra_predictions) as extra_file:
         write_jsonl(file, done[: len(tables[0])])
         write_jsonl(extra_file, done[len(tables[0]) :])
-    finished.remove()
+    for part in kept:
+        part.remove()
 
 
-TOO_LITTLE = "out of memory on a single prompt"
-REMEDY = "lower generate.max_new_tokens, or use a GPU with more memory"
+def answer_share(params: Params, model: Path, prompts: Path, extra: Path, name: str) -> None:
+    """Answers this process's share of the prompts, and keeps the answers under `name`; what is kept already is left out."""
+    distributed.take_gpu()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tables = [read_tokens(prompts), read_tokens(extra)]
+    rows = _rows(tables)
+    finished = _Finished(name, distributed.rank())
+    share = sorted(range(len(rows)), key=lambda n: len(rows[n]["prompt_ids"]))[distributed.rank() :: distributed.count()]
+    left = [number for number in share if number not in finished.answers]
+    if not left:
+        return
+    answerer = (VllmAnswers if params.use_vllm else TransformersAnswers)(model, _settings(params), stop_token_ids(tables[0]))
+    for found in answerer.answers([rows[number] for number in left]):
+        finished.add([(left[number], answer) for number, answer in found])
+        if distributed.is_main():
+            of_all = f", of {distributed.count()} processes the first" * (distributed.count() > 1)
+            print(f"generate: {model.name}: {len(finished.answers)}/{len(share)} prompts{of_all}", flush=True)
+
+
+def _settings(params: Params) -> Settings:
+    values = params.model_dump() | (TUTORIAL if params.preset == "tutorial" else {})
+    choice = Choice(**{name: values[name] for name in Choice._fields})
+    return Settings(choice, **{name: values[name] for name in Settings._fields if name != "choice"})
+
+
+def _rows(tables: Sequence[Any]) -> list[dict[str, Any]]:
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def _row(tokenizer: Any, prompt: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    text = answer.tokens[:-1] if answer.stopped else answer.tokens
+    return {
+        "id": prompt["id"],
+        "prompt": prompt["prompt"],
+        "reference": prompt["reference"],
+        "answer": tokenizer.decode(text, skip_special_tokens=True),
+        "finish_reason": "stop" if answer.stopped else "length",
+        "prompt_tokens": len(prompt["prompt_ids"]),
+        "answer_tokens": len(answer.tokens),
+    }
 
 
 class _Finished:
-    """The answers so far, kept beside the outputs until all are there; only a run that reads the very same takes them up."""
+    """A process's answers, kept until all are there; only a run that reads the very same takes them up."""
 
-    def __init__(self, name: str) -> None:
-        self.path = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"generate-{name}.jsonl"
-        self.answers: dict[int, list[int]] = {}
+    def __init__(self, name: str, process: int) -> None:
+        self.path = Path(os.environ.get("DVC_ROOT", ".")) / ".checkpoints" / f"generate-{name}-{process}.jsonl"
+        self.answers: dict[int, Answer] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = b""
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
             if not line.endswith(b"\n"):
                 break  # a batch that was being written
             whole += line
-            self.answers |= dict(json.loads(line))
+            self.answers |= {number: Answer(*answer) for number, answer in json.loads(line)}
         self.path.write_bytes(whole)
 
-    def add(self, batch: Any) -> None:
-        """Keeps the answers of a batch, (number, tokens) each."""
-        pairs = list(batch)
-        self.answers |= pairs
+    def add(self, batch: Sequence[tuple[int, Answer]]) -> None:
+        """Keeps the answers of a batch by their numbers."""
+        self.answers |= batch
         with self.path.open("ab") as file:
-            file.write(json.dumps(pairs).encode() + b"\n")
+            file.write(json.dumps(batch).encode() + b"\n")
 
     def remove(self) -> None:
         self.path.unlink()
-
-
-class _Answerer:
-    """A loaded model with its stop tokens and generation settings."""
-
-    def __init__(self, params: Params, folder: Path, stops: list[int]) -> None:
-        trust = read_json(folder / "manifest.json")["trust_remote_code"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        self.model = load_model(folder, params.dtype)
-        # Virtual tokens stand before the padding, and PEFT then counts the padding as positions.
-        self.padded = not isinstance(self.model, PeftModel)
-        default = self.model.generation_config.eos_token_id
-        defaults = default if isinstance(default, list) else [default]
-        # The template's stop tokens, and those that the model itself came with.
-        self.stops = sorted({token for token in [*stops, *defaults] if token is not None})
-        self.params = params.model_copy(update=TUTORIAL) if params.preset == "tutorial" else params
-        self.choice = Choice(**self.params.model_dump(include=set(Choice._fields)))
-        self.config = GenerationConfig(
-            max_new_tokens=self.params.max_new_tokens,
-            do_sample=False,  # RowSampler leaves each row one token to choose
-            eos_token_id=self.stops or None,
-            pad_token_id=0,
-        )
-        # What the folder's own generation config says about sampling must not mix with params.yaml.
-        self.model.generation_config = self.config
-
-    def answers(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """The rows' numbers and their new tokens, the stop token included if there is one, as they are finished.
-
-        Raises Problem if the memory does not suffice for one row.
-        """
-        if self.model.device.type == "cuda" and self.padded and rows and can_decode(self.model):
-            fuse(self.model)
-            yield from self._decoded(rows)
-        else:
-            yield from self._generated(rows)
-
-    def _decoded(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With lib/decode.py."""
-        prompts = [row["prompt_ids"] for row in rows]
-        decoder = self._decoder(min(self.params.batch_size, len(rows)), max(map(len, prompts)), rows[0]["id"])
-        for finished in decoder.answers(prompts, [row["id"] for row in rows]):
-            yield [(number, self._cut(tokens)) for number, tokens in finished]
-
-    def _decoder(self, slots: int, longest: int, name: str) -> Decoder:
-        while True:
-            try:
-                new = self.params.max_new_tokens
-                return Decoder(self.model, self.choice, self.stops, slots, longest, new, recorded=True)
-            except torch.OutOfMemoryError:
-                if slots == 1:
-                    raise Problem(f"{TOO_LITTLE}, {name} with {longest} tokens; {REMEDY}") from None
-            torch.cuda.empty_cache()
-            slots //= 2
-
-    def _generated(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With Transformers' generate, in batches of like length: little padding, or none where a model takes none."""
-        lengths = [len(row["prompt_ids"]) for row in rows]
-        for _, group in groupby(range(len(rows)), key=lambda number: 0 if self.padded else lengths[number]):
-            numbers = list(group)
-            for start in range(0, len(numbers), self.params.batch_size):
-                batch = numbers[start : start + self.params.batch_size]
-                yield list(zip(batch, self._batch([rows[number] for number in batch]), strict=True))
-
-    def _batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        try:
-            return self._generate(rows)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise Problem(f"{TOO_LITTLE}, {rows[0]['id']} with {len(rows[0]['prompt_ids'])} tokens; {REMEDY}") from None
-        torch.cuda.empty_cache()
-        half = len(rows) // 2
-        return [*self._batch(rows[:half]), *self._batch(rows[half:])]
-
-    def _generate(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        prompts = [row["prompt_ids"] for row in rows]
-        width = max(map(len, prompts))
-        # Padded on the left: generation goes on from the last position.
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        names = [row["id"] for row in rows]
-        sampler = RowSampler(self.choice, names, prompts, self.model.device)
-        with torch.no_grad():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=self.config,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-        return [self._cut(new) for new in output[:, width:].tolist()]
-
-    def _cut(self, new: list[int]) -> list[int]:
-        """Up to and with the first stop token; behind it there is only padding."""
-        end = next((number for number, token in enumerate(new) if token in self.stops), len(new) - 1)
-        return new[: end + 1]
-
-    def row(self, prompt: dict[str, Any], new: list[int]) -> dict[str, Any]:
-        stopped = new[-1:] != [] and new[-1] in self.stops
-        return {
-            "id": prompt["id"],
-            "prompt": prompt["prompt"],
-            "reference": prompt["reference"],
-            "answer": self.tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True),
-            "finish_reason": "stop" if stopped else "length",
-            "prompt_tokens": len(prompt["prompt_ids"]),
-            "answer_tokens": len(new),
-        }

@@ -13,7 +13,7 @@ from pydantic import Field
 from transformers import set_seed
 from transformers.utils import logging
 
-from stages.lib import distributed
+from stages.lib import distributed, fp8, memory
 from stages.lib.adapter import Adapter, add_adapter, initial_factors, save_adapter
 from stages.lib.arguments import make_arguments
 from stages.lib.blocks import blocks
@@ -23,11 +23,12 @@ from stages.lib.flat_attention import use_flat_rows
 from stages.lib.fused import fuse
 from stages.lib.jsonl import write_json
 from stages.lib.loss import load_loss
-from stages.lib.low_rank import LowRank, fp8_works
+from stages.lib.low_rank import LowRank
 from stages.lib.output import fresh_file, fresh_folder
 from stages.lib.problem import Problem
 from stages.lib.provenance import fingerprint, inputs_of, write_provenance
 from stages.lib.quantized import Quantization, Quantized, load_quantized
+from stages.lib.sharding import shard_frozen
 from stages.lib.tokens import TokenRows, read_tokens
 from stages.lib.trainer import AdapterTrainer
 
@@ -131,10 +132,11 @@ def train(
     is not finite.
     """
     paths = (tokens, validation, base, loss, adapter, report, curves, machine)
-    if params.num_processes > 1 and not distributed.is_launched():
-        _check_gpus(params)
+    if params.num_processes > 1 and distributed.count() == 1:
+        distributed.check_gpus(params.num_processes, "train.num_processes")
         distributed.launch(train, params.num_processes, params, *paths)
         return
+    memory.grow_in_place()
     distributed.join(cpu=not torch.cuda.is_available())
     started = time.monotonic()
     logging.set_verbosity_error()
@@ -147,7 +149,7 @@ def train(
         quantized = load_quantized(base, params, in_main_memory=params.fsdp)
         model = add_adapter(quantized.model, base, params, params)
         if params.fsdp:
-            distributed.shard_frozen(model, pick_device())
+            shard_frozen(model, pick_device())
         flat = params.method == "lora" and not params.neftune_noise_alpha and use_flat_rows(model.eval())
         first = initial_factors(model, params)
         low_rank = _quicken(params, model)
@@ -190,13 +192,6 @@ def train(
     print(f"train: validation loss {before['loss']:.4f} before, {after['loss']:.4f} after {trainer.state.global_step} steps")
 
 
-def _check_gpus(params: Params) -> None:
-    if torch.cuda.is_available() and torch.cuda.device_count() < params.num_processes:
-        raise Problem(
-            f"params.yaml: train.num_processes: {params.num_processes}, but there are {torch.cuda.device_count()} GPUs"
-        )
-
-
 def _check_together(params: Params) -> None:
     """Raises Problem with all values that cannot stand together."""
     problems = []
@@ -225,15 +220,14 @@ def _quicken(params: Params, model: Any) -> LowRank | None:
     fused = fuse(model)
     if params.method != "lora":
         return None
-    fp8 = params.compute == "fp8" and fp8_works(model.device) and not params.fsdp
-    low_rank = LowRank(model, fp8=fp8)
-    low_rank.keep(not params.fsdp)  # kept, they would be whole in every process
+    in_fp8 = params.compute == "fp8" and fp8.works(model.device) and not params.fsdp
+    low_rank = LowRank(model, in_fp8=in_fp8, keep=not params.fsdp)  # kept weights would be whole in every process
     if distributed.is_main():
         if fused:
             print(f"train: compiled: {', '.join(fused)}", flush=True)
         if low_rank.left_out:
             print(f"train: PEFT's slower way, for {', '.join(low_rank.left_out)}", flush=True)
-        if params.compute == "fp8" and not fp8:
+        if params.compute == "fp8" and not in_fp8:
             print(
                 f"train: products in {model.dtype}: FP8 needs a GPU of NVIDIA's Hopper kind or later, and no fsdp",
                 flush=True,

@@ -2,20 +2,26 @@
 
 import json
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 
-import stages.generate as module
-from stages.generate import TUTORIAL, Params, generate
-from stages.lib.decode import Decoder, can_decode
+from stages.generate import TUTORIAL, Params, answer_share, generate
+from stages.lib.answering import Settings
+from stages.lib.decode import can_decode
 from stages.lib.problem import Problem
-from stages.lib.sampling import Choice, RowSampler, draw, gumbel, seed_of
+from stages.lib.sampling import Choice, RowSampler, draw, noise_of, seed_of
+from stages.lib.siblings import join
 from stages.lib.tokens import PROMPTS, open_tokens, read_tokens
+from stages.lib.transformers_answers import TransformersAnswers
+from stages.lib.vllm_answers import VllmAnswers
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
@@ -28,6 +34,8 @@ PARAMS: dict[str, Any] = {
     "seed": 0,
     "batch_size": 4,
     "dtype": "float32",
+    "num_processes": 1,
+    "use_vllm": False,
 }
 
 
@@ -95,7 +103,7 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(workspace: Workspace, 
 def test_draws_follow_the_distribution() -> None:
     scores = torch.tensor([[1.0, 2.0, -1.0, 0.0]]).expand(20_000, 4)
     choice = Choice(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
-    noise = gumbel(torch.full((20_000,), seed_of(0, "x")), torch.arange(20_000), 4)
+    noise = noise_of(torch.full((20_000,), seed_of(0, "x")), torch.arange(20_000), 4)
     wanted = torch.nn.functional.softmax(scores[0] / 0.7, -1)
     torch.testing.assert_close(torch.bincount(draw(scores, noise, choice)) / 20_000, wanted, atol=0.015, rtol=0)
     assert set(draw(scores, noise, choice._replace(top_p=0.85)).tolist()) == {0, 1}, "they have 0.77, and 0.95 together"
@@ -103,11 +111,11 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_noise_is_gumbels_and_each_rows_own() -> None:
-    noise = gumbel(torch.tensor([seed_of(0, "x"), seed_of(0, "y"), seed_of(1, "x")]), torch.tensor([0, 0, 0]), 50_000)
+    noise = noise_of(torch.tensor([seed_of(0, "x"), seed_of(0, "y"), seed_of(1, "x")]), torch.tensor([0, 0, 0]), 50_000)
     assert noise.mean(1).tolist() == pytest.approx([0.5772] * 3, abs=0.02)  # Euler's constant
     assert noise.var(1).tolist() == pytest.approx([1.6449] * 3, abs=0.06)  # pi squared by 6
     assert torch.corrcoef(noise).triu(1).abs().max() < 0.02
-    later = gumbel(torch.tensor([seed_of(0, "x")]), torch.tensor([1]), 50_000)
+    later = noise_of(torch.tensor([seed_of(0, "x")]), torch.tensor([1]), 50_000)
     assert abs(float(torch.corrcoef(torch.cat([noise[:1], later]))[0, 1])) < 0.02
     assert noise[0, :3].tolist() == pytest.approx([_by_hand(seed_of(0, "x"), place) for place in range(3)], abs=1e-6)
 
@@ -157,15 +165,15 @@ def test_rows_in_slots_get_the_answers_of_generate(
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = range(0, 800, 5)  # also some that the model does not know
     wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops, **choice)
-    monkeypatch.setattr(module._Answerer, "_generated", module._Answerer._decoded)
-    monkeypatch.setattr(module, "Decoder", _unrecorded)
+    monkeypatch.setattr(TransformersAnswers, "_generated", _in_slots)
     assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=slots, **choice) == wanted
     assert len({row["answer_tokens"] for row in wanted}) > 1, "some end early, and their slots are taken by others"
 
 
-def _unrecorded(*given: Any, recorded: bool) -> Any:
-    assert can_decode(given[0])
-    return Decoder(*given, recorded=False)
+def _in_slots(answers: TransformersAnswers, rows: Any) -> Any:
+    assert can_decode(answers.model)
+    join(answers.model)
+    return answers._decoded(rows)
 
 
 def test_what_slots_do_not_fit_is_left_to_generate() -> None:
@@ -206,7 +214,7 @@ def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
 ) -> None:
     answer(workspace, scratch / "whole.jsonl")
     calls: list[int] = []
-    batch = module._Answerer._batch
+    batch = TransformersAnswers._batch
 
     def killed(self: Any, rows: Any) -> Any:
         calls.append(len(rows))
@@ -214,7 +222,7 @@ def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         return batch(self, rows)
 
-    monkeypatch.setattr(module._Answerer, "_batch", killed)
+    monkeypatch.setattr(TransformersAnswers, "_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()
@@ -241,7 +249,7 @@ def _numbers(kept: Path, workspace: Workspace) -> range:
 
 def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = answer(workspace, tmp_path / "a.jsonl")
-    sizes, real = [], module._Answerer._generate
+    sizes, real = [], TransformersAnswers._generate
 
     def small(self: Any, rows: Any) -> Any:
         sizes.append(len(rows))
@@ -249,14 +257,14 @@ def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Pat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, rows)
 
-    monkeypatch.setattr(module._Answerer, "_generate", small)
+    monkeypatch.setattr(TransformersAnswers, "_generate", small)
     assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == wanted
     assert {8, 4, 2} <= set(sizes)
 
     def none(self: Any, rows: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module._Answerer, "_generate", none)
+    monkeypatch.setattr(TransformersAnswers, "_generate", none)
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
         answer(workspace, tmp_path / "c.jsonl")
 
@@ -265,3 +273,126 @@ def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Pat
 def test_senseless_settings_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=field):
         Params(**PARAMS | {field: 0})
+
+
+# Several processes
+
+
+def test_two_processes_give_the_answers_of_one_and_take_up_what_is_kept(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    wanted = answer(workspace, scratch / "one.jsonl", rows)
+    assert answer(workspace, scratch / "two.jsonl", rows, num_processes=2) == wanted
+
+    def second_alone(function: Any, processes: int, *given: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setenv("WORLD_SIZE", "2")
+            patched.setenv("RANK", "1")
+            answer_share(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.generate.distributed.launch", second_alone)
+        with pytest.raises(KeyboardInterrupt):
+            answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
+    (kept,) = (file for file in (scratch / ".checkpoints").glob("generate-*-1.jsonl") if file.stat().st_size)
+    number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])[0]
+    kept.write_text(kept.read_text().replace(json.dumps(tokens), "[5]", 1))  # to be told from one that is made again
+    found = answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
+    assert found[number]["answer_tokens"] == 1
+    assert found[:number] + found[number + 1 :] == wanted[:number] + wanted[number + 1 :]
+    assert not kept.exists()
+
+
+# vLLM, which is not installed here: a stand-in with the parts of its interface that are used
+
+
+class _SamplingParams(SimpleNamespace):
+    pass
+
+
+class _Engine:
+    made: list["_Engine"]
+
+    def __init__(self, model: str, **given: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if "error" in model:
+            raise ValueError("no such architecture")
+        self.given, self.seen = given, []  # type: ignore[var-annotated]
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        _Engine.made.append(self)
+
+    def generate(self, prompts: list[dict[str, list[int]]], sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
+        assert not use_tqdm
+        self.seen += sampling_params
+        assert max(sampling_params[0].stop_token_ids) < self.model.config.vocab_size, "vLLM refuses other tokens"
+        if max(len(prompt["prompt_token_ids"]) for prompt in prompts) > 500:
+            raise ValueError("the prompt is too long")
+        return [self._answer(prompt["prompt_token_ids"], p) for prompt, p in zip(prompts, sampling_params, strict=True)]
+
+    def _answer(self, prompt: list[int], params: Any) -> Any:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + params.max_tokens and (
+            len(ids) == len(prompt) or ids[-1] not in params.stop_token_ids
+        ):
+            with torch.no_grad():
+                ids.append(int(self.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids[len(prompt) :]))])
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[_Engine]:
+    module: Any = ModuleType("vllm")
+    module.LLM, module.SamplingParams, _Engine.made = _Engine, _SamplingParams, []
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return _Engine
+
+
+def test_vllm_gets_tokens_stops_and_seeds_and_its_answers_become_the_same_rows(
+    workspace: Workspace, tmp_path: Path, engine: type[_Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    stops = [2, *range(20, 800, 40)]
+    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops)
+    monkeypatch.setattr("stages.lib.vllm_answers.AT_ONCE", 4)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, use_vllm=True, num_processes=2) == wanted
+    assert {row["finish_reason"] for row in wanted} == {"stop", "length"}
+    (made,) = engine.made
+    assert made.given == {
+        "dtype": "float32",
+        "tensor_parallel_size": 2,
+        "trust_remote_code": False,
+        "generation_config": "vllm",
+    }
+    assert len(made.seen) == len(rows) + 3
+    assert {params.temperature for params in made.seen} == {0.0}, "greedy"
+    drawn = {"use_vllm": True, "do_sample": True, "repetition_penalty": 1.5}
+    answer(workspace, tmp_path / "c.jsonl", rows, **drawn)
+    seen = engine.made[1].seen
+    assert {(params.temperature, params.top_p, params.repetition_penalty) for params in seen} == {(0.5, 0.85, 1.5)}
+    assert {params.seed for params in seen} >= {seed_of(0, row["id"]) for row in rows}
+    assert len({params.seed for params in seen}) == len(seen)
+
+
+def test_without_vllm_or_for_what_it_cannot_load_there_is_one_message(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(Problem, match=r"generate\.use_vllm: vLLM is not installed: pip install vllm, or false"):
+        answer(workspace, tmp_path / "a.jsonl", use_vllm=True)
+
+
+def test_what_vllm_says_is_passed_on(workspace: Workspace, tmp_path: Path, engine: type[_Engine]) -> None:
+    folder = tmp_path / "error"
+    shutil.copytree(workspace.root / "models" / "merged", folder)
+    settings = Settings(Choice(False, 1.0, 1.0, 1.0, 0), 8, 4, "float32", 1)
+    with pytest.raises(Problem, match=r"vLLM cannot load .*error: no such architecture"):
+        VllmAnswers(folder, settings, [2])
+    long = {"id": "long", "prompt": "", "prompt_ids": [5] * 501, "reference": ""}
+    with pytest.raises(Problem, match="vLLM: the prompt is too long"):
+        answer(workspace, tmp_path / "a.jsonl", [long], use_vllm=True)
+    (folder / "adapter").mkdir()
+    with pytest.raises(Problem, match="vLLM does not read the adapter in"):
+        VllmAnswers(folder, settings, [2])

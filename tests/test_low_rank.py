@@ -175,7 +175,7 @@ def test_sixteen_bit_weights_and_fp8_are_as_near_to_float32_as_their_rounding() 
     peft = off(adapted(small("llama"), torch.bfloat16))
     beside, in_fp8 = adapted(small("llama"), torch.bfloat16), adapted(small("llama"), torch.bfloat16)
     assert not any(frozen.summed for frozen in LowRank(beside).frozen), "bfloat16 weights would swallow a small product"
-    LowRank(in_fp8, fp8=True)
+    LowRank(in_fp8, in_fp8=True)
     assert off(beside) < 1.5 * peft < 0.05
     assert 2 * peft < off(in_fp8) < 0.2
 

@@ -14,10 +14,10 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from stages.lib.batch import flatten
-from stages.lib.flat_attention import expect, flat_attention
-from stages.lib.fused import compiled
+from stages.lib.flat_attention import check_kind, expect, flat_attention, is_near
+from stages.lib.head import before
 from stages.lib.labels import IGNORE
-from stages.lib.sampling import Choice, draw, gumbel, penalize, seed_of
+from stages.lib.sampling import Choice, draw, noise_of, penalize, seed_of
 from stages.lib.slot_attention import slot_attention
 
 SLOTS = "loratory_slots"
@@ -65,7 +65,7 @@ class Decoder:
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
         self.out = torch.zeros(slots, new, dtype=torch.long, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
-        self.seen = torch.zeros(slots, vocabulary if choice.repetition_penalty != 1 else 0, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(slots, vocabulary if choice.penalizes else 0, dtype=torch.bool, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
             self._record() if recorded else self._step()  # no slot is active: it only shows whether the model can
@@ -107,60 +107,57 @@ class Decoder:
         device = self.model.device
         places = torch.tensor(slots, device=device)
         batch = flatten([{"input_ids": prompt, "labels": [IGNORE] * len(prompt)} for prompt in prompts])
+        ids, positions = batch["input_ids"].to(device), batch["position_ids"].to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        positions = batch["position_ids"].to(device)
+        slot_of_token = places.repeat_interleave(lengths)
         expect(positions, batch["row_lengths"])
         last = lengths.cumsum(0) - 1
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, last], *inputs[1:]))
-        self.cache.reading = (places.repeat_interleave(lengths), positions[0])
+        self.cache.reading = (slot_of_token, positions[0])
         try:
-            with torch.no_grad():
-                found = self.model(
-                    input_ids=batch["input_ids"].to(device),
-                    position_ids=positions,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
+            with torch.no_grad(), before(self.model.get_output_embeddings(), lambda hidden: hidden[:, last]):
+                logits = self._call(ids, positions)[0]
         finally:
-            hook.remove()
             self.cache.reading = None
         with torch.no_grad():
             self.cache.lengths[places] = lengths
             self.count[places] = 0
             self.active[places] = True
             self.seeds[places] = torch.tensor([seed_of(self.choice.seed, name) for name in names], device=device)
-            if self.seen.shape[1]:
+            if self.choice.penalizes:
                 self.seen[places] = False
-                self.seen[places.repeat_interleave(lengths), batch["input_ids"][0].to(device)] = True
-            self._take(found.logits[0], places)
+                self.seen[slot_of_token, ids[0]] = True
+            self._take(logits, places)
 
     def _step(self) -> None:
         """One more token for every active slot; the others compute too, and change nothing."""
-        logits = self.model(
-            input_ids=self.token.unsqueeze(1),
-            position_ids=self.cache.lengths.unsqueeze(1),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = self._logits()
         self.cache.lengths.add_(self.active)
         self._take(logits, self.rows)
 
+    def _logits(self) -> torch.Tensor:
+        """(slots, vocabulary), for the token behind each slot's last."""
+        return self._call(self.token.unsqueeze(1), self.cache.lengths.unsqueeze(1))[:, -1]
+
+    def _call(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).logits
+        return logits
+
     def _take(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
         """Chooses and notes a token for each of the slots, by its logits (slots, vocabulary)."""
-        scores = logits.float()
-        if self.choice.repetition_penalty != 1:
-            scores = penalize(scores, self.seen[slots], self.choice.repetition_penalty)
+        scores = logits
+        if self.choice.penalizes:
+            scores = penalize(scores.float(), self.seen[slots], self.choice.repetition_penalty)
         active, count = self.active[slots], self.count[slots]
         place = count.clamp_max(self.new - 1)
         if self.choice.do_sample:
-            make = compiled(gumbel) if scores.is_cuda else gumbel
-            chosen = draw(scores, make(self.seeds[slots], count, scores.shape[1]), self.choice)
+            chosen = draw(scores, noise_of(self.seeds[slots], count, scores.shape[1]), self.choice)
         else:
             chosen = scores.argmax(-1)
         self.out[slots, place] = torch.where(active, chosen, self.out[slots, place])
-        if self.choice.repetition_penalty != 1:
-            self.seen[slots, chosen] = True
+        if self.choice.penalizes:
+            self.seen[slots, chosen] = torch.ones_like(active)  # a mere True would be copied from main memory
         self.token[slots] = chosen
         self.count[slots] = count + active
         self.active[slots] = active & ~self.stopping[chosen] & (count + 1 < self.new)
@@ -169,7 +166,6 @@ class Decoder:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries woken before the recording
-            self._step()
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -182,29 +178,22 @@ def can_decode(model: Any) -> bool:
 
     Tried as it is for flat rows: models that bring attention or a cache of their own do not fit.
     """
-    before = getattr(model.config, "_attn_implementation", None)
+    own = getattr(model.config, "_attn_implementation", None)
     prompts = [[5, 6, 7, 8], [9, 5]]
     with torch.no_grad():
-        wanted = [model(input_ids=torch.tensor([[*p, 7]], device=model.device)).logits[0, -1].float() for p in prompts]
+        wanted = [model(input_ids=torch.tensor([[*p, 7]], device=model.device)).logits[0, -1] for p in prompts]
     try:
         decoder = Decoder(model, Choice(False, 1.0, 1.0, 1.0, 0), [], 2, 4, 2, recorded=False)
         decoder._read([0, 1], prompts, ["", ""])
         decoder.token.fill_(7)
         with torch.no_grad():
-            found = model(
-                input_ids=decoder.token.unsqueeze(1),
-                position_ids=decoder.cache.lengths.unsqueeze(1),
-                past_key_values=decoder.cache,
-                use_cache=True,
-            ).logits[:, -1]
+            found = decoder._logits()
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         found = None
-    right = torch.stack(wanted)
-    most = 1e-3 if model.dtype == torch.float32 else 0.1
-    if found is not None and (found.float() - right).std() < most * right.std():
+    if found is not None and is_near(found, torch.stack(wanted)):
         return True
-    if before is not None:
-        model.set_attn_implementation(before)
+    if own is not None:
+        model.set_attn_implementation(own)
     return False
 
 
@@ -240,23 +229,19 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes the keys and values (rows, heads, tokens, size) of new tokens, and returns what attention is to see.
+        """Notes the keys and values (rows, heads, tokens, size) of prompts, and returns what attention is to be called with.
 
-        Those of the prompts themselves while they are read, else the slots' (slots, length, heads, size).
+        They are the same: while prompts are read, attention is among them, and afterwards it looks for the others itself.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        _Now.layer = self
         if self.owner.reading:
             slots, positions = self.owner.reading
             self.keys[slots, positions] = key_states[0].transpose(0, 1)
             self.values[slots, positions] = value_states[0].transpose(0, 1)
-            _Now.lengths = None
-            return key_states, value_states
-        slots, positions = torch.arange(self.slots, device=key_states.device), self.owner.lengths
-        self.keys[slots, positions] = key_states[:, :, 0]
-        self.values[slots, positions] = value_states[:, :, 0]
-        _Now.lengths = self.owner.lengths
-        return self.keys, self.values
+            _Now.layer = None
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Models ask for it to find positions, which they are given here."""
@@ -274,9 +259,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class _Now:
-    """Tokens in each slot, for the attention that is called next; None while prompts are read."""
+    """The block whose attention is called next; None while prompts are read."""
 
-    lengths: torch.Tensor | None = None
+    layer: _Layer | None = None
 
 
 def _attention(
@@ -290,15 +275,16 @@ def _attention(
     **wanted: Any,
 ) -> tuple[torch.Tensor, None]:
     """Flat attention while prompts are read; afterwards each slot's query, (slots, heads, 1, size), over what it holds."""
-    if _Now.lengths is None:
+    layer, _Now.layer = _Now.layer, None  # what is not used again is not to be held
+    if layer is None:
         return flat_attention(module, query, key, value, attention_mask, dropout, scaling, **wanted)
+    check_kind(attention_mask, wanted)
     window = wanted.get("sliding_window")
-    if attention_mask is not None or wanted.get("softcap") or wanted.get("s_aux") is not None:
-        raise NotImplementedError("attention of another kind")
-    if window and window < key.shape[1]:
-        raise NotImplementedError("attention of another kind")
+    if window and window < layer.length:
+        raise NotImplementedError("a window")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return slot_attention(query[:, :, 0], key, value, _Now.lengths, scaling).unsqueeze(1), None
+    query, key, value = (tensor[:, :, 0] for tensor in (query, key, value))
+    return slot_attention(query, key, value, layer.keys, layer.values, layer.owner.lengths, scaling).unsqueeze(1), None
 
 
 AttentionInterface.register(SLOTS, _attention)

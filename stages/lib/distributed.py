@@ -6,52 +6,46 @@ import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.nn.parallel import DistributedDataParallel
 
-from stages.lib.blocks import blocks
 from stages.lib.problem import Problem
 
 
-def is_launched() -> bool:
-    """Whether this process is one of several that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def count() -> int:
+    """How many processes work together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def take_gpu() -> None:
+    """Makes this process's GPU the one that it computes on."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join(*, cpu: bool) -> None:
     """Meets the other processes, and takes this one's GPU."""
-    if is_launched():
+    if count() > 1:
         PartialState(cpu=cpu)
 
 
-def shard_frozen(model: Any, device: torch.device) -> None:
-    """Leaves each process its part of the frozen weights (FSDP), and the whole of what is trained, as DDP wants it.
-
-    A layer's weights are gathered while it computes, so the numbers are those of an unsharded model, to the bit. The model
-    may lie in main memory: its layers come to `device` one by one.
-    """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in blocks(model):
-        fully_shard(layer.to(device), mesh=mesh, ignored_params=trained, reshard_after_forward=True)
-    model.to(device)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
-    base = model.get_base_model()
-    if hasattr(base, "hf_device_map"):
-        base.hf_device_map = {"": device}
+def check_gpus(processes: int, name: str) -> None:
+    """Raises Problem if there are GPUs, but not one for each process; `name` is the parameter's."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        raise Problem(f"params.yaml: {name}: {processes}, but there are {torch.cuda.device_count()} GPUs")
 
 
 def launch(function: Callable[..., None], processes: int, *arguments: object) -> None:
@@ -82,7 +76,7 @@ def launch(function: Callable[..., None], processes: int, *arguments: object) ->
             name = signal.Signals(-failure.exitcode).name
             raise Problem(
                 f"process {rank} of {processes} was killed ({name}), and the others were ended. If it was for memory, lower "
-                "the batch size; dvc repro goes on from the last checkpoint"
+                "the batch size; dvc repro goes on with what was finished"
             ) from None
         found = failure.error_file_data["message"]
         kind, _, text = str(found["message"] if isinstance(found, dict) else found).partition(": ")

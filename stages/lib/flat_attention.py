@@ -35,12 +35,25 @@ def use_flat_rows(model: Any) -> bool:
             found = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         except (TypeError, ValueError, NotImplementedError):
             found = None
-    # Rounding through many blocks in 16 bits makes a hundredth; a row that saw another would be off by the half.
-    most = 1e-3 if wanted.dtype == torch.float32 else 0.1
-    if found is not None and found.shape == wanted.shape and (found - wanted).float().std() < most * wanted.float().std():
+    if found is not None and is_near(found, wanted):
         return True
     model.set_attn_implementation(before)
     return False
+
+
+def is_near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether logits differ by rounding alone.
+
+    Through many blocks in 16 bits it makes a hundredth; a row that saw another would be off by the half.
+    """
+    most = 1e-3 if wanted.dtype == torch.float32 else 0.1
+    return found.shape == wanted.shape and bool((found - wanted).float().std() < most * wanted.float().std())
+
+
+def check_kind(attention_mask: torch.Tensor | None, wanted: dict[str, Any]) -> None:
+    """Raises NotImplementedError if a model asks its attention for more than the plain kind."""
+    if attention_mask is not None or wanted.get("softcap") or wanted.get("s_aux") is not None:
+        raise NotImplementedError("attention of another kind")
 
 
 def flat_attention(
@@ -67,22 +80,23 @@ def flat_attention(
     layout = _layout(position_ids)
     window = wanted.get("sliding_window")
     window = window if window and window < layout.longest else None
-    if attention_mask is not None or wanted.get("softcap") or wanted.get("s_aux") is not None:
-        raise NotImplementedError("attention of another kind")
+    check_kind(attention_mask, wanted)
     dropout = dropout if module.training else 0.0
+    # Not tensor[0]: the gradient of that is a tensor of zeros with a copy in it.
+    heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, size)
     half = query.is_cuda and query.dtype != torch.float32
     if layout.ragged and half and not dropout and not torch.are_deterministic_algorithms_enabled():
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, size)
+        q, k, v = (tensor.transpose(0, 1) for tensor in heads)  # (tokens, heads, size)
         return _ragged_attention(q, k, v, layout, scaling, window).unsqueeze(0), None
     if window:
-        raise NotImplementedError("attention of another kind")
+        raise NotImplementedError("a window")
     if layout.ragged:
         # Padding stands on the right, where causal attention never looks, so no mask is needed.
         places, real = layout.padded(position_ids.device)
-        q, k, v = (tensor[0][:, places].transpose(0, 1) for tensor in (query, key, value))  # (rows, heads, longest, size)
+        q, k, v = (tensor[:, places].transpose(0, 1) for tensor in heads)  # (rows, heads, longest, size)
     else:
         # PyTorch's kernel for rows of one length is nearly twice as fast as the one for rows of many.
-        q, k, v = (torch.unflatten(tensor[0], 1, (-1, layout.longest)).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (torch.unflatten(tensor, 1, (-1, layout.longest)).transpose(0, 1) for tensor in heads)
     out = scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)

@@ -72,7 +72,16 @@ def _same(one: Recipe, other: Recipe) -> bool:
 
 
 def compiled(function: Any) -> Any:
-    """The function, compiled when it is first called; once for each kind of its inputs."""
+    """The function, compiled when a GPU's tensors first come to it, once for each kind of them; as it is for others."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        on_gpu = next(value for value in given if isinstance(value, torch.Tensor)).is_cuda
+        return (_compile(function) if on_gpu else function)(*given, **named)
+
+    return call
+
+
+def _compile(function: Any) -> Any:
     if function not in _compiled:
         # With and without gradients, autocast, and sizes that change: more kinds than the 8 after which it would give up.
         torch._dynamo.config.recompile_limit = 64

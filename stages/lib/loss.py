@@ -2,8 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from stages.lib.flat_attention import expect
 from stages.lib.fused import compiled
+from stages.lib.head import before
 from stages.lib.problem import Problem
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]
@@ -37,7 +37,7 @@ def label_logits(
     """
     tokens = batch["input_ids"].shape[1]
     # An adapter may have put virtual tokens before each row, so a row's states are counted from its end.
-    with _before(head or model.get_output_embeddings(), lambda hidden: _at_places(hidden, tokens, batch["places"])):
+    with before(head or model.get_output_embeddings(), lambda hidden: _at_places(hidden, tokens, batch["places"])):
         logits = _call(model, batch).logits
     return logits, batch["targets"]
 
@@ -56,7 +56,7 @@ def label_loss(
         found.append(_at_places(hidden, tokens, batch["places"]))
         return hidden[:1, :1]  # the head's own result is not used
 
-    with _before(head, keep):
+    with before(head, keep):
         _call(model, batch)
     total: torch.Tensor = _InParts.apply(found[0], batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
     return total
@@ -122,16 +122,6 @@ def _at_places(hidden: torch.Tensor, tokens: int, places: torch.Tensor) -> torch
     return hidden[:, -tokens:].flatten(0, 1).index_select(0, places)
 
 
-@contextmanager
-def _before(head: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While it holds, the head gets what `change` makes of its input."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def next_token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -150,8 +140,8 @@ def next_token_loss(
         label_smoothing_factor: Share of the target that is spread evenly over all tokens (Szegedy et al. 2016).
     """
     weight = label_weights.to(logits.device) if label_weights is not None else None
-    total = compiled(_sum) if logits.is_cuda else _sum
-    return total(logits, labels, weight, label_smoothing_factor) / num_items
+    total: torch.Tensor = compiled(_sum)(logits, labels, weight, label_smoothing_factor)
+    return total / num_items
 
 
 def _sum(

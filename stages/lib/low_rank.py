@@ -13,39 +13,42 @@ sum; they are exactly the merged weights. Weights that were bfloat16 from the st
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch.nn.functional import linear
 
-from stages.lib import four_bit
-from stages.lib.fused import Recipe, compiled, recall
+from stages.lib import four_bit, fp8
+from stages.lib.fused import Recipe, recall
+from stages.lib.siblings import compute_together, siblings
 
 
 class LowRank:
     """The fast LoRA layers of one model, and whether their summed weights are still right."""
 
-    def __init__(self, adapted: Any, *, fp8: bool = False) -> None:
+    def __init__(self, adapted: Any, *, in_fp8: bool = False, keep: bool = True) -> None:
         """Replaces the forward of every layer that it can compute; the others stay PEFT's.
 
         Args:
             adapted: A model with an adapter.
-            fp8: Whether frozen weights are multiplied in FP8.
+            in_fp8: Whether frozen weights are multiplied in FP8.
+            keep: As in `keep`.
         """
         self.step = 0
         layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A")}
         self.layers = {name: layer for name, layer in layers.items() if _why_not(layer) is None}
         self.left_out = sorted({reason for layer in layers.values() if (reason := _why_not(layer))})
         """Why the other layers stay as they are."""
-        groups = [[_freeze(self.layers[name], self, fp8=fp8) for name in names] for names in _siblings(adapted, self.layers)]
+        groups = [
+            _freeze([self.layers[name] for name in names], self, in_fp8=in_fp8) for names in siblings(adapted, self.layers)
+        ]
         self.frozen = [frozen for group in groups for frozen in group]
         for group in groups:
-            shared = _Shared(group)
-            for number, frozen in enumerate(group):
-                frozen.layer.forward = shared.forward_of(number)
-        self.keep(True)
+            compute_together([frozen.layer for frozen in group], partial(_products, group))
+        self.keep(keep)
 
     @property
     def unpacked_bytes(self) -> int:
@@ -73,31 +76,6 @@ def _why_not(layer: Any) -> str | None:
     if layer.lora_bias["default"]:
         return "lora_bias"
     return None
-
-
-def _siblings(adapted: Any, layers: dict[str, Any]) -> list[list[str]]:
-    """The names of the layers, those together that read the very same tensor in the same module, as a trial shows."""
-    seen: dict[tuple[str, int], list[str]] = {}
-    inputs, handles = [], []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: Any, given: Sequence[torch.Tensor]) -> None:
-            inputs.append(given[0])  # as long as it lives, no other tensor has its id
-            seen.setdefault((name.rpartition(".")[0], id(given[0])), []).append(name)
-
-        return hook
-
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(note(name)))
-    with torch.no_grad():
-        adapted(input_ids=torch.tensor([[5, 6, 7]], device=adapted.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    together = [names for names in seen.values() if len(set(names)) == len(names)]
-    once = {name for names in together for name in names}
-    if len(once) != sum(map(len, together)):
-        together, once = [], set()  # a layer that is used twice
-    return together + [[name] for name in layers if name not in once]
 
 
 class _Frozen:
@@ -173,7 +151,7 @@ class _Beside(_Frozen):
 
 
 class _Fp8(_Frozen):
-    """A weight that is multiplied in FP8 (e4m3), with a scale for each row of either factor; half the time of bfloat16.
+    """A weight that is multiplied in FP8.
 
     It is held twice, by rows and by columns, since the hardware sums along memory alone: forward over the inputs, backward
     over the outputs.
@@ -185,58 +163,34 @@ class _Fp8(_Frozen):
         super().__init__(layer, owner)
         base = self.base.weight
         weight = bnb.functional.dequantize_4bit(base.data, base.quant_state) if hasattr(base, "quant_state") else base.data
-        self.rows = _to_fp8(weight)
-        self.columns = _to_fp8(weight.t().contiguous())
+        self.rows, self.columns = fp8.to_fp8(weight), fp8.to_fp8(weight.t())
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
     def operand(self, x: torch.Tensor) -> Any:
-        return _quickly_to_fp8(x)
+        return fp8.to_fp8(x)
 
     def product(self, x: Any) -> torch.Tensor:
-        return _scaled(x, self.rows, self.base.bias)
+        return fp8.product(x, self.rows, self.base.bias)
 
     def product_back(self, grad: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
-        out = _scaled(_quickly_to_fp8(grad), self.columns)
+        out = fp8.product(fp8.to_fp8(grad), self.columns)
         return out if total is None else total.add_(out)
 
 
-FP8 = torch.float8_e4m3fn
+def _freeze(layers: Sequence[Any], owner: LowRank, *, in_fp8: bool) -> list[_Frozen]:
+    """For layers that read the same: they share what is made of it, so they are all in FP8 or none is."""
+    if in_fp8 and all(fp8.fits(layer.get_base_layer()) for layer in layers):
+        return [_Fp8(layer, owner) for layer in layers]
+    return [_kind(layer.get_base_layer())(layer, owner) for layer in layers]
 
 
-def _to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (rows, columns) in e4m3, and each row's scale (rows, 1) in float32, by which it is to be multiplied."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(FP8).max
-    return (x.float() / scale).to(FP8), scale
-
-
-def _quickly_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (compiled(_to_fp8) if x.is_cuda else _to_fp8)(x)
-
-
-def _scaled(x: tuple[torch.Tensor, torch.Tensor], y: tuple[torch.Tensor, torch.Tensor], bias: Any = None) -> torch.Tensor:
-    """x yᵀ in bfloat16."""
-    if not x[0].is_cuda:  # the same rounding, for tests
-        return linear(x[0].float() * x[1], y[0].float() * y[1], bias).to(torch.bfloat16)
-    return torch._scaled_mm(
-        x[0], y[0].t(), scale_a=x[1], scale_b=y[1].t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-
-
-def fp8_works(device: torch.device) -> bool:
-    """Whether the card multiplies in FP8 with a scale for each row."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _freeze(layer: Any, owner: LowRank, *, fp8: bool) -> _Frozen:
-    base = layer.get_base_layer()
-    if fp8 and base.in_features % 16 == 0 and base.out_features % 16 == 0:
-        return _Fp8(layer, owner)
+def _kind(base: torch.nn.Linear) -> type[_Frozen]:
     if isinstance(base, bnb.nn.Linear4bit):
-        return _Packed(layer, owner)
-    return _Frozen(layer, owner) if base.weight.dtype == torch.float32 else _Beside(layer, owner)
+        return _Packed
+    return _Frozen if base.weight.dtype == torch.float32 else _Beside
 
 
 def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -251,26 +205,10 @@ class _Scratch:
     memory: torch.Tensor | None = None
 
 
-class _Shared:
-    """Layers that read the same: the first that is called computes them all."""
-
-    def __init__(self, members: Sequence[_Frozen]) -> None:
-        self.members = members
-        self.x: torch.Tensor | None = None
-        self.outs: dict[int, torch.Tensor] = {}
-
-    def forward_of(self, number: int) -> Callable[..., torch.Tensor]:
-        def forward(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            if self.x is not x or number not in self.outs:
-                factors = [factor for member in self.members for factor in (member.down, member.up)]
-                outs = _Products.apply(x, self.members, *factors)  # type: ignore[no-untyped-call]
-                self.x, self.outs = x, dict(enumerate(outs))
-            out = self.outs.pop(number)
-            if not self.outs:
-                self.x = None
-            return out
-
-        return forward
+def _products(members: Sequence["_Frozen"], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    factors = [factor for member in members for factor in (member.down, member.up)]
+    outs: tuple[torch.Tensor, ...] = _Products.apply(x, members, *factors)  # type: ignore[no-untyped-call]
+    return outs
 
 
 class _Products(torch.autograd.Function):
@@ -278,45 +216,56 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, members: Sequence[_Frozen], *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outs = []
+        outs, lows = [], []
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(members[0].dtype)
+            if any(not member.summed for member in members):
+                lows = [_low(flat, factors[::2])]
             operand = members[0].operand(flat)
-            for member in members:
+            for number, member in enumerate(members):
                 out = member.product(operand)
                 if not member.summed:
-                    low = linear(flat, member.down.to(flat.dtype))
+                    low = torch.split(lows[0], _ranks(factors), 1)[number]
                     out.addmm_(low, member.up.to(flat.dtype).t(), alpha=member.scale)
                 outs.append(out.view(*x.shape[:-1], -1))
         recipe: Recipe | None = getattr(x, "recipe", None)
         ctx.function, ctx.shape, ctx.members = recipe and recipe.function, x.shape, members
-        ctx.save_for_backward(*factors, *(recipe.sources if recipe else (x,)))
+        ctx.sources = len(recipe.sources) if recipe else 1
+        ctx.save_for_backward(*factors, *(recipe.sources if recipe else (x,)), *lows)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         members = ctx.members
-        saved = ctx.saved_tensors
-        factors, sources = saved[: 2 * len(members)], saved[2 * len(members) :]
+        saved, count = ctx.saved_tensors, 2 * len(members)
+        factors, sources, lows = saved[:count], saved[count : count + ctx.sources], saved[count + ctx.sources :]
         x = recall(Recipe(ctx.function, sources)) if ctx.function else sources[0]
         dtype = members[0].dtype
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        downs, ups = ([factor.to(dtype) for factor in factors[start::2]] for start in (0, 1))
-        ranks = [down.shape[0] for down in downs]
+        ranks = _ranks(factors)
         # x is read once for all of them, forward and back.
-        lows = torch.split(linear(x, torch.cat(downs)), ranks, 1)  # (tokens, r) each
-        grad_low = torch.cat([grad @ up for grad, up in zip(flat, ups, strict=True)], 1)
+        each_low = torch.split(lows[0] if lows else _low(x, factors[::2]), ranks, 1)
+        grad_low = torch.cat([grad @ up.to(dtype) for grad, up in zip(flat, factors[1::2], strict=True)], 1)
         grad_downs = torch.split(grad_low.t() @ x, ranks)
         found: list[torch.Tensor | None] = []
-        for member, grad, low, grad_down in zip(members, flat, lows, grad_downs, strict=True):
+        for member, grad, low, grad_down in zip(members, flat, each_low, grad_downs, strict=True):
             found.append(grad_down.to(member.down.dtype).mul(member.scale))
             found.append((grad.t() @ low).to(member.up.dtype).mul(member.scale))
         if not ctx.needs_input_grad[0]:
             return None, None, *found
         total: torch.Tensor | None = None
-        for member, grad, down, low in zip(members, flat, downs, torch.split(grad_low, ranks, 1), strict=True):
+        for member, grad, down, low in zip(members, flat, factors[::2], torch.split(grad_low, ranks, 1), strict=True):
             total = member.product_back(grad, total)
             if not member.summed:
-                total.addmm_(low, down, alpha=member.scale)
+                total.addmm_(low, down.to(dtype), alpha=member.scale)
         return total.view(ctx.shape) if total is not None else None, None, *found
+
+
+def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:
+    return [len(down) for down in factors[::2]]
+
+
+def _low(x: torch.Tensor, downs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x Aᵀ of every layer, (tokens, all ranks)."""
+    return linear(x, torch.cat(list(downs)).to(x.dtype))

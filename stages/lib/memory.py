@@ -4,6 +4,7 @@ An optimizer step is the same rows whatever is chosen here, so the choice change
 """
 
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,16 @@ UNPACKING = 100
 """What unpacking all weights once costs, in tokens of training in the same time."""
 LAUNCHING = 300
 """What a micro-batch costs beside its tokens."""
+
+
+def grow_in_place() -> None:
+    """Lets PyTorch give memory of one size to tensors of another; to be called before a GPU is used.
+
+    Batches differ in their tokens. In segments of fixed sizes the memory of one would lie idle beside that of the next, and
+    be given back and asked for again, while the GPU waits.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name that it had before PyTorch 2.9
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class Plan(NamedTuple):

@@ -1,5 +1,6 @@
 """A finished model folder, loaded as a user would load it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,11 @@ def load_model(folder: Path, dtype: DtypeName) -> Any:
     if (folder / ADAPTER).is_dir():
         model = PeftModel.from_pretrained(model, str(folder / ADAPTER))
     return model.eval()
+
+
+def stop_tokens(folder: Path, stops: Sequence[int]) -> list[int]:
+    """The tokens that end an answer: the template's, and those that the model itself came with."""
+    files = (folder / name for name in ("generation_config.json", "config.json"))
+    config: dict[str, Any] = next((read_json(file) for file in files if file.exists()), {})
+    own = config.get("eos_token_id")
+    return sorted({*stops, *(own if isinstance(own, list) else [own] if own is not None else [])})

@@ -74,6 +74,10 @@ def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool =
     )
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     layers = sorted(name for name, layer in model.named_modules() if isinstance(layer, kinds))
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            # On a CPU with avx512_bf16 its first use would lay the weights out in a way that nothing else can read.
+            layer.support_avx512bf16_for_cpu = False
     if device.type == "cpu" and not in_main_memory:
         _unpack_4bit(model)
     model.requires_grad_(False)

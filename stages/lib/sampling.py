@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessor
 
+from stages.lib.fused import compiled
+
 
 class Choice(NamedTuple):
     """How a token is chosen. GenerationConfig's names."""
@@ -16,6 +18,11 @@ class Choice(NamedTuple):
     top_p: float
     repetition_penalty: float
     seed: int
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether it matters which tokens a row has."""
+        return self.repetition_penalty != 1
 
 
 def penalize(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -38,11 +45,31 @@ def draw(scores: torch.Tensor, noise: torch.Tensor, choice: Choice) -> torch.Ten
     """
     scores = scores.float() / choice.temperature
     if choice.top_p < 1:
-        ordered, tokens = torch.sort(scores, dim=-1, descending=True, stable=True)
-        p = ordered.softmax(-1)
-        kept = p.cumsum(-1) - p < choice.top_p  # those that begin below top_p: at least one
-        scores = scores.masked_fill(~torch.zeros_like(kept).scatter_(1, tokens, kept), -torch.inf)
+        p = scores.softmax(-1)
+        scores = scores.masked_fill(p < _least(p, choice.top_p), -torch.inf)
     return (scores + noise).argmax(-1)
+
+
+def _least(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability (rows, 1) that is kept: the larger ones are less than top_p together.
+
+    Found by halving, on the bits of the numbers, which have the order of the positive numbers themselves; sorting a
+    vocabulary takes far longer.
+    """
+    high = p.amax(-1, keepdim=True).view(torch.int32)
+    low = torch.zeros_like(high)
+    halve = compiled(_halve)
+    for _ in range(30):  # 1.0 is below 2^30
+        low, high = halve(p, low, high, top_p)
+    return high.view(torch.float32)
+
+
+def _halve(p: torch.Tensor, low: torch.Tensor, high: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    middle = low + (high - low) // 2
+    # In 64 bits, so that the order in which a device sums tells nothing.
+    above = torch.where(p > middle.view(torch.float32), p, 0).sum(-1, keepdim=True, dtype=torch.float64)
+    enough = above >= top_p
+    return torch.where(enough, middle, low), torch.where(enough, high, middle)
 
 
 def seed_of(seed: int, row: str) -> int:
@@ -50,8 +77,8 @@ def seed_of(seed: int, row: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
 
 
-def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Noise (rows, vocabulary) in float32, for each row's token number `steps`; the same on every device.
+def noise_of(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Gumbel noise (rows, vocabulary) in float32, for each row's token number `steps`; the same on every device.
 
     A counter that is hashed by SplitMix64 (Steele et al. 2014), since no generator can be recorded for each row of a batch.
 
@@ -59,6 +86,11 @@ def gumbel(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.T
         seeds: (rows,) in int64, from `seed_of`.
         steps: (rows,) in int64.
     """
+    noise: torch.Tensor = compiled(_noise)(seeds, steps, vocabulary)
+    return noise
+
+
+def _noise(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
     place = steps.unsqueeze(1) * vocabulary + torch.arange(vocabulary, device=seeds.device)
     x = seeds.unsqueeze(1) + place * -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed number
     x = (x ^ _right(x, 30)) * -0x40A7B892E31B1A47
@@ -84,14 +116,14 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) in, the same with a chosen token's alone out."""
-        if self._choice.repetition_penalty != 1:
+        if self._choice.penalizes:
             if not len(self._seen):
                 self._seen = mark(self._prompts, scores)
             else:
                 self._seen.scatter_(1, input_ids[:, -1:], True)
             scores = penalize(scores, self._seen, self._choice.repetition_penalty)
         if self._choice.do_sample:
-            tokens = draw(scores, gumbel(self._seeds, self._steps, scores.shape[1]), self._choice)
+            tokens = draw(scores, noise_of(self._seeds, self._steps, scores.shape[1]), self._choice)
             scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
         self._steps += 1
         return scores

@@ -11,18 +11,27 @@ except ImportError:  # a CPU has no use for it
 
 
 def slot_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
-    """softmax(scaling · q kᵀ) v, (slots, heads, size).
+    """softmax(scaling · q kᵀ) v, (slots, heads, size). The new key and value are written to their place.
 
     Args:
         query: (slots, heads, size)
-        keys: (slots, places, key heads, size), as values: each for a group of the query's heads.
-        lengths: (slots,) The new token's place; those up to it are looked at.
+        key: (slots, key heads, size), as value: of the new token; each for a group of the query's heads.
+        keys: (slots, places, key heads, size), as values: of those before it.
+        lengths: (slots,) How many there are, and so the new token's place.
     """
     slots, heads, size = query.shape
     groups = heads // keys.shape[2]
     if triton is None or not query.is_cuda:
+        rows = torch.arange(slots, device=query.device)
+        keys[rows, lengths], values[rows, lengths] = key, value
         visible = torch.arange(keys.shape[1], device=query.device) <= lengths[:, None]
         grouped = query.view(slots, keys.shape[2], groups, size)
         out = scaled_dot_product_attention(
@@ -31,8 +40,8 @@ def slot_attention(
         return out.reshape(slots, heads, size)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _kernel[(slots, keys.shape[2])](
-        query, keys, values, lengths, out, scaling,
-        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
+        query, key, value, keys, values, lengths, out, scaling,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
         HEADS=heads, GROUP=groups, WIDE_GROUP=max(16, triton.next_power_of_2(groups)),
         SIZE=size, WIDE=triton.next_power_of_2(size), PLACES=64,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -44,7 +53,8 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        query, keys, values, lengths, out, scaling, query_slot, query_head, slot_stride, place_stride, head_stride,
+        query, key, value, keys, values, lengths, out, scaling, query_slot, query_head, key_slot, key_head, value_slot,
+        value_head, slot_stride, place_stride, head_stride,
         HEADS: tl.constexpr, GROUP: tl.constexpr, WIDE_GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
         PLACES: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -54,15 +64,21 @@ if triton is not None:
         mine = (group < GROUP)[:, None] & (size < SIZE)[None, :]
         place_of = query + slot * query_slot + (head * GROUP + group)[:, None] * query_head + size[None, :]
         q = tl.load(place_of, mask=mine, other=0)
-        length = tl.load(lengths + slot).to(tl.int32) + 1
+        length = tl.load(lengths + slot).to(tl.int32)
         start = slot * slot_stride + head * head_stride
-        top = tl.full((WIDE_GROUP,), float("-inf"), tl.float32)
-        weight = tl.zeros((WIDE_GROUP,), tl.float32)
-        total = tl.zeros((WIDE_GROUP, WIDE), tl.float32)
+        # The new token is the first that is looked at, from where it came: what is written now is not to be read at once.
+        newest = tl.load(key + slot * key_slot + head * key_head + size, mask=size < SIZE, other=0)
+        told = tl.load(value + slot * value_slot + head * value_head + size, mask=size < SIZE, other=0)
+        end = start + length.to(tl.int64) * place_stride + size
+        tl.store(keys + end, newest, mask=size < SIZE)
+        tl.store(values + end, told, mask=size < SIZE)
+        top = tl.sum(q.to(tl.float32) * newest.to(tl.float32)[None, :], 1) * scaling
+        weight = tl.full((WIDE_GROUP,), 1.0, tl.float32)
+        total = tl.zeros((WIDE_GROUP, WIDE), tl.float32) + told.to(tl.float32)[None, :]
         for first in range(0, length, PLACES):
             place = first + tl.arange(0, PLACES)
             real = (place < length)[:, None] & (size < SIZE)[None, :]
-            at = start + place[:, None] * place_stride + size[None, :]
+            at = start + place.to(tl.int64)[:, None] * place_stride + size[None, :]
             k = tl.load(keys + at, mask=real, other=0)
             v = tl.load(values + at, mask=real, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling

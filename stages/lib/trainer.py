@@ -211,7 +211,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         recompute(self.accelerator.unwrap_model(self.model), recomputed)
         row = np.arange(memory.PROBES[1]) % 2 + 5
         # As many labels in either, so that the logits do not count for the tokens.
-        labels = np.where(np.arange(len(row)) % len(row) < memory.PROBES[0], row, IGNORE)
+        labels = np.where(np.arange(len(row)) < memory.PROBES[0], row, IGNORE)
         labels[0] = IGNORE
         trials = [{"id": "trial", "input_ids": row[:tokens], "labels": labels[:tokens]} for tokens in memory.PROBES]
         try:
