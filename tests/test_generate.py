@@ -15,7 +15,7 @@ import torch
 
 from stages.generate import TUTORIAL, Params, answer_share, generate
 from stages.lib.answering import Settings
-from stages.lib.decode import can_decode
+from stages.lib.decode import Decoder, can_decode
 from stages.lib.problem import Problem
 from stages.lib.sampling import Choice, RowSampler, draw, noise_of, seed_of
 from stages.lib.siblings import join
@@ -273,6 +273,30 @@ def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Pat
 def test_senseless_settings_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=field):
         Params(**PARAMS | {field: 0})
+
+
+def test_rows_that_do_not_fit_into_slots_get_fewer_of_them(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    stops = [2, *range(20, 800, 40)]
+    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops)
+    most, read, seen = 3, Decoder._read, []
+
+    def small(self: Any, slots: Any, prompts: Any, names: Any) -> None:
+        if len(self.rows) > most and len(seen) >= 2 and names[0]:  # some rows are answered before; the trial's have no name
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append((len(self.rows), names[0]))
+        read(self, slots, prompts, names)
+
+    monkeypatch.setattr(TransformersAnswers, "_generated", _in_slots)
+    monkeypatch.setattr(Decoder, "_read", small)
+    monkeypatch.setattr("stages.lib.decode.PROMPT_TOKENS", 60)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=8) == wanted
+    assert {slots for slots, name in seen if name} == {8, 2}
+    most = 0
+    with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
+        answer(workspace, tmp_path / "c.jsonl", rows, stops, batch_size=8)
 
 
 # Several processes

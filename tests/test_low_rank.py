@@ -180,6 +180,29 @@ def test_sixteen_bit_weights_and_fp8_are_as_near_to_float32_as_their_rounding() 
     assert 2 * peft < off(in_fp8) < 0.2
 
 
+def test_fp8_is_for_training_alone_and_for_all_or_none_that_read_the_same() -> None:
+    batch = pad(ROWS)
+
+    def validated(model: Any) -> float:
+        with torch.no_grad():
+            return next_token_loss(*label_logits(model, batch), LABELS).item()
+
+    plain, in_fp8, odd = (adapted(small("llama"), torch.bfloat16) for _ in range(3))
+    LowRank(plain)
+    kinds = {type(frozen).__name__ for frozen in LowRank(in_fp8, in_fp8=True).frozen}
+    assert kinds == {"_Fp8"}
+    assert validated(in_fp8) == validated(plain), "validation measures the model that merge makes"
+    assert losses_and_gradients(in_fp8, batch)[0] != validated(in_fp8)
+
+    for layer in odd.get_base_model().model.layers:
+        layer.self_attn.v_proj.base_layer.in_features = 60  # what the hardware does not take
+    frozen = LowRank(odd, in_fp8=True).frozen
+    for layer in odd.get_base_model().model.layers:
+        kinds = {type(f).__name__ for f in frozen if f.layer in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
+        assert kinds == {"_Beside"}
+        assert {type(f).__name__ for f in frozen if f.layer is layer.mlp.down_proj} == {"_Fp8"}
+
+
 def test_4_bit_weights_are_summed_in_float32_and_rounded_once() -> None:
     layer = bnb.nn.Linear4bit(128, 96, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     torch.manual_seed(0)

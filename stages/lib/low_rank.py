@@ -92,6 +92,11 @@ class _Frozen:
         self.kept: torch.Tensor | None = None
 
     @property
+    def exact(self) -> "_Frozen":
+        """What computes the layer where nothing is learned."""
+        return self
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.base.out_features, self.base.in_features
 
@@ -164,6 +169,12 @@ class _Fp8(_Frozen):
         base = self.base.weight
         weight = bnb.functional.dequantize_4bit(base.data, base.quant_state) if hasattr(base, "quant_state") else base.data
         self.rows, self.columns = fp8.to_fp8(weight), fp8.to_fp8(weight.t())
+        self._exact = _kind(self.base)(layer, owner)
+
+    @property
+    def exact(self) -> _Frozen:
+        """Not in FP8: validation is to measure the model that `merge` makes."""
+        return self._exact
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,6 +217,8 @@ class _Scratch:
 
 
 def _products(members: Sequence["_Frozen"], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if not torch.is_grad_enabled():
+        members = [member.exact for member in members]
     factors = [factor for member in members for factor in (member.down, member.up)]
     outs: tuple[torch.Tensor, ...] = _Products.apply(x, members, *factors)  # type: ignore[no-untyped-call]
     return outs

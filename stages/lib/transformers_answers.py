@@ -17,9 +17,6 @@ from stages.lib.problem import Problem
 from stages.lib.sampling import RowSampler
 from stages.lib.siblings import join
 
-TOO_LITTLE = "out of memory on a single prompt"
-REMEDY = "lower generate.max_new_tokens, or use a GPU with more memory"
-
 
 class TransformersAnswers:
     """On a GPU with lib/decode.py where the model fits it, otherwise with Transformers' generate."""
@@ -50,22 +47,27 @@ class TransformersAnswers:
             yield [(number, self._cut(tokens)) for number, tokens in found]
 
     def _decoded(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With lib/decode.py."""
-        prompts = [row["prompt_ids"] for row in rows]
-        decoder = self._decoder(min(self.settings.batch_size, len(rows)), max(map(len, prompts)), rows[0]["id"])
-        yield from decoder.answers(prompts, [row["id"] for row in rows])
-
-    def _decoder(self, slots: int, longest: int, name: str) -> Decoder:
-        while True:
+        """With lib/decode.py; in half as many slots where the memory does not suffice."""
+        left, slots = list(range(len(rows))), self.settings.batch_size
+        while left:
+            slots, finished = min(slots, len(left)), set()
             try:
-                choice, new = self.settings.choice, self.settings.max_new_tokens
-                recorded = self.model.device.type == "cuda"
-                return Decoder(self.model, choice, self.stops, slots, longest, new, recorded=recorded)
+                for found in self._in_slots([rows[number] for number in left], slots):
+                    finished |= {left[place] for place, _ in found}
+                    yield [(left[place], tokens) for place, tokens in found]
             except torch.OutOfMemoryError:
                 if slots == 1:
-                    raise Problem(f"{TOO_LITTLE}, {name} with {longest} tokens; {REMEDY}") from None
+                    raise Problem(_too_little(rows[left[-1]])) from None
+                slots //= 2
             torch.cuda.empty_cache()
-            slots //= 2
+            left = [number for number in left if number not in finished]
+
+    def _in_slots(self, rows: Sequence[dict[str, Any]], slots: int) -> Iterator[list[tuple[int, list[int]]]]:
+        prompts, new = [row["prompt_ids"] for row in rows], self.settings.max_new_tokens
+        recorded = self.model.device.type == "cuda"
+        longest = max(map(len, prompts))
+        decoder = Decoder(self.model, self.settings.choice, self.stops, slots, longest, new, recorded=recorded)
+        yield from decoder.answers(prompts, [row["id"] for row in rows])
 
     def _generated(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With Transformers' generate, in batches of like length: little padding, or none where a model takes none."""
@@ -81,7 +83,7 @@ class TransformersAnswers:
             return self._generate(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                raise Problem(f"{TOO_LITTLE}, {rows[0]['id']} with {len(rows[0]['prompt_ids'])} tokens; {REMEDY}") from None
+                raise Problem(_too_little(rows[0])) from None
         torch.cuda.empty_cache()
         half = len(rows) // 2
         return [*self._batch(rows[:half]), *self._batch(rows[half:])]
@@ -108,3 +110,10 @@ class TransformersAnswers:
         """Up to and with the first stop token; behind it there is only padding."""
         end = next((number for number, token in enumerate(new) if token in self.stops), None)
         return Answer(new if end is None else new[: end + 1], end is not None)
+
+
+def _too_little(row: dict[str, Any]) -> str:
+    return (
+        f"out of memory on a single prompt, {row['id']} with {len(row['prompt_ids'])} tokens; "
+        "lower generate.max_new_tokens, or use a GPU with more memory"
+    )
