@@ -37,8 +37,8 @@ class Params(Quantization, Adapter):
     """Quantization, adapter and optimization. PEFT's and TrainingArguments' names."""
 
     compute: Literal["dtype", "fp8"]
-    """dtype: products in `dtype`. fp8: those with frozen weights in FP8, a third faster on a Hopper GPU and less exact; but in
-    validation, which measures the model that `merge` makes, exact ones."""
+    """dtype: products in `dtype`. fp8: those with frozen weights in FP8, a third faster on a Hopper GPU and less exact;
+    but not in validation, which measures the model that `merge` makes."""
     num_train_epochs: float = Field(gt=0)
     """How often every row is seen."""
     per_device_train_batch_size: int = Field(gt=0)
