@@ -1,15 +1,18 @@
-"""Training on several GPUs of one host: tokens a second, efficiency, loss and memory beside one GPU on the same rows.
+"""Several GPUs of one host beside one: tokens a second, efficiency, and whether the result is the same.
 
-    python benchmarks/multi_gpu.py                 an 8B shape, DDP on 1, 2, 4, ... GPUs, as many as there are
+    python benchmarks/multi_gpu.py                 training an 8B shape, DDP on 1, 2, 4, ... GPUs, as many as there are
     python benchmarks/multi_gpu.py --fsdp          a 70B shape with fewer layers, its frozen weights parted among all GPUs
+    python benchmarks/multi_gpu.py --generate      greedy answers of an 8B shape, the prompts parted among the GPUs
 
-The rows of an optimizer step are the same whatever the number of GPUs, so the losses must be the same within rounding.
+The rows of an optimizer step are the same whatever the number of GPUs, so the losses must be the same within rounding. Of
+answers the whole stage is timed, from its start to its files.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +48,68 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
     return json.loads((out / "machine.json").read_text()) | {"loss": float(curve[-1].split(",")[1])}
 
 
+def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, Any]:
+    """The generate stage on random prompts of 128 tokens."""
+    import numpy as np
+    import pyarrow as pa
+
+    from stages.generate import Params, generate
+    from stages.lib.params import read_yaml
+    from stages.lib.tokens import PROMPTS, open_tokens
+
+    random = np.random.default_rng(0)
+    vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
+    for name, count in (("prompts", prompts), ("extra", 1)):
+        with open_tokens(folder / f"{name}.arrow", PROMPTS, []) as stream:
+            rows = [
+                {
+                    "id": f"{name}-{n}",
+                    "prompt": "",
+                    "prompt_ids": random.integers(4, vocabulary, 128).tolist(),
+                    "reference": "",
+                }
+                for n in range(count)
+            ]
+            stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
+    section = read_yaml(ROOT / "params.yaml")["generate"]
+    params = Params(**section | {"num_processes": processes, "max_new_tokens": new, "batch_size": 128})
+    files = [folder / f"{name}.jsonl" for name in ("prompts", "extra")]
+    started = time.monotonic()
+    generate(params, folder / "base", folder / "prompts.arrow", folder / "extra.arrow", *files)
+    seconds = time.monotonic() - started
+    answers = [json.loads(line) for line in files[0].read_text().splitlines()]
+    return {
+        "seconds": seconds,
+        "tokens": sum(row["answer_tokens"] for row in answers),
+        "answers": [row["answer"] for row in answers],
+    }
+
+
+def answer_table(folder: Path, given: argparse.Namespace, counts: list[int]) -> None:
+    print("| GPUs | tokens/s | efficiency | seconds | answers that differ from the first row's |")
+    print("|---:|---:|---:|---:|---:|")
+    first: dict[str, Any] = {}
+    for count in counts:
+        arguments = ("--folder", folder, "--generate", "--batch", given.batch, "--new", given.new)
+        found = run_row(__file__, str(count), str(count), *arguments)
+        if found is None:
+            continue
+        first = first or found | {"count": count}
+        rate, one = found["tokens"] / found["seconds"], first["tokens"] / first["seconds"] / first["count"]
+        differ = sum(a != b for a, b in zip(found["answers"], first["answers"], strict=True))
+        print(
+            f"| {count} | {rate:,.0f} | {100 * rate / count / one:.0f} % | {found['seconds']:.1f} | "
+            f"{differ} of {len(found['answers'])} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=256, help="rows a step, of all GPUs together")
+    parser.add_argument("--batch", type=int, default=256, help="rows a step, or prompts, of all GPUs together")
+    parser.add_argument("--generate", action="store_true")
+    parser.add_argument("--new", type=int, default=256, help="the most tokens of an answer")
     parser.add_argument("--counts", type=int, nargs="*", help="numbers of GPUs")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--shape", default=None)
@@ -56,6 +117,9 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.way and given.generate:
+        print(json.dumps(answer(given.folder, int(given.way), given.batch, given.new)))
+        return
     if given.way:
         found = run(given.folder, int(given.way), given.steps, given.batch, fsdp=given.fsdp)
         print(json.dumps(found))
@@ -66,15 +130,19 @@ def main() -> None:
     counts = given.counts or ([there] if given.fsdp else [count for count in (1, 2, 4, 8) if count <= there])
     shape = given.shape or ("70b-8" if given.fsdp else "8b")
     print(machine())
-    print(f"{shape} shape, NF4, {'FSDP' if given.fsdp else 'DDP'}, BELLE's lengths, {given.batch} rows a step\n")
-    print("| GPUs | tokens/s | efficiency | peak GB a GPU | loss of the last step |")
-    print("|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if given.base:
             (folder / "base").symlink_to(given.base)
         else:
             make_model(folder / "base", shape)
+        if given.generate:
+            print(f"{shape} shape, {given.batch} prompts of 128 tokens, up to {given.new} new ones\n")
+            answer_table(folder, given, counts)
+            return
+        print(f"{shape} shape, NF4, {'FSDP' if given.fsdp else 'DDP'}, BELLE's lengths, {given.batch} rows a step\n")
+        print("| GPUs | tokens/s | efficiency | peak GB a GPU | loss of the last step |")
+        print("|---:|---:|---:|---:|---:|")
         prepare(folder, "belle", given.batch * given.steps)
         first = 0.0
         for count in counts:
