@@ -71,7 +71,8 @@ def score(
 
     Raises Problem if the two files of predictions are not answers to the same test rows.
     """
-    rows = _rows(base, merged, examples)
+    prompts = read_json(reports / "encode.json")["test_rows"]
+    rows = _rows(base, merged, examples, prompts)
     further = _further(base_prompts, merged_prompts)
     scores = {
         system: [score_answer(row["reference"], row["answers"][system], row["finish"].get(system)) for row in rows]
@@ -102,8 +103,11 @@ def score(
     _print(summary, gains, len(rows))
 
 
-def _rows(base: Path, merged: Path, examples: Path) -> list[dict[str, Any]]:
-    """A row for each test prompt: the prompt as people read it, the right answer, and the answer of each system."""
+def _rows(base: Path, merged: Path, examples: Path, prompts: int) -> list[dict[str, Any]]:
+    """A row for each test prompt: the prompt as people read it, the right answer, and the answer of each system.
+
+    Raises Problem if the answers are not those to the `prompts` prompts that `encode` made of the test rows.
+    """
     answers = {"base": _by_id(base), "merged": _by_id(merged)}
     tests = {row["id"]: row for row in read_jsonl(examples / "test.jsonl")}
     problems = []
@@ -111,10 +115,18 @@ def _rows(base: Path, merged: Path, examples: Path) -> list[dict[str, Any]]:
         foreign = sorted(set(answers[system]) - set(tests))
         if foreign:
             problems.append(f"{path}: {len(foreign)} rows are no test rows, the first {foreign[0]}; generate again")
+        if len(answers[system]) < prompts:
+            problems.append(f"{path}: {len(answers[system])} rows, but there are {prompts} test prompts; generate again")
     differing = sorted(set(answers["base"]) ^ set(answers["merged"]))
     if differing:
         problems.append(
             f"{base} and {merged}: {len(differing)} rows stand in one alone, the first {differing[0]}; generate again"
+        )
+    both = set(answers["base"]) & set(answers["merged"])
+    edited = sorted(id for id in both if answers["base"][id]["reference"] != answers["merged"][id]["reference"])
+    if edited:
+        problems.append(
+            f"{base} and {merged}: {len(edited)} rows differ in `reference`, the first {edited[0]}; generate again"
         )
     if problems:
         raise Problem(*problems)

@@ -155,6 +155,19 @@ def test_answers_to_other_rows_are_named(inputs: Inputs) -> None:
     assert not (inputs.root / "score.json").exists()
 
 
+def test_rows_that_are_missing_or_edited_are_named(inputs: Inputs) -> None:
+    count = len(inputs.rows["base"])
+    for rows in inputs.rows.values():
+        del rows[2]  # from both, so that they are alike
+    inputs.rows["merged"][0]["reference"] += "!"
+    with pytest.raises(Problem) as caught:
+        inputs.score()
+    for system, message in zip(("base", "merged"), caught.value.messages, strict=False):
+        assert f"{system}.jsonl: {count - 1} rows, but there are {count} test prompts; generate again" in message
+    assert f"1 rows differ in `reference`, the first {inputs.rows['merged'][0]['id']}" in caught.value.messages[2]
+    assert not (inputs.root / "score.json").exists()
+
+
 def test_chinese_is_compared_by_characters_and_by_words() -> None:
     same = score_answer("我想买三个苹果", "我想买三个苹果", "stop")
     assert [same[name] for name in ("rouge_1", "rouge_2", "rouge_l", "rouge_l_words", "bleu")] == pytest.approx([1] * 5)
