@@ -275,6 +275,30 @@ def test_senseless_settings_are_refused(field: str) -> None:
         Params(**PARAMS | {field: 0})
 
 
+class _Merging(torch.nn.Module):
+    """Two layers that read the same; a view over tokens and features together, which a part of a tensor does not allow."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *, merging: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.merging = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), merging
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = input_ids.unsqueeze(-1).float().expand(-1, -1, 4).clone()
+        a, b = self.a(x), self.b(x)
+        return (a.view(-1) + b.view(-1)) if self.merging else (a + b).flatten()
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_layers_whose_outputs_must_be_whole_are_not_joined(merging: bool) -> None:
+    model, ids = _Merging(merging=merging), torch.tensor([[5, 6, 7]])
+    wanted = model(ids)
+    join(model)
+    assert ("forward" in vars(model.a)) != merging
+    torch.testing.assert_close(model(ids), wanted)
+
+
 def test_rows_that_do_not_fit_into_slots_get_fewer_of_them(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,14 +63,23 @@ def join(model: Any) -> None:
     """Lays the weights of linear layers that read the same end to end, so that one product does for all of them.
 
     The layers keep their weights, as views of the whole. For few tokens at a time, where a product is as fast as its
-    weights are read, small weights are read at a fraction of the rate of large ones.
+    weights are read, small weights are read at a fraction of the rate of large ones. Outputs are parts of the whole too; a
+    model that cannot go on with those is left as it was.
     """
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
+    joined: list[torch.nn.Module] = []
     for names in siblings(model, layers):
         group = [layers[name] for name in names]
         biases = [layer.bias for layer in group]
         if len(group) > 1 and (None not in biases or not any(bias is not None for bias in biases)):
             compute_together(group, _joined(group))
+            joined += group
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
+    except RuntimeError:
+        for layer in joined:
+            del layer.forward
 
 
 def _joined(layers: Sequence[torch.nn.Linear]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
