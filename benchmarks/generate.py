@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.shapes import make_model, make_prompts, vocabulary_of  # noqa: E402
 from benchmarks.ways import machine, peak_memory, run_row  # noqa: E402
 
 WAYS = {"loratory": "Loratory", "transformers": "Transformers' generate"}
@@ -32,9 +33,8 @@ def load_prompts(folder: Path, kind: str, batch: int) -> tuple[list[list[int]], 
 
         table = read_tokens(ROOT / "data" / "tokens" / "test.arrow")
         return [row["prompt_ids"] for row in table.to_pylist()], stop_token_ids(table)
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     prompts = json.loads((folder / "prompts.json").read_text())
-    return (prompts[:batch], []) if kind == "fixed" else (prompts, list(range(0, vocabulary, 128)))
+    return (prompts[:batch], []) if kind == "fixed" else (prompts, list(range(0, vocabulary_of(folder), 128)))
 
 
 def run(way: str, folder: Path, kind: str, batch: int, new: int) -> dict[str, Any]:
@@ -124,16 +124,9 @@ def main() -> None:
             folder.symlink_to(ROOT / "models" / "merged")
             table(folder, "models/merged on data/tokens/test.arrow", "own", given.batch, given.new)
             return
-        from benchmarks.shapes import make_model
-
         if not folder.exists():
             make_model(folder, given.shape)
-        import numpy as np
-
-        random = np.random.default_rng(0)
-        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        prompts = [random.integers(4, vocabulary, 128).tolist() for _ in range(4 * given.batch)]
-        (folder / "prompts.json").write_text(json.dumps(prompts))
+        (folder / "prompts.json").write_text(json.dumps(make_prompts(4 * given.batch, vocabulary_of(folder))))
         for kind in given.kinds:
             title = f"{given.shape} shape, prompts of 128 tokens, {kind} answers of up to {given.new}"
             table(folder, title, kind, given.batch, given.new)

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.shapes import make_model  # noqa: E402
+from benchmarks.shapes import make_model, make_prompts, vocabulary_of  # noqa: E402
 from benchmarks.train import prepare, train_section  # noqa: E402
 from benchmarks.ways import machine, run_row  # noqa: E402
 
@@ -50,26 +50,19 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
 
 def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, Any]:
     """The generate stage on random prompts of 128 tokens."""
-    import numpy as np
     import pyarrow as pa
 
     from stages.generate import Params, generate
     from stages.lib.params import read_yaml
     from stages.lib.tokens import PROMPTS, open_tokens
 
-    random = np.random.default_rng(0)
-    vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
+    vocabulary = vocabulary_of(folder / "base")
     for name, count in (("prompts", prompts), ("extra", 1)):
+        rows = [
+            {"id": f"{name}-{number}", "prompt": "", "prompt_ids": ids, "reference": ""}
+            for number, ids in enumerate(make_prompts(count, vocabulary))
+        ]
         with open_tokens(folder / f"{name}.arrow", PROMPTS, []) as stream:
-            rows = [
-                {
-                    "id": f"{name}-{n}",
-                    "prompt": "",
-                    "prompt_ids": random.integers(4, vocabulary, 128).tolist(),
-                    "reference": "",
-                }
-                for n in range(count)
-            ]
             stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
     section = read_yaml(ROOT / "params.yaml")["generate"]
     params = Params(**section | {"num_processes": processes, "max_new_tokens": new, "batch_size": 128})

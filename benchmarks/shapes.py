@@ -85,6 +85,19 @@ def make_rows(count: int, lengths: str, vocabulary: int, seed: int = 1) -> list[
     return [random.integers(4, vocabulary, size).tolist() for size in sizes]
 
 
+def make_prompts(count: int, vocabulary: int) -> list[list[int]]:
+    """Prompts of 128 tokens."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    return [random.integers(4, vocabulary, 128).tolist() for _ in range(count)]
+
+
+def vocabulary_of(base: Path) -> int:
+    size: int = json.loads((base / "config.json").read_text())["vocab_size"]
+    return size
+
+
 def write_rows(path: Path, rows: list[list[int]]) -> None:
     """As a table of `encode`, every token but the first learned."""
     import pyarrow as pa

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.shapes import LONGEST, make_model, make_rows, write_rows  # noqa: E402
+from benchmarks.shapes import LONGEST, make_model, make_rows, vocabulary_of, write_rows  # noqa: E402
 from benchmarks.ways import machine, peak_memory, run_row  # noqa: E402
 
 WARM_UP = 3
@@ -74,9 +74,15 @@ def batches(rows: Any, batch: int, steps: int, data_seed: int) -> list[list[int]
     return found[:steps]
 
 
+def counted_tokens(rows: Any, steps: list[list[int]]) -> int:
+    return sum(int(rows.lengths[number]) for step in steps[WARM_UP:] for number in step)
+
+
 def validation_loss(model: Any, rows: Any) -> float:
     """Of a label, row by row."""
     import torch
+
+    from stages.lib.labels import IGNORE
 
     total, count = 0.0, 0
     model.eval()
@@ -84,8 +90,8 @@ def validation_loss(model: Any, rows: Any) -> float:
         ids, labels = (torch.tensor(rows[number][name].astype(int), device=model.device) for name in ("input_ids", "labels"))
         with torch.no_grad(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
             logits = model(input_ids=ids[None]).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
-        count += int((labels[1:] != -100).sum())
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE, reduction="sum"))
+        count += int((labels[1:] != IGNORE).sum())
     return total / count
 
 
@@ -116,9 +122,7 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
         ROOT / params.loss,
         *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
     )
-    tokens = sum(
-        int(rows.lengths[number]) for step in batches(rows, batch, steps, params.data_seed)[WARM_UP:] for number in step
-    )
+    tokens = counted_tokens(rows, batches(rows, batch, steps, params.data_seed))
     validation = json.loads((out / "report.json").read_text())["validation_loss"]
     return clock.report(made[0], tokens) | {"validation": validation}
 
@@ -181,8 +185,7 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         callbacks=[clock.callback],
     )
     trainer.train()
-    tokens = sum(int(rows.lengths[number]) for step in order[WARM_UP:] for number in step)
-    return clock.report(trainer, tokens) | {"validation": validation_loss(trainer.model, validation)}
+    return clock.report(trainer, counted_tokens(rows, order)) | {"validation": validation_loss(trainer.model, validation)}
 
 
 def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], model: Any, *, plain: bool) -> dict[str, Any]:
@@ -315,7 +318,7 @@ def run(way: str, folder: Path, steps: int, batch: int, rate: float) -> dict[str
 
 def prepare(folder: Path, lengths: str, count: int) -> None:
     """Random rows beside the random model."""
-    vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
+    vocabulary = vocabulary_of(folder / "base")
     write_rows(folder / "train.arrow", make_rows(count, lengths, vocabulary))
     write_rows(folder / "validation.arrow", make_rows(4, lengths, vocabulary, seed=2))
 
