@@ -68,38 +68,38 @@ def make_rows(path: Path, count: int) -> None:
 
 
 def params(stage: str) -> dict[str, Any]:
-    from stages.lib.params import read_yaml
+    from stages.core.params import read_yaml
 
     section: dict[str, Any] = read_yaml(ROOT / "params.yaml")[stage]
     return section
 
 
 def run_ingest(work: Path, _: Path) -> None:
-    from stages.ingest import Params, ingest
+    from stages.ingest.ingest import Params, ingest
 
     ingest(
         Params(**params("ingest") | {"test_percent": 0.1, "validation_percent": 0.1}),
-        work / "raw",
-        work / "examples",
-        work / "ingest.json",
+        raw=work / "raw",
+        examples=work / "examples",
+        report=work / "ingest.json",
     )
 
 
 def run_encode(work: Path, tokenizer: Path) -> None:
-    from stages.encode import Params, encode
+    from stages.encode.encode import Params, encode
 
     templates = ROOT / "stages" / "templates"
     gates = dict.fromkeys(params("encode")["gates"], 100.0)
     given = params("encode") | {"max_length": 4096, "gates": gates, "template": str(templates / "chatml.jinja")}
-    outs = [work / name for name in ("tokens", "encode.json", "masks.html", "lengths.csv")]
     encode(
         Params(**given),
-        work / "examples",
-        ROOT / "data" / "prompts.json",
-        tokenizer,
-        Path(given["template"]),
-        templates / "masks.html.jinja",
-        *outs,
+        examples=work / "examples",
+        prompts=ROOT / "data" / "prompts.json",
+        tokenizer=tokenizer,
+        tokens=work / "tokens",
+        report=work / "encode.json",
+        masks=work / "masks.html",
+        lengths=work / "lengths.csv",
     )
 
 

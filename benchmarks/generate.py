@@ -29,7 +29,7 @@ CHECKED = 16
 def load_prompts(folder: Path, kind: str, batch: int) -> tuple[list[list[int]], list[int]]:
     """The prompts, and the stop tokens."""
     if not (folder / "prompts.json").exists():
-        from stages.lib.tokens import read_tokens, stop_token_ids
+        from stages.core.tokens import read_tokens, stop_token_ids
 
         table = read_tokens(ROOT / "data" / "tokens" / "test.arrow")
         return [row["prompt_ids"] for row in table.to_pylist()], stop_token_ids(table)
@@ -40,9 +40,9 @@ def load_prompts(folder: Path, kind: str, batch: int) -> tuple[list[list[int]], 
 def run(way: str, folder: Path, kind: str, batch: int, new: int) -> dict[str, Any]:
     import torch
 
-    from stages.generate import Params, _settings
-    from stages.lib import transformers_answers
-    from stages.lib.params import read_yaml
+    from stages.core.params import read_yaml
+    from stages.generate import transformers_backend as transformers_answers
+    from stages.generate.generate import Params, _settings
 
     prompts, stops = load_prompts(folder, kind, batch)
     section = read_yaml(ROOT / "params.yaml")["generate"] | {"max_new_tokens": new, "batch_size": batch}

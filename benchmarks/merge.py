@@ -117,13 +117,13 @@ def merge(work: Path, way: str) -> None:
         for file in base.iterdir():
             shutil.copyfile(file, out / file.name)
     elif way in ("full", "dequantized"):
-        from stages.lib.jsonl import read_json
-        from stages.lib.quantized import Quantization
-        from stages.merge import _Lora, _Weights
+        from stages.core.jsonl import read_json
+        from stages.merge.weights import LoraWeights, MergedWeights
+        from stages.model.quantize import Quantization
 
         kind = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
         started = time.monotonic()  # the others' libraries take as long to load, and are not counted either
-        _Weights(base, adapter, _Lora(adapter), kind, way).write(out)
+        MergedWeights(base, adapter, LoraWeights(adapter), kind, way).write(out)
     else:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM

@@ -26,7 +26,7 @@ from benchmarks.ways import machine, run_row  # noqa: E402
 
 def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> dict[str, Any]:
     """The stage itself, and its own report."""
-    from stages.train import Params, train
+    from stages.train.train import Params, train
 
     section = train_section(steps, 1e-4) | {
         "num_processes": processes,
@@ -38,12 +38,14 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
     out = folder / f"out{processes}"
     train(
         Params(**section),
-        folder / "train.arrow",
-        folder / "validation.arrow",
-        folder / "base",
-        ROOT / section["loss"],
-        *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
-    )
+        train_tokens=folder / "train.arrow",
+        validation_tokens=folder / "validation.arrow",
+        base=folder / "base",
+        adapter=out / "adapter",
+        report=out / "report.json",
+        curves=out / "loss",
+        machine=out / "machine.json",
+    ).clean_up()
     curve = (out / "loss" / "train.csv").read_text().splitlines()
     return json.loads((out / "machine.json").read_text()) | {"loss": float(curve[-1].split(",")[1])}
 
@@ -52,9 +54,9 @@ def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, An
     """The generate stage on random prompts of 128 tokens."""
     import pyarrow as pa
 
-    from stages.generate import Params, generate
-    from stages.lib.params import read_yaml
-    from stages.lib.tokens import PROMPTS, open_tokens
+    from stages.core.params import read_yaml
+    from stages.core.tokens import PROMPTS, open_tokens
+    from stages.generate.generate import Params, generate
 
     vocabulary = vocabulary_of(folder / "base")
     for name, count in (("prompts", prompts), ("extra", 1)):
@@ -68,7 +70,14 @@ def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, An
     params = Params(**section | {"num_processes": processes, "max_new_tokens": new, "batch_size": 128})
     files = [folder / f"{name}.jsonl" for name in ("prompts", "extra")]
     started = time.monotonic()
-    generate(params, folder / "base", folder / "prompts.arrow", folder / "extra.arrow", *files)
+    generate(
+        params,
+        model=folder / "base",
+        test_prompts=folder / "prompts.arrow",
+        extra_prompts=folder / "extra.arrow",
+        predictions=files[0],
+        extra_predictions=files[1],
+    ).clean_up()
     seconds = time.monotonic() - started
     answers = [json.loads(line) for line in files[0].read_text().splitlines()]
     return {

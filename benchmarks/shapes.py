@@ -102,8 +102,7 @@ def write_rows(path: Path, rows: list[list[int]]) -> None:
     """As a table of `encode`, every token but the first learned."""
     import pyarrow as pa
 
-    from stages.lib.labels import IGNORE
-    from stages.lib.tokens import TRAINING, open_tokens
+    from stages.core.tokens import IGNORE, TRAINING, open_tokens
 
     columns = [
         [str(number) for number in range(len(rows))],

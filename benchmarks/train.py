@@ -62,7 +62,7 @@ class Clock:
 
 def batches(rows: Any, batch: int, steps: int, data_seed: int) -> list[list[int]]:
     """The rows of each step, as Loratory takes them."""
-    from stages.lib.batch import Shuffled
+    from stages.train.batches import Shuffled
 
     order, found = Shuffled(len(rows), data_seed), []
     for epoch in range(steps):
@@ -82,7 +82,7 @@ def validation_loss(model: Any, rows: Any) -> float:
     """Of a label, row by row."""
     import torch
 
-    from stages.lib.labels import IGNORE
+    from stages.core.tokens import IGNORE
 
     total, count = 0.0, 0
     model.eval()
@@ -97,9 +97,9 @@ def validation_loss(model: Any, rows: Any) -> float:
 
 def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
     """The stage itself."""
-    import stages.train
-    from stages.lib.tokens import TokenRows, read_tokens
-    from stages.lib.trainer import AdapterTrainer
+    import stages.train.train
+    from stages.core.tokens import TokenRows, read_tokens
+    from stages.train.trainer import AdapterTrainer
 
     clock = Clock(steps)
     made = []
@@ -139,8 +139,8 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
         TrainingArguments,
     )
 
-    from stages.lib.device import pick_device, pick_dtype
-    from stages.lib.tokens import TokenRows, read_tokens
+    from stages.core.tokens import TokenRows, read_tokens
+    from stages.model.device import pick_device, pick_dtype
 
     device = pick_device()
     dtype = pick_dtype("auto", device)
@@ -298,7 +298,7 @@ def trl(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[s
 
 def train_section(steps: int, rate: float) -> dict[str, Any]:
     """params.yaml's section, for so many steps without validation and checkpoints in between."""
-    from stages.lib.params import read_yaml
+    from stages.core.params import read_yaml
 
     return read_yaml(ROOT / "params.yaml")["train"] | {
         "learning_rate": rate,

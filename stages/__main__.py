@@ -1,29 +1,44 @@
-"""Runs one stage: python -m stages <stage> <paths...>, as dvc.yaml does. python -m stages check reads all parameters."""
+"""Runs one stage: python -m stages <stage> --name path ..., as dvc.yaml does.
+
+python -m stages check     reads all parameters
+python -m stages verify    compares the outputs with reports/provenance
+"""
 
 import errno
 import importlib
+import os
 import sys
+import time
 import warnings
 from inspect import signature
 from pathlib import Path
 
-from stages.lib.params import load_section, read_yaml
-from stages.lib.problem import Problem
-from stages.lib.snapshot import Snapshot
+from stages.core.output import Done
+from stages.core.params import FILE, parse_section, read_section, read_yaml
+from stages.core.problem import Problem
+from stages.core.provenance import FOLDER, inputs_of, verify, write_provenance
+from stages.core.snapshot import Snapshot
 
 ROOT = Path()
+USAGE = "usage: python -m stages <stage> --name path ... | check | verify"
 
 
 def main(arguments: list[str]) -> int:
     """Runs the stage named first on the paths after it, and returns the exit status."""
     if not arguments:
-        print("usage: python -m stages <stage> <paths...> | check", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
-    name, *paths = arguments
+    name, *rest = arguments
     # Libraries warn each other of names that the next version drops; the versions are pinned, and no user can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        check() if name == "check" else run(name, tuple(paths))
+        match name:
+            case "check":
+                check()
+            case "verify":
+                verify_all()
+            case _:
+                run(name, parse_paths(rest))
     except Problem as problem:
         return fail(name, problem.messages)
     except KeyboardInterrupt:
@@ -36,30 +51,91 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(name: str, paths: tuple[str, ...]) -> None:
-    """Calls the public function of stages/<name>.py with its typed parameters and paths."""
-    snapshot = Snapshot.take(name, paths, ROOT)  # before the stage's imports, which take seconds
-    module = importlib.import_module(f"stages.{name}")
+def parse_paths(words: list[str]) -> dict[str, str]:
+    """`--train-tokens data/x --base models/base` as {"train_tokens": "data/x", "base": "models/base"}. Raises Problem."""
+    options, values = words[::2], words[1::2]
+    wrong = [option for option in options if not option.startswith("--")]
+    if wrong or len(options) != len(values) or len(set(options)) != len(options):
+        raise Problem(f"wanted --name path for each path, once, found {' '.join(words)!r}; see its cmd in dvc.yaml")
+    return {option.removeprefix("--").replace("-", "_"): value for option, value in zip(options, values, strict=True)}
+
+
+def run(name: str, paths: dict[str, str]) -> None:
+    """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
+
+    What only an interrupted run needs is removed last: when the outputs and their provenance are written and the snapshot
+    still holds.
+    """
+    started = time.monotonic()
+    snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
+    quiet_libraries()
+    module = importlib.import_module(f"stages.{name}.{name}")
     stage = getattr(module, name)
-    wanted = list(signature(stage).parameters)[1:]
-    if len(paths) != len(wanted):
-        raise Problem(f"wants {len(wanted)} paths ({', '.join(wanted)}), got {len(paths)}; see its cmd in dvc.yaml")
-    stage(load_section(name, module.Params, ROOT), *map(Path, paths))
+    provenance = paths.pop("provenance", None)
+    wanted = [parameter for parameter in signature(stage).parameters if parameter != "params"]
+    if sorted(paths) != sorted(wanted):
+        named = ", ".join(f"--{each.replace('_', '-')}" for each in wanted)
+        found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
+        raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
+    params = parse_section(name, module.Params, snapshot.params)
+    done: Done = stage(params, **{key: Path(path) for key, path in paths.items()})
+    if provenance:
+        inputs = [Path(path) for path in paths.values() if path in snapshot.data]
+        outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]
+        write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), outputs)
     snapshot.check()
+    done.clean_up()
+    print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
+
+
+def declared_outputs(name: str) -> set[str]:
+    """The cached outputs of a stage in dvc.yaml."""
+    outs = read_yaml(ROOT / "dvc.yaml")["stages"][name]["outs"]
+    return {next(iter(out)) if isinstance(out, dict) else out for out in outs}
+
+
+def quiet_libraries() -> None:
+    """Only our own lines are printed: no library's progress bars, and no advice to install what is not needed."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def check() -> None:
     """Reads every section of params.yaml as its stage would. Raises one Problem with all that is wrong."""
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    sections = read_yaml(ROOT / "params.yaml")
-    messages = [f"params.yaml: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
+    sections = read_yaml(ROOT / FILE)
+    messages = [f"{FILE}: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
     for name in stages:
         try:
-            load_section(name, importlib.import_module(f"stages.{name}").Params, ROOT)
+            parse_section(name, importlib.import_module(f"stages.{name}.{name}").Params, read_section(name, ROOT))
         except Problem as problem:
             messages += problem.messages
     if messages:
         raise Problem(*messages)
+
+
+def verify_all() -> None:
+    """Compares every output that has provenance with what was recorded. Raises Problem with all that no longer holds."""
+    files = sorted((ROOT / FOLDER).glob("*.json"))
+    if not files:
+        raise Problem(f"{FOLDER}: holds no provenance; run dvc repro first")
+    found = [message for file in files for message in verify(file, ROOT)]
+    if found:
+        raise Problem(*found)
+    names = ", ".join(file.stem for file in files)
+    print(f"verify: the outputs of {names} are what these stages wrote, and they would read the same again")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: "8 s", "4 min 10 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def find_remedy(error: Exception) -> str | None:

@@ -53,7 +53,7 @@ def python(folder: Path, hash_seed: int) -> Iterator[None]:
 
 
 def serve(address: str) -> None:
-    """Answers calls one at a time, as DVC makes them."""
+    """Backend calls one at a time, as DVC makes them."""
     for name in HEAVY:
         __import__(name)
     listener = socket.socket(socket.AF_UNIX)

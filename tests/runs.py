@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stages.train import Params, train
+from stages.train.train import Params, train
 from tests.tiny import Workspace
 
 
@@ -12,12 +12,20 @@ def params(workspace: Workspace, **given: Any) -> Params:
 
 
 INPUTS = ("data/tokens/train.arrow", "data/tokens/validation.arrow", "models/base")
-LOSS = "stages/losses/cross_entropy.py"
+
+
+def paths(workspace: Workspace, out: Path, base: Path | str = INPUTS[2]) -> dict[str, Path]:
+    return {
+        "train_tokens": workspace.root / INPUTS[0],
+        "validation_tokens": workspace.root / INPUTS[1],
+        "base": workspace.root / base,
+        "adapter": out / "adapter",
+        "report": out / "report.json",
+        "curves": out / "loss",
+        "machine": out / "machine" / "x.json",
+    }
 
 
 def run(workspace: Workspace, out: Path, base: Path | str = INPUTS[2], **given: Any) -> Path:
-    inputs = [workspace.root / path for path in (*INPUTS[:2], base, given.get("loss", LOSS))]
-    train(
-        params(workspace, **given), *inputs, out / "adapter", out / "report.json", out / "loss", out / "machine" / "x.json"
-    )
+    train(params(workspace, **given), **paths(workspace, out, base)).clean_up()
     return out

@@ -11,13 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stages.generate import Params as GenerateParams
-from stages.generate import generate
-from stages.lib.adapter import INITIAL, Adapter, add_adapter, find_targets, first_factors, lora_scale, save_adapter
-from stages.lib.problem import Problem
-from stages.lib.quantized import Quantization, load_quantized
-from stages.merge import Params as MergeParams
-from stages.merge import merge
+from stages.core.problem import Problem
+from stages.generate.generate import Params as GenerateParams
+from stages.generate.generate import generate
+from stages.merge.merge import Params as MergeParams
+from stages.merge.merge import merge
+from stages.model.adapter import INITIAL, Adapter, add_adapter, find_targets, initial_lora_from, save_adapter
+from stages.model.lora import lora_scaling
+from stages.model.quantize import Quantization, load_quantized
 from tests.runs import INPUTS, params, run
 from tests.tiny import Workspace, make_other_model
 
@@ -36,12 +37,12 @@ def merged(workspace: Workspace, out: Path, base: Path | str = INPUTS[2], **give
     tokens = workspace.root / "data" / "tokens"
     merge(
         MergeParams(**PARITY | given),
-        workspace.root / base,
-        out / "adapter",
-        tokens / "validation.arrow",
-        tokens / "chat_template.jinja",
-        out / "merged",
-        out / "merge.json",
+        base=workspace.root / base,
+        adapter=out / "adapter",
+        validation_tokens=tokens / "validation.arrow",
+        chat_template=tokens / "chat_template.jinja",
+        merged=out / "merged",
+        report=out / "merge.json",
     )
     report: dict[str, Any] = json.loads((out / "merge.json").read_text())
     return report
@@ -52,12 +53,12 @@ def answered(workspace: Workspace, out: Path) -> list[dict[str, Any]]:
     tokens = workspace.root / "data" / "tokens"
     generate(
         GenerateParams(**workspace.params()["generate"]),
-        out / "merged",
-        tokens / "test.arrow",
-        tokens / "prompts.arrow",
-        out / "predictions.jsonl",
-        out / "prompts.jsonl",
-    )
+        model=out / "merged",
+        test_prompts=tokens / "test.arrow",
+        extra_prompts=tokens / "prompts.arrow",
+        predictions=out / "predictions.jsonl",
+        extra_predictions=out / "prompts.jsonl",
+    ).clean_up()
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
@@ -149,7 +150,7 @@ def test_layers_have_ranks_and_scales_of_their_own(workspace: Workspace, tmp_pat
             layer = found.get_base_model().model.get_submodule(name)
             assert layer.lora_A["default"].weight.shape[0] == r
             assert layer.scaling["default"] == pytest.approx(scale)
-        assert lora_scale(config, f"model.{name}") == pytest.approx(scale)
+        assert lora_scaling(config, f"model.{name}") == pytest.approx(scale)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_virtual_tokens_stand_beside_the_weights_and_answer(
     # The answers are those of the adapter, and not of the base that it stands on.
     base = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(out / "merged" / "adapter")).eval()
-    from stages.lib.tokens import read_tokens
+    from stages.core.tokens import read_tokens
 
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     for row, answer in list(zip(rows, answered(workspace, out), strict=True))[:3]:
@@ -249,7 +250,7 @@ def test_the_first_factors_are_pefts(how: str) -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False))
     weight = layer[0].weight.detach().clone()
     theirs = get_peft_model(layer, LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=how))
-    a, b = first_factors(weight, 4, 2.0, how, settings("none"))
+    a, b = initial_lora_from(weight, 4, 2.0, how, settings("none"))
     inner = theirs.base_model.model[0]
     product = inner.lora_B["default"].weight @ inner.lora_A["default"].weight
     torch.testing.assert_close(b @ a, product)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.lib.checkpoints import WHOLE
-from stages.lib.problem import Problem
+from stages.core.problem import Problem
+from stages.train.checkpoints import COMPLETE
 from tests.runs import run
 from tests.tiny import Workspace
 
@@ -16,7 +16,7 @@ from tests.tiny import Workspace
 DEADLY = """
 import os, signal
 from pathlib import Path
-from stages.lib.loss import next_token_loss
+from stages.train.loss import next_token_loss
 
 calls = []
 
@@ -39,7 +39,7 @@ def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpo
     with pytest.raises(Problem, match=r"process 1 of 2 was killed \(SIGKILL\), and the others.*dvc repro goes on"):
         run(workspace, scratch / "two", **two)
     assert not (scratch / "two").exists()
-    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))
+    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))
     run(workspace, scratch / "two", **two)
     machine = json.loads((scratch / "two" / "machine" / "x.json").read_text())
     assert machine["processes"] == 2

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from stages.encode import Params, encode
-from stages.lib import encoder as encoder_module
-from stages.lib.encoder import Encoder
-from stages.lib.labels import IGNORE
-from stages.lib.mask import Span
-from stages.lib.problem import Problem
-from stages.lib.tokens import read_tokens, stop_token_ids
+from stages.core.problem import Problem
+from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
+from stages.encode import tokenizer as encoder_module
+from stages.encode.encode import Params, encode
+from stages.encode.mask import Span
+from stages.encode.tokenizer import Encoder
 from tests.tiny import PROJECT, sample
 
 PAGE = PROJECT / "stages/templates/masks.html.jinja"
@@ -43,8 +42,16 @@ class Encoded:
         prompts = root / "prompts.json"
         prompts.write_text(json.dumps(further))
         self.root, self.tokenizer = root, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)
-        outs = [root / name for name in ("tokens", "report.json", "masks.html", "lengths.csv")]
-        encode(Params(**values, gates=gates), examples, prompts, tokenizer, Path(template), PAGE, *outs)
+        encode(
+            Params(**values, gates=gates),
+            examples=examples,
+            prompts=prompts,
+            tokenizer=tokenizer,
+            tokens=root / "tokens",
+            report=root / "report.json",
+            masks=root / "masks.html",
+            lengths=root / "lengths.csv",
+        )
         self.report = json.loads((root / "report.json").read_text())
         self.train = read_tokens(root / "tokens" / "train.arrow")
         self.test = read_tokens(root / "tokens" / "test.arrow")
@@ -324,7 +331,7 @@ def test_left_leaves_no_row_without_a_prompt(tmp_path: Path, tiny_tokenizer: Pat
 def test_the_bytes_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages import encode as module
+    from stages.encode import encode as module
 
     rows = [chat(row["input"], row["output"]) for row in sample().rows("zh")[:230]] + [chat("q " * 300, "a")]
     monkeypatch.setattr(module, "ROWS_PER_CHUNK", 20)
@@ -391,7 +398,7 @@ def test_with_or_without_the_engine_the_bytes_are_the_same(
     found = []
     for engine in (True, False):
         if not engine:
-            monkeypatch.setattr("stages.lib.encoder._load_engine", lambda _: None)
+            monkeypatch.setattr("stages.encode.tokenizer._load_engine", lambda _: None)
         Encoded(tmp_path, tiny_tokenizer, rows)
         found.append({path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
     assert found[0] == found[1]

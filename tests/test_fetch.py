@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from stages.fetch import Params, fetch
-from stages.lib.problem import Problem
+from stages.core.problem import Problem
+from stages.fetch.fetch import Params, fetch
 from tests.tiny import folder_hash
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,7 +29,7 @@ def params(**given: Any) -> Params:
 
 
 def run(tmp_path: Path, **given: Any) -> Path:
-    fetch(params(**given), tmp_path / "base", tmp_path / "tokenizer")
+    fetch(params(**given), base=tmp_path / "base", tokenizer=tmp_path / "tokenizer")
     return tmp_path / "base"
 
 
@@ -286,11 +286,11 @@ def hub(tiny_model: Path) -> Iterator[Hub]:
 SCRIPT = """
 import sys
 from pathlib import Path
-from stages.fetch import Params, fetch
-from stages.lib.problem import Problem
+from stages.fetch.fetch import Params, fetch
+from stages.core.problem import Problem
 try:
     fetch(Params(source="hub", model_name_or_path=sys.argv[1], revision=sys.argv[2], trust_remote_code=False),
-          Path(sys.argv[3]) / "base", Path(sys.argv[3]) / "tokenizer")
+          base=Path(sys.argv[3]) / "base", tokenizer=Path(sys.argv[3]) / "tokenizer")
 except Problem as problem:
     sys.exit(str(problem))
 """

@@ -13,15 +13,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.generate import TUTORIAL, Params, answer_share, generate
-from stages.lib.answering import Settings
-from stages.lib.decode import Decoder, can_decode
-from stages.lib.problem import Problem
-from stages.lib.sampling import Choice, RowSampler, draw, noise_of, seed_of
-from stages.lib.siblings import join
-from stages.lib.tokens import PROMPTS, open_tokens, read_tokens
-from stages.lib.transformers_answers import TransformersAnswers
-from stages.lib.vllm_answers import VllmAnswers
+from stages.core.problem import Problem
+from stages.core.tokens import PROMPTS, open_tokens, read_tokens
+from stages.generate.backend import GenerationSettings
+from stages.generate.decoder import Decoder, can_decode
+from stages.generate.fused_projections import fuse_projections
+from stages.generate.generate import TUTORIAL, Params, answer_share, generate
+from stages.generate.sampling import RowSampler, SamplingConfig, draw, noise_of, seed_of
+from stages.generate.transformers_backend import TransformersAnswers
+from stages.generate.vllm_backend import VllmAnswers
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
@@ -49,7 +49,14 @@ def answer(
         with open_tokens(prompts, PROMPTS, stops) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
     extra = out.with_suffix(".extra.jsonl")
-    generate(Params(**PARAMS | given), workspace.root / "models" / "merged", prompts, tokens / "prompts.arrow", out, extra)
+    generate(
+        Params(**PARAMS | given),
+        model=workspace.root / "models" / "merged",
+        test_prompts=prompts,
+        extra_prompts=tokens / "prompts.arrow",
+        predictions=out,
+        extra_predictions=extra,
+    ).clean_up()
     assert [json.loads(line)["id"] for line in extra.read_text().splitlines()] == ["prompt-1", "prompt-2", "prompt-3"]
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
@@ -102,7 +109,7 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(workspace: Workspace, 
 
 def test_draws_follow_the_distribution() -> None:
     scores = torch.tensor([[1.0, 2.0, -1.0, 0.0]]).expand(20_000, 4)
-    choice = Choice(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
+    choice = SamplingConfig(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
     noise = noise_of(torch.full((20_000,), seed_of(0, "x")), torch.arange(20_000), 4)
     wanted = torch.nn.functional.softmax(scores[0] / 0.7, -1)
     torch.testing.assert_close(torch.bincount(draw(scores, noise, choice)) / 20_000, wanted, atol=0.015, rtol=0)
@@ -132,7 +139,7 @@ def test_the_repetition_penalty_is_transformers_own_but_for_padding() -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     scores, prompt = torch.tensor([[3.0, -2.0, 1.0, 0.5]]), [1, 2]
-    choice = Choice(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=2.0, seed=0)
+    choice = SamplingConfig(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=2.0, seed=0)
     ours = RowSampler(choice, ["x"], [prompt], torch.device("cpu"))
     assert torch.equal(
         ours(torch.tensor([[0, 0, 1, 2]]), scores), RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([prompt]), scores)
@@ -172,7 +179,7 @@ def test_rows_in_slots_get_the_answers_of_generate(
 
 def _in_slots(answers: TransformersAnswers, rows: Any) -> Any:
     assert can_decode(answers.model)
-    join(answers.model)
+    fuse_projections(answers.model)
     return answers._decoded(rows)
 
 
@@ -294,7 +301,7 @@ class _Merging(torch.nn.Module):
 def test_layers_whose_outputs_must_be_whole_are_not_joined(merging: bool) -> None:
     model, ids = _Merging(merging=merging), torch.tensor([[5, 6, 7]])
     wanted = model(ids)
-    join(model)
+    fuse_projections(model)
     assert ("forward" in vars(model.a)) != merging
     torch.testing.assert_close(model(ids), wanted)
 
@@ -315,7 +322,7 @@ def test_rows_that_do_not_fit_into_slots_get_fewer_of_them(
 
     monkeypatch.setattr(TransformersAnswers, "_generated", _in_slots)
     monkeypatch.setattr(Decoder, "_read", small)
-    monkeypatch.setattr("stages.lib.decode.PROMPT_TOKENS", 60)
+    monkeypatch.setattr("stages.generate.decoder.PROMPT_TOKENS", 60)
     assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=8) == wanted
     assert {slots for slots, name in seen if name} == {8, 2}
     most = 0
@@ -404,7 +411,7 @@ def test_vllm_gets_tokens_stops_and_seeds_and_its_answers_become_the_same_rows(
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = [2, *range(20, 800, 40)]
     wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops)
-    monkeypatch.setattr("stages.lib.vllm_answers.AT_ONCE", 4)
+    monkeypatch.setattr("stages.generate.vllm_backend.AT_ONCE", 4)
     assert answer(workspace, tmp_path / "b.jsonl", rows, stops, use_vllm=True, num_processes=2) == wanted
     assert {row["finish_reason"] for row in wanted} == {"stop", "length"}
     (made,) = engine.made
@@ -435,7 +442,7 @@ def test_without_vllm_or_for_what_it_cannot_load_there_is_one_message(
 def test_what_vllm_says_is_passed_on(workspace: Workspace, tmp_path: Path, engine: type[_Engine]) -> None:
     folder = tmp_path / "error"
     shutil.copytree(workspace.root / "models" / "merged", folder)
-    settings = Settings(Choice(False, 1.0, 1.0, 1.0, 0), 8, 4, "float32", 1)
+    settings = GenerationSettings(SamplingConfig(False, 1.0, 1.0, 1.0, 0), 8, 4, "float32", 1)
     with pytest.raises(Problem, match=r"vLLM cannot load .*error: no such architecture"):
         VllmAnswers(folder, settings, [2])
     long = {"id": "long", "prompt": "", "prompt_ids": [5] * 501, "reference": ""}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.ingest import Params, ingest
-from stages.lib.problem import Problem
+from stages.core.problem import Problem
+from stages.ingest.ingest import Params, ingest
 
 COLUMNS = {
     name: name for name in ("instruction", "input", "output", "system", "history", "conversations", "messages", "tools")
@@ -47,7 +47,7 @@ class Folder:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
 
     def ingest(self, **params: Any) -> dict[str, Any]:
-        ingest(Params(**PARAMS | params), self.raw, self.root / "examples", self.root / "report.json")
+        ingest(Params(**PARAMS | params), raw=self.raw, examples=self.root / "examples", report=self.root / "report.json")
         report: dict[str, Any] = json.loads((self.root / "report.json").read_text())
         return report
 

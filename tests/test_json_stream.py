@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.lib import json_stream
-from stages.lib.json_stream import KEPT_TEXT, Broken, read_values
-from stages.lib.jsonl import dump_line, parse_line
+from stages.core.jsonl import dump_line, parse_line
+from stages.ingest import json_stream
+from stages.ingest.json_stream import KEPT_TEXT, Broken, read_values
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -10,7 +10,9 @@ import pytest
 
 PROGRAM = """
 import bitsandbytes as bnb, torch, triton
-from stages.lib import four_bit, fp8, slot_attention
+from stages.train import four_bit
+from stages.train import fp8
+from stages.generate import decode_attention as slot_attention
 torch.manual_seed(0)
 slots, places, heads, group, size = 3, 150, 2, 4, 48
 query, key = torch.randn(slots, heads * group, size), torch.randn(slots, heads, size)

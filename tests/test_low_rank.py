@@ -21,13 +21,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stages.lib import four_bit, fused
-from stages.lib import low_rank as low_rank_module
-from stages.lib.batch import flatten, pad, split
-from stages.lib.blocks import blocks, recompute
-from stages.lib.flat_attention import use_flat_rows
-from stages.lib.loss import head_is_last, label_logits, label_loss, next_token_loss
-from stages.lib.low_rank import LowRank
+from stages.model import compile as compile_module
+from stages.model.collate import collate_padded, collate_padding_free
+from stages.model.logits import label_logits
+from stages.model.padding_free import enable_padding_free
+from stages.train import four_bit
+from stages.train import lora_layers as low_rank_module
+from stages.train.batches import split
+from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_blocks
+from stages.train.lora_layers import LoraLayers
+from stages.train.loss import head_is_last, label_loss, next_token_loss
+from stages.train.recompute import forget, remember
 from tests.tiny import make_custom_model
 
 SIZES: dict[str, Any] = {
@@ -92,15 +96,15 @@ def assert_close(found: Any, wanted: Any, rtol: float) -> None:
 @pytest.mark.parametrize("name", [*CONFIGS, "custom"])
 def test_losses_and_gradients_are_pefts_layer_by_layer(name: str, tmp_path: Path) -> None:
     model = adapted(custom(tmp_path / "model") if name == "custom" else small(name))
-    batch = pad(ROWS)
+    batch = collate_padded(ROWS)
     wanted = losses_and_gradients(model, batch)
-    low_rank = LowRank(model)
+    low_rank = LoraLayers(model)
     assert len(low_rank.layers) == len(wanted[1]) / 2 > 3
     assert not low_rank.left_out
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
     low_rank.keep(False)
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
-    recompute(model, len(blocks(model)) - 1)
+    checkpoint_blocks(model, len(decoder_blocks(model)) - 1)
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
 
 
@@ -108,11 +112,11 @@ def test_two_hundred_steps_end_where_pefts_do() -> None:
     losses = []
     for fast in (False, True):
         model = adapted(small("llama"))
-        low_rank = LowRank(model) if fast else None
+        low_rank = LoraLayers(model) if fast else None
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         curve = []
         for step in range(200):
-            loss, _ = losses_and_gradients(model, pad(ROWS[step % 2 :: 2]))
+            loss, _ = losses_and_gradients(model, collate_padded(ROWS[step % 2 :: 2]))
             optimizer.step()
             if low_rank:
                 low_rank.changed()
@@ -124,19 +128,19 @@ def test_two_hundred_steps_end_where_pefts_do() -> None:
 
 def test_weights_that_are_kept_follow_the_adapter_only_when_told() -> None:
     model = adapted(small("llama"))
-    low_rank = LowRank(model)
-    before, _ = losses_and_gradients(model, pad(ROWS))
+    low_rank = LoraLayers(model)
+    before, _ = losses_and_gradients(model, collate_padded(ROWS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(-3)
-    assert losses_and_gradients(model, pad(ROWS))[0] == before
+    assert losses_and_gradients(model, collate_padded(ROWS))[0] == before
     low_rank.changed()
-    assert losses_and_gradients(model, pad(ROWS))[0] != before
+    assert losses_and_gradients(model, collate_padded(ROWS))[0] != before
 
 
 def test_layers_that_read_the_same_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(small("llama"))
-    LowRank(model)
+    LoraLayers(model)
     calls, real = [], low_rank_module._Products.forward
 
     def counted(ctx: Any, x: torch.Tensor, members: Any, *factors: torch.Tensor) -> Any:
@@ -144,7 +148,7 @@ def test_layers_that_read_the_same_are_computed_together(monkeypatch: pytest.Mon
         return real(ctx, x, members, *factors)
 
     monkeypatch.setattr(low_rank_module._Products, "forward", staticmethod(counted))
-    losses_and_gradients(model, pad(ROWS))
+    losses_and_gradients(model, collate_padded(ROWS))
     assert calls == [3, 1, 2, 1] * 3, "query, key and value; output; gate and up; down"
 
 
@@ -155,48 +159,48 @@ def test_layers_that_read_the_same_are_computed_together(monkeypatch: pytest.Mon
 def test_what_it_cannot_compute_stays_pefts_and_is_named(given: dict[str, Any], reason: str) -> None:
     model = adapted(small("llama"), **given)
     torch.manual_seed(1)
-    wanted = losses_and_gradients(model, pad(ROWS))
-    low_rank = LowRank(model)
+    wanted = losses_and_gradients(model, collate_padded(ROWS))
+    low_rank = LoraLayers(model)
     assert not low_rank.layers
     assert low_rank.left_out == [reason]
     torch.manual_seed(1)
-    assert_close(losses_and_gradients(model, pad(ROWS)), wanted, 0.0)
+    assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 0.0)
 
 
 def test_sixteen_bit_weights_and_fp8_are_as_near_to_float32_as_their_rounding() -> None:
-    exact = losses_and_gradients(adapted(small("llama")), pad(ROWS))
+    exact = losses_and_gradients(adapted(small("llama")), collate_padded(ROWS))
 
     def off(model: Any) -> float:
-        loss, gradients = losses_and_gradients(model, pad(ROWS))
+        loss, gradients = losses_and_gradients(model, collate_padded(ROWS))
         assert loss == pytest.approx(exact[0], rel=2e-3)
         difference = sum(float((gradients[name].float() - g).norm() ** 2) for name, g in exact[1].items())
         return float((difference / sum(float(g.norm() ** 2) for g in exact[1].values())) ** 0.5)
 
     peft = off(adapted(small("llama"), torch.bfloat16))
     beside, in_fp8 = adapted(small("llama"), torch.bfloat16), adapted(small("llama"), torch.bfloat16)
-    assert not any(frozen.summed for frozen in LowRank(beside).frozen), "bfloat16 weights would swallow a small product"
-    LowRank(in_fp8, in_fp8=True)
+    assert not any(frozen.summed for frozen in LoraLayers(beside).frozen), "bfloat16 weights would swallow a small product"
+    LoraLayers(in_fp8, in_fp8=True)
     assert off(beside) < 1.5 * peft < 0.05
     assert 2 * peft < off(in_fp8) < 0.2
 
 
 def test_fp8_is_for_training_alone_and_for_all_or_none_that_read_the_same() -> None:
-    batch = pad(ROWS)
+    batch = collate_padded(ROWS)
 
     def validated(model: Any) -> float:
         with torch.no_grad():
             return next_token_loss(*label_logits(model, batch), LABELS).item()
 
     plain, in_fp8, odd = (adapted(small("llama"), torch.bfloat16) for _ in range(3))
-    LowRank(plain)
-    kinds = {type(frozen).__name__ for frozen in LowRank(in_fp8, in_fp8=True).frozen}
+    LoraLayers(plain)
+    kinds = {type(frozen).__name__ for frozen in LoraLayers(in_fp8, in_fp8=True).frozen}
     assert kinds == {"_Fp8"}
     assert validated(in_fp8) == validated(plain), "validation measures the model that merge makes"
     assert losses_and_gradients(in_fp8, batch)[0] != validated(in_fp8)
 
     for layer in odd.get_base_model().model.layers:
         layer.self_attn.v_proj.base_layer.in_features = 60  # what the hardware does not take
-    frozen = LowRank(odd, in_fp8=True).frozen
+    frozen = LoraLayers(odd, in_fp8=True).frozen
     for layer in odd.get_base_model().model.layers:
         kinds = {type(f).__name__ for f in frozen if f.layer in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
         assert kinds == {"_Beside"}
@@ -222,21 +226,21 @@ def test_4_bit_weights_are_summed_in_float32_and_rounded_once() -> None:
 
 
 def test_fused_parts_give_the_same_numbers_and_keep_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "compiled", lambda function: function)
+    monkeypatch.setattr(compile_module, "compiled", lambda function: function)
     for name in CONFIGS:
         model = adapted(small(name))
-        assert use_flat_rows(model.eval())
-        batch = flatten(ROWS)
+        assert enable_padding_free(model.eval())
+        batch = collate_padding_free(ROWS)
         wanted = losses_and_gradients(model, batch)
         rotary = __import__("sys").modules[type(model.get_base_model()).__module__]
         original = rotary.apply_rotary_pos_emb
-        found = fused.fuse(_OnGpu(model))
+        found = compile_module.compile_elementwise(_OnGpu(model), remember)
         assert found == (["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"])
-        LowRank(model)
+        LoraLayers(model)
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
-        recompute(model, 2)
+        checkpoint_blocks(model, 2)
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
-        fused.forget()
+        forget()
         rotary.apply_rotary_pos_emb = original
 
 
@@ -248,7 +252,7 @@ class _OnGpu:
 
 
 def test_nothing_is_compiled_on_the_cpu() -> None:
-    assert fused.fuse(small("llama")()) == []
+    assert compile_module.compile_elementwise(small("llama")()) == []
 
 
 # The loss in parts
@@ -256,12 +260,12 @@ def test_nothing_is_compiled_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("logits", [1, 300 * 7, 1 << 28])
 def test_a_loss_in_parts_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
-    import stages.lib.loss as module
+    import stages.train.loss as module
 
     monkeypatch.setattr(module, "LOGITS", logits)
     model = adapted(small("llama"))
-    assert use_flat_rows(model.eval())
-    batch = flatten(ROWS)
+    assert enable_padding_free(model.eval())
+    batch = collate_padding_free(ROWS)
     wanted = losses_and_gradients(model, batch)
     model.zero_grad()
     loss = label_loss(model, batch, model.get_output_embeddings(), next_token_loss, LABELS)

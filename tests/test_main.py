@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import stages.__main__ as launcher
-from stages import ingest
-from stages.lib.output import fresh_file, fresh_folder
-from stages.lib.problem import Problem
-from stages.lib.snapshot import Snapshot
+from stages.core.output import fresh_file, fresh_folder
+from stages.core.problem import Problem
+from stages.core.snapshot import Snapshot
+from stages.ingest import ingest
 from tests.tiny import PROJECT, Workspace
 
 OUT = ("data/examples", "reports/ingest.json")
+INGEST = ("ingest", "--raw", "data/raw", "--examples", OUT[0], "--report", OUT[1])
 
 
 @pytest.fixture
@@ -28,14 +29,30 @@ def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 def test_usage_and_unknown_stage(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert say(capsys)[0] == 2
-    status, said = say(capsys, "trian", "a")
+    status, said = say(capsys, "trian", "--raw", "a")
     assert status == 1
     assert "no stage 'trian' in dvc.yaml; the stages are fetch, ingest" in said
 
 
-def test_the_number_of_paths_is_checked(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    status, said = say(capsys, "ingest", "data/raw")
-    assert (status, said) == (1, "ingest: wants 3 paths (raw, examples, report), got 1; see its cmd in dvc.yaml\n")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--raw", "data/raw"), "wanted the paths --raw, --examples, --report; found --raw; see its cmd in dvc.yaml"),
+        (
+            (*INGEST[1:], "--more", "x"),
+            "wanted the paths --raw, --examples, --report; found --raw, --examples, --report, --more",
+        ),
+        (("data/raw",), "wanted --name path for each path, once, found 'data/raw'"),
+        (("--raw", "a", "--raw", "b"), "wanted --name path for each path, once, found '--raw a --raw b'"),
+        (("--raw",), "wanted --name path for each path, once, found '--raw'"),
+    ],
+)
+def test_the_named_paths_are_checked(
+    here: Workspace, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    status, said = say(capsys, "ingest", *words)
+    assert status == 1
+    assert f"ingest: {message}" in said
 
 
 def test_check_names_every_bad_parameter_of_every_stage(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +81,7 @@ def test_what_the_system_refuses_is_one_message(
 
     before = (here.root / OUT[0] / "train.jsonl").read_bytes()
     monkeypatch.setattr(ingest, "write_line", refuse)
-    status, said = say(capsys, "ingest", "data/raw", *OUT)
+    status, said = say(capsys, *INGEST)
     assert status == 1
     assert said.startswith("ingest: data/examples/train.jsonl: ")
     assert words in said
@@ -79,7 +96,7 @@ def test_ctrl_c_is_no_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ingest, "_files", interrupt)
-    assert say(capsys, "ingest", "data/raw", *OUT)[0] == 130
+    assert say(capsys, *INGEST)[0] == 130
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,7 @@ def test_a_full_disk_that_a_library_words_in_its_own_way_is_the_same_message(
         raise error
 
     monkeypatch.setattr(ingest, "write_line", refuse)
-    status, said = say(capsys, "ingest", "data/raw", *OUT)
+    status, said = say(capsys, *INGEST)
     assert (status, "the disk is full" in said) == (1, True)
 
 
@@ -111,21 +128,14 @@ def test_a_defect_keeps_its_traceback(here: Workspace, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ingest, "write_line", fail)
     with pytest.raises(ZeroDivisionError):
-        launcher.main(["ingest", "data/raw", *OUT])
+        launcher.main(list(INGEST))
 
 
 @pytest.mark.parametrize(
-    "file", ["params.yaml", "stages/lib/mask.py", "stages/templates/chatml.jinja", "data/examples/test.jsonl"]
+    "file", ["params.yaml", "stages/encode/mask.py", "stages/templates/chatml.jinja", "data/examples/test.jsonl"]
 )
 def test_an_edit_during_the_run_is_seen(here: Workspace, file: str) -> None:
-    arguments = (
-        "data/examples",
-        "models/tokenizer",
-        "stages/templates/chatml.jinja",
-        "stages/templates/masks.html.jinja",
-        "data/tokens",
-    )
-    snapshot = Snapshot.take("encode", arguments, Path())
+    snapshot = Snapshot.take("encode", ("data/examples", "models/tokenizer", "data/tokens"), Path())
     snapshot.check()
     with here.edited(file):
         text = Path(file).read_text(encoding="utf-8")
@@ -173,7 +183,8 @@ def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
 
 
 def test_a_stage_runs_in_a_process_of_its_own(here: Workspace, tmp_path: Path) -> None:
-    done = here.run("ingest", "data/raw", str(tmp_path / "examples"), str(tmp_path / "report.json"))
+    out, report = tmp_path / "examples", tmp_path / "report.json"
+    done = here.run("ingest", "--raw", "data/raw", "--examples", str(out), "--report", str(report))
     assert (done.returncode, done.stderr) == (0, "")
     assert "64 rows read, 60 kept" in done.stdout
     for file in (here.root / "data" / "examples").iterdir():

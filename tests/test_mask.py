@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from stages.lib.encoder import align
-from stages.lib.mask import Span, SpecialTokens, find_answers, learned_ranges, token_range
-from stages.lib.template import ChatTemplate, Untraceable
+from stages.encode.mask import Span, SpecialTokens, find_answers, learned_ranges, token_range
+from stages.encode.template import ChatTemplate, Untraceable
+from stages.encode.tokenizer import align
 from tests.tiny import PROJECT
 
 TEMPLATES = PROJECT / "stages" / "templates"

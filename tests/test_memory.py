@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from stages.lib.blocks import blocks
-from stages.lib.memory import PROBES, Need, Plan, choose
-from stages.lib.problem import Problem
-from stages.lib.trainer import AdapterTrainer
+from stages.core.problem import Problem
+from stages.train.gradient_checkpointing import decoder_blocks
+from stages.train.memory import PROBES, Need, Plan, choose
+from stages.train.trainer import AdapterTrainer
 from tests.runs import run
 from tests.tiny import Workspace
 
@@ -75,8 +75,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, free: float, *, small: bool = False
     real = AdapterTrainer._try
 
     def peak(self: Any, rows: Any) -> int:
-        twice = sum("computed_twice" in block.forward.__qualname__ for block in blocks(self.model))
-        return sum(len(row["input_ids"]) for row in rows) * (20 + 100 * (len(blocks(self.model)) - twice))
+        twice = sum("computed_twice" in block.forward.__qualname__ for block in decoder_blocks(self.model))
+        return sum(len(row["input_ids"]) for row in rows) * (20 + 100 * (len(decoder_blocks(self.model)) - twice))
 
     def attempt(self: Any, rows: Any) -> None:
         trials.append([len(row["input_ids"]) for row in rows])
@@ -88,8 +88,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, free: float, *, small: bool = False
     monkeypatch.setattr(AdapterTrainer, "_may_choose", lambda _: True)
     monkeypatch.setattr(AdapterTrainer, "_peak", lambda self, rows: attempt(self, rows) or peak(self, rows))
     monkeypatch.setattr(AdapterTrainer, "_try", attempt)
-    monkeypatch.setattr("stages.lib.memory.free_bytes", lambda: free)
-    monkeypatch.setattr("stages.lib.trainer.ADAM_BYTES", 0)
+    monkeypatch.setattr("stages.train.memory.free_bytes", lambda: free)
+    monkeypatch.setattr("stages.train.trainer.ADAM_BYTES", 0)
     return trials
 
 
@@ -114,7 +114,7 @@ def test_a_plan_that_does_not_fit_after_all_takes_fewer_tokens(
 ) -> None:
     given = {"gradient_checkpointing": "auto", "per_device_train_batch_size": 8, "training_arguments": {"max_steps": 1}}
     trials = pretend(monkeypatch, 200 * 220, small=True)
-    monkeypatch.setattr("stages.lib.memory.free_bytes", lambda: 1e6)  # more than there is
+    monkeypatch.setattr("stages.train.memory.free_bytes", lambda: 1e6)  # more than there is
     run(workspace, scratch / "out", **given)
     sizes = [sum(rows) for rows in trials if rows[0] < 1000]
     assert len(sizes) > 1

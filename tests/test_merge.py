@@ -1,6 +1,5 @@
 """merge: the written model is the trained one, proven by measuring it; a damaged one is not let through."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -14,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import merge as module
-from stages.lib.parity import Said, compare, greedy_agreement
-from stages.lib.problem import Problem
-from stages.lib.provenance import verify
-from stages.lib.tokens import read_tokens
-from stages.merge import Params, merge
+from stages.core.problem import Problem
+from stages.core.provenance import verify
+from stages.core.tokens import read_tokens
+from stages.merge import merge as module
+from stages.merge.merge import Params, merge
+from stages.merge.parity import ModelOutputs, compare, greedy_agreement
 from tests.tiny import Workspace
 
 PARAMS = {
@@ -41,13 +40,15 @@ class Merge:
 
     def run(self, **given: Any) -> dict[str, Any]:
         tokens = self.root / "data" / "tokens"
-        arguments = (
-            tokens / "validation.arrow",
-            tokens / "chat_template.jinja",
-            self.out / "merged",
-            self.out / "report.json",
+        merge(
+            Params(**PARAMS | given),
+            base=self.base,
+            adapter=self.adapter,
+            validation_tokens=tokens / "validation.arrow",
+            chat_template=tokens / "chat_template.jinja",
+            merged=self.out / "merged",
+            report=self.out / "report.json",
         )
-        merge(Params(**PARAMS | given), self.base, self.adapter, *arguments)
         report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
         return report
 
@@ -99,7 +100,7 @@ def test_the_greedy_answers_of_the_trained_model_are_compared_token_for_token(
     assert "of the greedy answers are the same, merge.min_greedy_agreement is 1" in merging.refused(min_greedy_agreement=1)
     model = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32).eval()
     rows = read_tokens(merging.root / "data" / "tokens" / "validation.arrow").to_pylist()[:3]
-    said = Said(model, rows, [2])
+    said = ModelOutputs(model, rows, [2])
     assert [prompt for prompt, _ in said.answers] == [
         row["input_ids"][: next(n for n, label in enumerate(row["labels"]) if label != -100)] for row in rows
     ]
@@ -110,12 +111,14 @@ def test_the_greedy_answers_of_the_trained_model_are_compared_token_for_token(
 
 
 def test_the_folder_says_what_made_it(workspace: Workspace) -> None:
-    with contextlib.chdir(workspace.root):
-        assert verify(Path("models/merged"), Path()) == []
-    said = json.loads((workspace.root / "models" / "merged" / "provenance.json").read_text())
-    assert said["adapter"]["stage"] == "train"
-    assert "models/adapter" in said["inputs"]
-    assert said["parity"]["mean_kl"] < 1e-2
+    assert verify(workspace.root / "reports" / "provenance" / "merge.json", workspace.root) == []
+    recorded = json.loads((workspace.root / "reports" / "provenance" / "merge.json").read_text())
+    assert "models/adapter" in recorded["inputs"]
+    assert "models/merged" in recorded["outputs"]
+    manifest = json.loads((workspace.root / "models" / "merged" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {file.name for file in (workspace.root / "models" / "merged").iterdir()} - {
+        "manifest.json"
+    }
 
 
 def test_the_weights_are_pefts_own_on_an_unquantized_base(merging: Merge) -> None:

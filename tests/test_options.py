@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from stages.lib.arguments import OWNED, field_names, read_further
-from stages.lib.batch import pad
-from stages.lib.loss import label_logits, load_loss, next_token_loss
-from stages.lib.problem import Problem
-from stages.lib.tokens import TokenRows, read_tokens
-from stages.train import OURS
+from stages.core.problem import Problem
+from stages.core.tokens import TokenRows, read_tokens
+from stages.model.collate import collate_padded
+from stages.model.logits import label_logits
+from stages.train.arguments import OWNED, field_names, read_further
+from stages.train.loss import load_loss, next_token_loss
+from stages.train.train import OURS
 from tests.runs import INPUTS, params, run
 from tests.tiny import PROJECT, Workspace
 
@@ -56,7 +57,9 @@ def test_smoothing_is_transformers_own(tiny_model: Path) -> None:
     from transformers.trainer_pt_utils import LabelSmoother
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    batch = pad([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 5], "labels": [-100, 5]}])
+    batch = collate_padded(
+        [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 5], "labels": [-100, 5]}]
+    )
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     theirs = LabelSmoother(0.2)({"logits": outputs.logits}, batch["labels"], shift_labels=True)
     logits, labels = label_logits(model, batch)
@@ -233,7 +236,7 @@ def test_rows_are_read_as_they_are_asked_for(workspace: Workspace) -> None:
 
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    logits, labels = label_logits(model, pad([{"input_ids": [0], "labels": [-100]}]))
+    logits, labels = label_logits(model, collate_padded([{"input_ids": [0], "labels": [-100]}]))
     loss = next_token_loss(logits, labels, 7)
     loss.backward()
     assert loss.item() == 0

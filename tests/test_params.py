@@ -4,18 +4,22 @@ import importlib
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dvc.api
 import pytest
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from stages.lib.params import Section, load_section, read_section, read_yaml
-from stages.lib.problem import Problem
+from stages.core.params import Section, parse_section, read_section, read_yaml
+from stages.core.problem import Problem
 from tests.tiny import PROJECT, Workspace
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
+
+
+def load_section(name: str, kind: type[Section], root: Path) -> Any:
+    return parse_section(name, kind, read_section(name, root))
 
 
 class Inner(Section):
@@ -95,7 +99,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", SPEC)
 def test_the_committed_parameters_are_good_and_described(stage: str) -> None:
-    params = importlib.import_module(f"stages.{stage}").Params
+    params = importlib.import_module(f"stages.{stage}.{stage}").Params
     load_section(stage, params, PROJECT)
     check_described(stage, params)
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ GENERATE = {"generate@base", "generate@merged"}
 ALL = {"fetch", "ingest", "encode", "train", "merge", "score"} | GENERATE
 
 # The contract with the user, written by hand: what runs again by itself, if the named thing changes ...
+ENCODED = {"encode", "train", "merge"} | GENERATE
+MODELS = {"train", "merge"} | GENERATE
 READ_BY = {
     "fetch": {"fetch"},
     "ingest": {"ingest"},
@@ -30,72 +33,46 @@ READ_BY = {
     "data/raw/en.json": {"ingest"},
     "data/prompts.json": {"encode"},
     "stages/__main__.py": ALL,
-    "stages/fetch.py": {"fetch"},
-    "stages/ingest.py": {"ingest"},
-    "stages/encode.py": {"encode"},
-    "stages/train.py": {"train"},
-    "stages/merge.py": {"merge"},
-    "stages/generate.py": GENERATE,
-    "stages/score.py": {"score"},
-    "stages/lib/adapter.py": {"train", "merge"},
-    "stages/lib/answers.py": {"score"},
-    "stages/lib/arguments.py": {"train"},
-    "stages/lib/batch.py": {"train", "merge"} | GENERATE,
-    "stages/lib/blocks.py": {"train"},
-    "stages/lib/decode.py": GENERATE,
-    "stages/lib/flat_attention.py": {"train", "merge"} | GENERATE,
-    "stages/lib/four_bit.py": {"train"},
-    "stages/lib/fused.py": {"train", "merge"} | GENERATE,
-    "stages/lib/low_rank.py": {"train"},
-    "stages/lib/fp8.py": {"train"},
-    "stages/lib/memory.py": {"train"},
-    "stages/lib/slot_attention.py": GENERATE,
-    "stages/lib/checkpoints.py": {"train"},
-    "stages/lib/distributed.py": {"train"} | GENERATE,
-    "stages/lib/answering.py": GENERATE,
-    "stages/lib/head.py": {"train", "merge"} | GENERATE,
-    "stages/lib/sharding.py": {"train"},
-    "stages/lib/siblings.py": {"train"} | GENERATE,
-    "stages/lib/transformers_answers.py": GENERATE,
-    "stages/lib/vllm_answers.py": GENERATE,
-    "stages/lib/encoder.py": {"encode"},
-    "stages/lib/formats.py": {"ingest"},
-    "stages/lib/json_stream.py": {"ingest"},
-    "stages/lib/labels.py": {"encode", "train", "merge"} | GENERATE,
-    "stages/lib/model.py": {"merge"} | GENERATE,
-    "stages/lib/progress.py": {"ingest", "encode"},
-    "stages/lib/template.py": {"encode"},
-    "stages/templates/masks.html.jinja": {"encode"},
-    "stages/lib/device.py": {"train", "merge"} | GENERATE,
-    "stages/lib/intervals.py": {"score"},
-    "stages/lib/jsonl.py": ALL,
-    "stages/lib/judge.py": {"score"},
-    "stages/lib/loss.py": {"train", "merge"},
-    "stages/lib/mask.py": {"encode"},
-    "stages/lib/neighbours.py": {"score"},
-    "stages/lib/output.py": ALL,
-    "stages/lib/params.py": ALL,
-    "stages/lib/parity.py": {"merge"},
-    "stages/lib/provenance.py": {"train", "merge"} | GENERATE,
-    "stages/lib/sampling.py": GENERATE,
-    "stages/lib/problem.py": ALL,
-    "stages/lib/quantized.py": {"train", "merge"},
-    "stages/lib/rejection.py": {"ingest", "encode"},
-    "stages/lib/rows.py": {"encode"},
-    "stages/lib/tally.py": {"encode"},
-    "stages/lib/snapshot.py": ALL,
-    "stages/lib/trainer.py": {"train"},
+    # A folder of a stage reruns that stage, core reruns all ...
+    "stages/fetch/": {"fetch"},
+    "stages/ingest/": {"ingest"},
+    "stages/encode/": {"encode"},
+    "stages/train/": {"train"},
+    "stages/merge/": {"merge"},
+    "stages/generate/": GENERATE,
+    "stages/score/": {"score"},
+    "stages/core/": ALL,
+    # ... and model what loads a model, except for these.
+    "stages/model/": MODELS,
+    "stages/core/tokens.py": ENCODED,
+    "stages/model/adapter.py": {"train", "merge"},
+    "stages/model/checkpoints.py": {"train"} | GENERATE,
+    "stages/model/compile.py": {"train"} | GENERATE,
+    "stages/model/distributed.py": {"train"} | GENERATE,
+    "stages/model/load.py": {"merge"} | GENERATE,
+    "stages/model/quantize.py": {"train", "merge"},
+    "stages/model/shared_inputs.py": {"train"} | GENERATE,
     "stages/losses/cross_entropy.py": {"train"},
-    "stages/lib/tokens.py": {"encode", "train", "merge"} | GENERATE,
     "stages/templates/alpaca.jinja": set(),
     "stages/templates/chatglm.jinja": set(),
     "stages/templates/chatml.jinja": {"encode"},  # the one that encode.template names
     "stages/templates/human_assistant.jinja": set(),
     "stages/templates/join.jinja": set(),
     "stages/templates/join_eos.jinja": set(),
-    "stages/templates/report.html.jinja": {"score"},
     "README.md": set(),
 }
+
+
+def read_by(file: str) -> set[str]:
+    """The stages that read a file, by its own line in the table or its folder's."""
+    return READ_BY[file] if file in READ_BY else READ_BY[f"{Path(file).parent.as_posix()}/"]
+
+
+CODE = sorted(
+    path.relative_to(PROJECT).as_posix()
+    for path in (PROJECT / "stages").rglob("*")
+    if path.suffix in (".py", ".jinja") and path.name != "__init__.py"
+)
 # ... and what comes after each stage, where its result is another.
 AFTER = {
     "fetch": ALL - {"ingest"},
@@ -147,24 +124,32 @@ def test_a_parameter_reruns_its_stage_and_what_follows(workspace: Workspace, pat
     assert closed == direct.union(*(AFTER[stage] for stage in direct))
 
 
-@pytest.mark.parametrize("file", [name for name in READ_BY if "/" in name or name.endswith(".md")])
+@pytest.mark.parametrize("file", [*CODE, "data/raw/zh.json", "data/raw/en.json", "data/prompts.json", "README.md"])
 def test_a_file_reruns_its_stages_and_what_follows(workspace: Workspace, file: str) -> None:
     with workspace.edited(file):
         with (workspace.root / file).open("a") as opened:
             opened.write("\n")
         direct, closed = workspace.stale()
-    assert direct == READ_BY[file]
+    assert direct == read_by(file)
     assert closed == direct.union(*(AFTER[stage] for stage in direct))
 
 
-def test_the_table_above_names_every_file_of_the_project_that_a_stage_can_read(workspace: Workspace) -> None:
-    code = {str(path.relative_to(PROJECT)) for path in (PROJECT / "stages").rglob("*") if path.suffix in (".py", ".jinja")}
-    empty = {"stages/__init__.py", "stages/lib/__init__.py"}
-    data = {"data/prompts.json"} | {
-        str(path.relative_to(workspace.root)) for path in (workspace.root / "data" / "raw").iterdir()
-    }
-    assert {name for name in READ_BY if "/" in name} == code - empty | data
+def test_the_table_above_names_nothing_that_is_not_there(workspace: Workspace) -> None:
+    for name in READ_BY:
+        if "/" in name:
+            assert (workspace.root / name).exists(), name
     assert set(PARAMS) == set(SPEC)
+
+
+@pytest.mark.parametrize("file", ["stages/train/__pycache__/x.pyc", "stages/train/notes.txt", "stages/core/.x.swp"])
+def test_what_is_no_code_reruns_nothing(workspace: Workspace, file: str) -> None:
+    path = workspace.root / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    try:
+        assert workspace.stale() == (set(), set())
+    finally:
+        path.unlink()
 
 
 def test_nothing_changed_reruns_nothing(workspace: Workspace) -> None:
@@ -238,25 +223,68 @@ def closure(*paths: Path) -> set[str]:
     return {str(file.relative_to(PROJECT)) for file in seen}
 
 
+def declared_code(stage: str) -> set[str]:
+    """The Python files that dvc.yaml declares for a stage, folders expanded."""
+    found: set[str] = set()
+    for dep in SPEC[stage]["deps"]:
+        path = PROJECT / dep
+        if dep.startswith("stages/"):
+            files = path.glob("*.py") if path.is_dir() else [path]
+            found |= {file.relative_to(PROJECT).as_posix() for file in files if file.name != "__init__.py"}
+    return found
+
+
 @pytest.mark.parametrize("stage", SPEC)
 def test_a_stage_declares_exactly_the_code_that_it_runs(stage: str) -> None:
-    declared = [dep for dep in SPEC[stage]["deps"] if dep.endswith(".py")]
-    assert len(declared) == len(set(declared))
-    assert set(declared) == closure(PROJECT / "stages" / "__main__.py", PROJECT / "stages" / f"{stage}.py")
+    roots = [PROJECT / "stages" / "__main__.py", PROJECT / "stages" / stage / f"{stage}.py"]
+    if stage == "train":
+        roots.append(PROJECT / PARAMS["train"]["loss"])  # its own dependency, imported by path
+    imported = closure(*roots) - {PARAMS["train"]["loss"]}
+    assert declared_code(stage) == imported
+    assert len(SPEC[stage]["deps"]) == len(set(SPEC[stage]["deps"]))
 
 
 @pytest.mark.parametrize("stage", SPEC)
-def test_no_stage_imports_another(stage: str) -> None:
-    stages = {f"stages/{other}.py" for other in SPEC}
-    assert closure(PROJECT / "stages" / f"{stage}.py") & stages == {f"stages/{stage}.py"}
+def test_a_folder_stands_as_one_line_where_all_of_it_is_imported(stage: str) -> None:
+    deps = SPEC[stage]["deps"]
+    assert f"stages/{stage}" in deps
+    for room in ("core", "model"):
+        files = {file.relative_to(PROJECT).as_posix() for file in (PROJECT / "stages" / room).glob("*.py")}
+        assert not files - {f"stages/{room}/__init__.py"} <= set(deps), f"write stages/{room} in place of its files"
+
+
+@pytest.mark.parametrize("file", [name for name in CODE if name.endswith(".py")])
+def test_only_its_own_stage_imports_the_folder_of_a_stage(file: str) -> None:
+    """And core imports core alone; a loss may import from train, which is the stage that loads it."""
+    room = file.split("/")[1]
+    allowed = {"core": {"core"}, "model": {"core", "model"}, "losses": {"core", "model", "train"}, "__main__.py": {"core"}}
+    imported = {path.relative_to(PROJECT).parts[1] for path in project_imports(PROJECT / file)}
+    assert imported <= allowed.get(room, {"core", "model", room}), file
+
+
+def test_core_imports_no_torch() -> None:
+    for file in [*(PROJECT / "stages" / "core").glob("*.py"), PROJECT / "stages" / "__main__.py"]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {
+            name.partition(".")[0]
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [str(node.module)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert not names & {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}, file
 
 
 @pytest.mark.parametrize("stage", SPEC)
 def test_a_stage_declares_its_own_section_and_opens_no_params(stage: str) -> None:
     assert SPEC[stage]["params"] == [stage]
-    source = (PROJECT / "stages" / f"{stage}.py").read_text(encoding="utf-8")
+    source = (PROJECT / "stages" / stage / f"{stage}.py").read_text(encoding="utf-8")
     assert "params.yaml" not in ast.unparse(strip_text(ast.parse(source)))
-    assert "load_section" not in source
+    assert "read_section" not in source
 
 
 def strip_text(tree: ast.Module) -> ast.Module:
@@ -269,30 +297,50 @@ def strip_text(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def test_the_folder_of_stages_holds_the_stages_and_the_launcher() -> None:
-    assert {file.stem for file in (PROJECT / "stages").glob("*.py")} == set(SPEC) | {"__init__", "__main__"}
+def test_the_folder_of_stages_holds_the_stages_what_they_share_and_what_users_change() -> None:
+    rooms = {path.name for path in (PROJECT / "stages").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == {*SPEC, "core", "model", "losses", "templates"}
+    assert {file.name for file in (PROJECT / "stages").glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.parametrize("init", ["stages/__init__.py", "stages/lib/__init__.py"])
-def test_package_inits_are_empty(init: str) -> None:
-    assert (PROJECT / init).read_bytes() == b""  # they run before every stage, and no stage declares them
+@pytest.mark.parametrize("init", sorted((PROJECT / "stages").rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_package_files_are_empty(init: Path) -> None:
+    assert init.read_bytes() == b""
+
+
+def outs_of(stage: str) -> list[str]:
+    entries = [out for key in ("outs", "metrics") for out in SPEC[stage].get(key, [])]
+    return [next(iter(out)) if isinstance(out, dict) else out for out in entries]
 
 
 @pytest.mark.parametrize("stage", SPEC)
-def test_every_path_on_the_command_line_is_declared(stage: str) -> None:
-    spec = SPEC[stage]
-    outs = [
-        next(iter(out)) if isinstance(out, dict) else out
-        for key in ("outs", "metrics", "plots")
-        for out in spec.get(key, [])
-    ]
-    read = {dep for dep in spec["deps"] if not dep.startswith("stages/") or not dep.endswith(".py")}
-    for path in spec["cmd"].split()[4:]:
+def test_every_path_on_the_command_line_is_declared_and_named_in_the_signature(stage: str) -> None:
+    words = SPEC[stage]["cmd"].split()
+    assert words[:4] == ["python", "-m", "stages", stage]
+    options, paths = words[4::2], words[5::2]
+    deps = [dep for dep in SPEC[stage]["deps"] if not dep.startswith(("stages/", "${"))]
+    for path in paths:
         # What differs between equal runs (time, memory, date) is no output, or no two runs would be equal.
         machine = path == f"reports/machine/{stage}.json"
-        assert machine or path in outs or any(dep == path or dep.startswith(f"{path}/") for dep in read), path
-    for path in outs:
-        assert path in spec["cmd"].split(), path
+        read = any(dep == path or dep.startswith(f"{path}/") for dep in deps)
+        assert machine or read or path in outs_of(stage), path
+    assert set(outs_of(stage)) <= set(paths)
+    module = ast.parse((PROJECT / "stages" / stage / f"{stage}.py").read_text(encoding="utf-8"))
+    function = next(node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == stage)
+    assert [argument.arg for argument in function.args.args] == ["params"]
+    named = [f"--{argument.arg.replace('_', '-')}" for argument in function.args.kwonlyargs]
+    assert sorted({*options} - {"--provenance"}) == sorted(named)
+
+
+def test_nothing_that_a_user_writes_reaches_a_shell() -> None:
+    for stage, spec in SPEC.items():
+        found = re.findall(r"\$\{(.*?)\}", spec["cmd"])
+        assert set(found) <= ({"item.model"} if "matrix" in spec else set()), stage  # of dvc.yaml itself, not of a user
+        assert "${" not in str(spec.get("outs")).replace("${item.model}", "")
+
+
+def test_the_front_page_is_one_page() -> None:
+    assert len((PROJECT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 # The committed lock

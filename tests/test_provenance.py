@@ -7,32 +7,32 @@ from typing import Any
 
 import pytest
 
-from stages.lib.problem import Problem
-from stages.lib.provenance import verify
+from stages.core.problem import Problem
+from stages.core.provenance import verify
 from tests.tiny import Workspace
 
 ADAPTER = Path("models/adapter")
+FILE = Path("reports/provenance/train.json")
 
 
 @pytest.fixture
 def root(workspace: Workspace, tmp_path: Path) -> Path:
     """A copy of what the training read and wrote."""
-    for name in ("data/tokens", "models/adapter", "stages"):
-        shutil.copytree(workspace.root / name, tmp_path / name)
-    (tmp_path / "models" / "base").mkdir()
-    for name in ("models/base/manifest.json", "params.yaml", "dvc.yaml"):
+    for name in ("data/tokens", "models/adapter", "models/base", "reports", "stages"):
+        shutil.copytree(workspace.root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(workspace.root / name, tmp_path / name)
     return tmp_path
 
 
-def test_it_names_all_that_the_training_read(root: Path, workspace: Workspace) -> None:
-    said = json.loads((root / ADAPTER / "provenance.json").read_text())
-    assert said["stage"] == "train"
-    assert set(said["inputs"]) == {"data/tokens/train.arrow", "data/tokens/validation.arrow", "models/base"}
-    assert {"stages/train.py", "stages/lib/trainer.py", "stages/losses/cross_entropy.py"} <= set(said["code"])
-    assert said["params"] == dict(workspace.params()["train"])
-    assert set(said["files"]) == {"adapter_config.json", "adapter_model.safetensors", "training.json"}
-    assert verify(root / ADAPTER, root) == []
+def test_it_names_all_that_the_training_read_and_wrote(root: Path, workspace: Workspace) -> None:
+    recorded = json.loads((root / FILE).read_text())
+    assert recorded["stage"] == "train"
+    assert set(recorded["inputs"]) == {"data/tokens/train.arrow", "data/tokens/validation.arrow", "models/base"}
+    assert {"stages/train/train.py", "stages/core/tokens.py", "stages/losses/cross_entropy.py"} <= set(recorded["code"])
+    assert recorded["params"] == dict(workspace.params()["train"])
+    assert set(recorded["outputs"]) == {"models/adapter", "reports/train.json", "reports/loss"}
+    assert verify(root / FILE, root) == []
 
 
 def touch(path: str) -> Any:
@@ -45,47 +45,50 @@ def change_params(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (touch("models/adapter/adapter_model.safetensors"), "adapter_model.safetensors: not the bytes that were written"),
-        (lambda root: (root / ADAPTER / "training.json").unlink(), "training.json: not there"),
-        (lambda root: (root / ADAPTER / "more.bin").touch(), "more.bin: was not written by train"),
-        (touch("data/tokens/train.arrow"), "data/tokens/train.arrow: is another than was read"),
-        (touch("models/base/manifest.json"), "models/base: is another than was read"),
+        (touch("models/adapter/adapter_model.safetensors"), "models/adapter: is not what train wrote"),
+        (lambda root: (root / ADAPTER / "training.json").unlink(), "models/adapter: is not what train wrote"),
+        (lambda root: (root / ADAPTER / "more.bin").touch(), "models/adapter: is not what train wrote"),
+        (lambda root: shutil.rmtree(root / ADAPTER), "models/adapter: is not there"),
+        (touch("data/tokens/train.arrow"), "data/tokens/train.arrow: is not what train read"),
+        (touch("models/base/manifest.json"), "models/base: is not what train read"),
+        (touch("models/base/model.safetensors"), "models/base/model.safetensors: is not the file that manifest.json names"),
+        (
+            lambda root: (root / "models/base/more.py").touch(),
+            "models/base/more.py: is not the file that manifest.json names",
+        ),
         (lambda root: shutil.rmtree(root / "data"), "data/tokens/train.arrow: is not there"),
-        (touch("stages/lib/loss.py"), "stages/lib/loss.py: is another than was read"),
-        (change_params, "params.yaml: train.lora_alpha: was 32.0, is 64"),
+        (touch("stages/train/loss.py"), "stages/train/loss.py: has changed since train ran"),
+        (change_params, "params.yaml: train.lora_alpha: was 32, is 64"),
     ],
 )
-def test_what_no_longer_holds_is_found(root: Path, change: Any, said: str) -> None:
+def test_what_no_longer_holds_is_found(root: Path, change: Any, message: str) -> None:
     change(root)
-    assert any(line.endswith(said) for line in verify(root / ADAPTER, root)), verify(root / ADAPTER, root)
+    assert verify(root / FILE, root) == [message]
 
 
 def test_other_code_changes_nothing(root: Path) -> None:
-    touch("stages/lib/mask.py")(root)
-    touch("stages/score.py")(root)
-    assert verify(root / ADAPTER, root) == []
+    touch("stages/encode/mask.py")(root)
+    touch("stages/score/score.py")(root)
+    assert verify(root / FILE, root) == []
 
 
-def test_a_folder_without_it_is_refused(root: Path) -> None:
-    with pytest.raises(Problem, match=r"models/base: has no provenance\.json"):
-        verify(root / "models" / "base", root)
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"stage": "train"}'])
+def test_what_is_no_provenance_is_refused(root: Path, text: str | None) -> None:
+    path = root / "x.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(Problem, match=r"x\.json: not a provenance file; run dvc repro"):
+        verify(path, root)
 
 
 def test_the_command_says_it_and_exits_with_it(workspace: Workspace, second_python: None) -> None:
-    import subprocess
-
-    def verified(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = ["python", "-m", "stages.lib.provenance", *arguments]
-        return subprocess.run(command, cwd=workspace.root, capture_output=True, text=True, check=False)
-
-    good = verified("verify", "models/adapter")
-    assert good.returncode == 0, good.stdout
-    assert "models/adapter: holds" in good.stdout
+    good = workspace.run("verify")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "the outputs of merge, train are what these stages wrote" in good.stdout
     with workspace.edited("params.yaml"):
         change_params(workspace.root)
-        bad = verified("verify", "models/adapter")
+        bad = workspace.run("verify")
     assert bad.returncode == 1
-    assert "train.lora_alpha: was 32.0, is 64" in bad.stdout
-    assert verified("check").returncode == 2
+    assert "train.lora_alpha: was 32, is 64" in bad.stderr

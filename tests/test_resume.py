@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -13,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from stages.lib import trainer as trainer_module
-from stages.lib.checkpoints import WHOLE, last_checkpoint, open_checkpoints
-from stages.lib.problem import Problem
-from stages.lib.provenance import fingerprint, inputs_of
-from tests.runs import INPUTS, LOSS, params, run
+from stages.core.problem import Problem
+from stages.core.provenance import fingerprint, inputs_of
+from stages.model.checkpoints import CheckpointFolder
+from stages.train import trainer as trainer_module
+from stages.train.checkpoints import COMPLETE, last_checkpoint, remove_incomplete
+from tests.runs import INPUTS, params, paths, run
 from tests.tiny import PROJECT, Workspace
 
 SCRIPT = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from stages.lib import checkpoints, trainer
-from stages import train as stage
+from stages.train import checkpoints
+from stages.train import trainer
+from stages.train import train as stage
 
 PATHS, GIVEN = {paths!r}, {given!r}
 where = sys.argv[1]
@@ -50,12 +51,12 @@ if where == "in the first step":
 elif where == "in the middle of a file of the second checkpoint":
     torch.save = at(4, lambda _, path: Path(path).write_bytes(b"PK half"))(torch.save)
 elif where == "before the mark of a checkpoint":
-    trainer.mark_whole = at(2, lambda *_: None)(trainer.mark_whole)
+    trainer.mark_complete = at(2, lambda *_: None)(trainer.mark_complete)
 elif where == "while an old checkpoint is removed":
     shutil.rmtree = at(1, lambda path, *_: next(Path(path).glob("optimizer.pt")).unlink())(shutil.rmtree)
 elif where == "while the adapter is written":
     stage.save_adapter = at(1, lambda _, folder, *__: (folder / "half").write_text("x"))(stage.save_adapter)
-stage.train(stage.Params(**GIVEN), *map(Path, PATHS))
+stage.train(stage.Params(**GIVEN), **{{name: Path(path) for name, path in PATHS.items()}}).clean_up()
 """
 KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
 PLACES = (
@@ -72,9 +73,8 @@ class Child:
 
     def __init__(self, workspace: Workspace, scratch: Path, out: Path, **given: Any) -> None:
         self.out, self.script = out, scratch / "run.py"
-        outs = [out / "adapter", out / "report.json", out / "loss", scratch / "machine.json"]
-        paths = [str(path) for path in (*(workspace.root / path for path in (*INPUTS, LOSS)), *outs)]
-        self.script.write_text(SCRIPT.format(paths=paths, given=params(workspace, **given).model_dump()))
+        named = {name: str(path) for name, path in paths(workspace, out).items()}
+        self.script.write_text(SCRIPT.format(paths=named, given=params(workspace, **given).model_dump()))
 
     def start(self, where: str = "") -> "subprocess.Popen[str]":
         command = ["python", str(self.script), where]
@@ -82,8 +82,8 @@ class Child:
 
     def signal(self, number: int) -> None:
         """To the process that holds the lock: `python` here is one that only hands its call on."""
-        (lock,) = self.script.parent.glob(".checkpoints/*/lock")
-        os.kill(int(lock.read_text()), number)
+        (pid,) = self.script.parent.glob(".checkpoints/*.pid")
+        os.kill(int(pid.read_text()), number)
 
     def finish(self) -> str:
         process = self.start()
@@ -110,9 +110,9 @@ def test_killed_at_any_moment_it_ends_in_the_bytes_of_one_never_killed(workspace
         said, _ = process.communicate()
         assert process.returncode in KILLED, f"{where}: {said}"
         assert not (child.out / "adapter").exists()
-    assert "train: goes on from checkpoint-" in child.finish()
+    assert "train: resuming from checkpoint-" in child.finish()
     assert outputs(child.out) == whole
-    assert not list(scratch.glob(".checkpoints/*"))
+    assert [path.suffix for path in scratch.glob(".checkpoints/*")] == [".lock"]
 
 
 @pytest.mark.usefixtures("second_python")
@@ -146,9 +146,9 @@ def test_interrupted_it_keeps_the_step_and_goes_on_from_it(workspace: Workspace,
     assert process.wait() != 0
     assert "interrupted; saves a checkpoint at the end of this step" in said
     assert "KeyboardInterrupt" in said
-    assert len(list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))) == 1
+    assert len(list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))) == 1
     if number == signal.SIGTERM:
-        assert "train: goes on from checkpoint-" in child.finish()
+        assert "train: resuming from checkpoint-" in child.finish()
         assert outputs(child.out) == outputs(run(workspace, scratch / "whole", **given))
 
 
@@ -168,14 +168,15 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
         run(workspace, scratch / "out", **GIVEN)
-    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{WHOLE}"))
+    assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))
     monkeypatch.setattr(torch, "save", save)
     assert outputs(run(workspace, scratch / "out", **GIVEN)) == whole
 
 
 def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspace, tmp_path: Path) -> None:
     def name(*inputs: Path, **given: Any) -> str:
-        read = inputs_of("train", params(workspace, **given).model_dump(), dict(zip("abc", inputs, strict=True)), PROJECT)
+        read = inputs_of("train", params(workspace, **given).model_dump(), inputs, PROJECT)
+        read["inputs"] = list(read["inputs"].values())  # the content decides, not the path
         return fingerprint(read)
 
     inputs = [workspace.root / path for path in INPUTS]
@@ -190,24 +191,25 @@ def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspa
 
 
 def test_a_second_trainer_is_refused_and_told_who_trains(scratch: Path) -> None:
-    said = f"process {os.getpid()} is training the very same"
-    with open_checkpoints("same"), pytest.raises(Problem, match=said), open_checkpoints("same"):
-        pass
-    with open_checkpoints("same"):
-        pass
+    said = f"process {os.getpid()} is running train on the same data.*end it with: kill {os.getpid()}"
+    first = CheckpointFolder("train", "same")
+    with pytest.raises(Problem, match=said):
+        CheckpointFolder("train", "same")
+    first.remove()
+    assert not first.path.exists()
+    with pytest.raises(ZeroDivisionError), CheckpointFolder("train", "same"):
+        raise ZeroDivisionError
+    CheckpointFolder("train", "same").release()
 
 
 def test_a_checkpoint_without_its_mark_is_not_taken(scratch: Path) -> None:
-    with open_checkpoints("x") as folder:
-        for step, whole in ((2, True), (4, True), (6, False)):
-            (folder / f"checkpoint-{step}").mkdir()
-            if whole:
-                (folder / f"checkpoint-{step}" / WHOLE).touch()
-        kept = shutil.copytree(folder, scratch / "kept")
-    shutil.copytree(kept, folder)
-    with open_checkpoints("x") as folder:
-        assert last_checkpoint(folder) == str(folder / "checkpoint-4")
-        assert not (folder / "checkpoint-6").exists()
+    for step, complete in ((2, True), (4, True), (6, False)):
+        (scratch / f"checkpoint-{step}").mkdir()
+        if complete:
+            (scratch / f"checkpoint-{step}" / COMPLETE).touch()
+    remove_incomplete(scratch)
+    assert last_checkpoint(scratch) == str(scratch / "checkpoint-4")
+    assert not (scratch / "checkpoint-6").exists()
 
 
 # What stops a run
@@ -266,7 +268,7 @@ def test_a_refused_allocation_on_the_cpu_is_told_too(workspace: Workspace, scrat
 
 
 def _token_rows(workspace: Workspace) -> list[list[int]]:
-    from stages.lib.tokens import read_tokens
+    from stages.core.tokens import read_tokens
 
     ids: list[list[int]] = read_tokens(workspace.root / INPUTS[0]).column("input_ids").to_pylist()
     return ids

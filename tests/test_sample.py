@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.lib.neighbours import NearestPrompt
+from stages.score.nearest import NearestPrompt
 from tests.tiny import PROJECT, sample
 
 

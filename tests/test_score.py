@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
-from stages.lib import judge as judge_module
-from stages.lib.answers import METRICS, bleu_signature, score_answer
-from stages.lib.intervals import bootstrap
-from stages.lib.judge import Judge
-from stages.lib.neighbours import NearestPrompt
-from stages.lib.problem import Problem
-from stages.score import Params, score
-from tests.tiny import PROJECT, Workspace
+from stages.core.problem import Problem
+from stages.score import judge as judge_module
+from stages.score.intervals import bootstrap
+from stages.score.judge import Judge
+from stages.score.metrics import METRICS, bleu_signature, score_answer
+from stages.score.nearest import NearestPrompt
+from stages.score.score import Params, score
+from tests.tiny import Workspace
 
 
 def test_the_interval_of_a_mean() -> None:
@@ -90,14 +90,15 @@ class Inputs:
         project = self.workspace.root
         score(
             Params(**{"bootstrap_resamples": 100, "judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
-            self.root / "base.jsonl",
-            self.root / "merged.jsonl",
-            project / "data/predictions/base.prompts.jsonl",
-            project / "data/predictions/merged.prompts.jsonl",
-            project / "data/examples",
-            project / "reports",
-            PROJECT / "stages/templates/report.html.jinja",
-            *(self.root / name for name in ("score.json", "scores.csv", "report.html")),
+            examples=project / "data/examples",
+            base_predictions=self.root / "base.jsonl",
+            merged_predictions=self.root / "merged.jsonl",
+            base_extra=project / "data/predictions/base.prompts.jsonl",
+            merged_extra=project / "data/predictions/merged.prompts.jsonl",
+            reports=project / "reports",
+            metrics=self.root / "score.json",
+            bars=self.root / "scores.csv",
+            page=self.root / "report.html",
         )
         metrics: dict[str, Any] = json.loads((self.root / "score.json").read_text())
         return metrics
@@ -261,7 +262,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr("stages.lib.judge.FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("stages.score.judge.FIRST_WAIT_S", 0.0)
     found = Endpoint()
     yield found
     found.server.shutdown()

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.lib.batch import Shuffled, flatten, pad
-from stages.lib.flat_attention import use_flat_rows
-from stages.lib.labels import IGNORE
-from stages.lib.loss import label_logits, next_token_loss
-from stages.lib.problem import Problem
-from stages.lib.quantized import Quantization, load_quantized, round_trip
-from stages.lib.tokens import read_tokens
+from stages.core.problem import Problem
+from stages.core.tokens import IGNORE, read_tokens
+from stages.model.collate import collate_padded, collate_padding_free
+from stages.model.logits import label_logits
+from stages.model.padding_free import enable_padding_free
+from stages.model.quantize import Quantization, load_quantized, round_trip
+from stages.train.batches import Shuffled
+from stages.train.loss import next_token_loss
 from tests.runs import run
 from tests.tiny import Workspace
 
@@ -34,7 +35,7 @@ def model(tiny_model: Path) -> Any:
 
 
 def test_the_loss_is_transformers_own(model: Any) -> None:
-    batch = pad(ROWS)
+    batch = collate_padded(ROWS)
     logits, labels = label_logits(model, batch)
     assert labels.tolist() == [7, 8, 9, 12, 26, 27]
     assert logits.shape == (6, model.config.vocab_size)
@@ -44,7 +45,7 @@ def test_the_loss_is_transformers_own(model: Any) -> None:
 
 
 def test_the_head_sees_only_what_is_learned_and_is_left_as_it_was(model: Any) -> None:
-    label_logits(model, pad(ROWS))
+    label_logits(model, collate_padded(ROWS))
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
 
 
@@ -55,14 +56,14 @@ def test_rows_weigh_the_same_in_one_batch_and_in_several(model: Any) -> None:
     for batches in ([ROWS], [[row] for row in ROWS]):
         weight.grad = None
         for rows in batches:
-            next_token_loss(*label_logits(model, pad(rows)), total).backward()
+            next_token_loss(*label_logits(model, collate_padded(rows)), total).backward()
         gradients.append(weight.grad.clone())
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 1e-3
 
 
 def test_padding_is_masked_and_not_learned() -> None:
-    batch = pad(ROWS)
+    batch = collate_padded(ROWS)
     assert batch["attention_mask"].sum(1).tolist() == [5, 3, 7]
     assert batch["labels"][1].tolist() == [IGNORE, 12, *[IGNORE] * 5]
     assert batch["input_ids"].shape == (3, 7)
@@ -89,28 +90,28 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
 @pytest.fixture(scope="module")
 def flat_model(tiny_model: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    assert use_flat_rows(model)
+    assert enable_padding_free(model)
     return model
 
 
 def test_flat_rows_give_the_logits_of_each_row_alone(model: Any, flat_model: Any) -> None:
-    flat, labels = label_logits(flat_model, flatten(ROWS))
-    alone = [label_logits(model, pad([row])) for row in ROWS]
+    flat, labels = label_logits(flat_model, collate_padding_free(ROWS))
+    alone = [label_logits(model, collate_padded([row])) for row in ROWS]
     torch.testing.assert_close(flat, torch.cat([logits for logits, _ in alone]))
     assert labels.tolist() == [7, 8, 9, 12, 26, 27]
 
 
 def test_no_row_of_a_flat_batch_sees_another(flat_model: Any) -> None:
-    before, _ = label_logits(flat_model, flatten(ROWS))
+    before, _ = label_logits(flat_model, collate_padding_free(ROWS))
     other = [{"input_ids": [30, 31, 32, 33, 34], "labels": ROWS[0]["labels"]}, *ROWS[1:]]
-    after, _ = label_logits(flat_model, flatten(other))
+    after, _ = label_logits(flat_model, collate_padding_free(other))
     assert torch.equal(before[3:], after[3:])
     assert not torch.allclose(before[:3], after[:3])
 
 
 def test_flat_rows_give_the_gradients_of_padded_ones(model: Any, flat_model: Any) -> None:
     gradients = []
-    for each, batch in ((model, pad(ROWS)), (flat_model, flatten(ROWS))):
+    for each, batch in ((model, collate_padded(ROWS)), (flat_model, collate_padding_free(ROWS))):
         weight = each.model.layers[0].self_attn.k_proj.weight
         weight.grad = None
         next_token_loss(*label_logits(each, batch), 6).backward()
@@ -125,14 +126,14 @@ def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> N
     config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=2, **sizes)
     torch.manual_seed(0)
     narrow = MistralForCausalLM(config).eval()
-    assert not use_flat_rows(narrow)
+    assert not enable_padding_free(narrow)
     assert narrow.config._attn_implementation == "sdpa"
     config.sliding_window = 4096
-    assert use_flat_rows(MistralForCausalLM(config).eval())
+    assert enable_padding_free(MistralForCausalLM(config).eval())
     foreign = AutoModelForCausalLM.from_pretrained(tiny_model)
     type(foreign)._supports_attention_backend, kept = False, type(foreign)._supports_attention_backend
     try:
-        assert not use_flat_rows(foreign)
+        assert not enable_padding_free(foreign)
     finally:
         type(foreign)._supports_attention_backend = kept
 
@@ -172,13 +173,12 @@ def test_the_rounded_weights_are_those_that_the_model_multiplies_with(
 # Runs
 
 
-def test_the_adapter_holds_two_files_of_pefts_and_two_of_ours(workspace: Workspace) -> None:
+def test_the_adapter_holds_two_files_of_pefts_and_one_of_ours(workspace: Workspace) -> None:
     adapter = workspace.root / "models" / "adapter"
     assert {file.name for file in adapter.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
         "training.json",
-        "provenance.json",
     }
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])

@@ -6,7 +6,7 @@ labels, divided by `num_items`, so weighs every label of the step the same, howe
 
 import torch
 
-from stages.lib.loss import next_token_loss
+from stages.train.loss import next_token_loss
 
 
 def loss(

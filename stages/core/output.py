@@ -1,0 +1,65 @@
+"""Outputs appear under their name only when they are complete; and how a stage reports its end."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Done(NamedTuple):
+    """What a stage's function returns."""
+
+    summary: str
+    """One line for the person who waits: what was made."""
+    clean_up: Callable[[], None] = lambda: None
+    """Removes what only an interrupted run needs. Called last, when the outputs are written and the snapshot is checked."""
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; it is renamed to `path`, and replaces what stood there, when the block ends well.
+
+    A stage that fails leaves nothing. One that is killed leaves `<path>.partial`, which no stage reads and which the next
+    run removes.
+    """
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _remove(path)
+        partial.rename(path)
+    finally:
+        _remove(partial)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """The same for one file."""
+    partial = _partial(path)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    return partial
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""What a stage reads, noted before it runs and compared when it ends.
+
+DVC hashes dependencies after the command, so an edit made while a stage runs would be recorded as if it had made the
+result (treeverse/dvc#11058). `python -m stages` takes the snapshot before it imports the stage and what the stage needs:
+an edit made during those seconds is seen too. The stage's parameters are built from the snapshot.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.core.output import sha256_of
+from stages.core.params import read_section, read_stage
+from stages.core.problem import Problem
+
+CODE = (".py", ".jinja")
+"""The files that count in a folder of code; .dvcignore hides the others from DVC."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of one stage's dependencies and parameters."""
+
+    stage: str
+    paths: tuple[str, ...]
+    """The paths on the command line."""
+    root: Path
+    params: dict[str, Any]
+    code: dict[str, str]
+    """Path → sha256 of every declared file below stages/."""
+    data: dict[str, tuple[tuple[str, int, int], ...]]
+    """Path → (file, bytes, mtime in ns) of every other declared input; hashing 16 GB twice would cost minutes."""
+
+    @classmethod
+    def take(cls, stage: str, paths: Iterable[str], root: Path) -> "Snapshot":
+        """Reads dvc.yaml, and what it declares for `stage` when run with these paths.
+
+        Raises Problem if a declared file of code is not there.
+        """
+        paths = tuple(paths)
+        params = read_section(stage, root)
+        deps = [_resolve(dep, stage, params, paths) for dep in read_stage(stage, root)["deps"]]
+        return cls(
+            stage=stage,
+            paths=paths,
+            root=root,
+            params=params,
+            code=hash_code(stage, deps, root),
+            data={dep: _stat(root / dep) for dep in deps if not is_code(dep)},
+        )
+
+    def check(self) -> None:
+        """Raises Problem if anything has changed since; the stage then fails, and DVC records nothing."""
+        now = Snapshot.take(self.stage, self.paths, self.root)
+        changed = [path for path in {**self.code, **now.code} if now.code.get(path) != self.code.get(path)]
+        changed += [path for path in self.data if now.data.get(path) != self.data[path]]
+        if now.params != self.params:
+            changed.append(f"params.yaml ({self.stage})")
+        if changed:
+            raise Problem(
+                f"changed while {self.stage!r} ran: {', '.join(changed)}. The result belongs to the old state and is not "
+                "recorded; run dvc repro again. For long runs, dvc exp run --temp works on a copy that you cannot touch"
+            )
+
+
+def is_code(dep: str) -> bool:
+    """Whether a dependency of dvc.yaml is the project's code and not data."""
+    return Path(dep).parts[:1] == ("stages",)
+
+
+def declared_deps(stage: str, params: Mapping[str, Any], root: Path) -> list[str]:
+    """The dependencies that dvc.yaml declares for a stage, with its parameters filled in."""
+    return [_resolve(dep, stage, params, ()) for dep in read_stage(stage, root)["deps"]]
+
+
+def hash_code(stage: str, deps: Iterable[str], root: Path) -> dict[str, str]:
+    """Path → sha256 of every file of code among the dependencies; a folder stands for the files in it.
+
+    Raises Problem if one is not there.
+    """
+    files: list[str] = []
+    missing = []
+    for dep in filter(is_code, deps):
+        path = root / dep
+        if path.is_dir():
+            inside = (file.relative_to(root).as_posix() for file in path.rglob("*") if file.suffix in CODE)
+            files += sorted(name for name in inside if "__pycache__" not in name)
+        elif path.is_file():
+            files.append(dep)
+        else:
+            missing.append(f"{dep}: not found, though dvc.yaml declares it for {stage!r}")
+    if missing:
+        raise Problem(*missing)
+    return {name: sha256_of(root / name) for name in files}
+
+
+def _resolve(dep: str, stage: str, params: Mapping[str, Any], paths: Iterable[str]) -> str:
+    """A path of dvc.yaml with its ${...} filled in: ${stage.key} from the parameters, ${item...} from the command line."""
+    for key, value in params.items():
+        dep = dep.replace(f"${{{stage}.{key}}}", str(value))
+    if "${item" in dep:
+        pattern = ".+".join(re.escape(part) for part in re.split(r"\$\{item[^}]*\}", dep))
+        dep = next((path for path in paths if re.fullmatch(pattern, path)), dep)
+    return dep
+
+
+def _stat(path: Path) -> tuple[tuple[str, int, int], ...]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return tuple((os.fspath(f), s.st_size, s.st_mtime_ns) for f in files if f.is_file() for s in [f.stat()])
