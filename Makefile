@@ -1,20 +1,24 @@
 # make repro: the whole pipeline. make test: the tests. make check: what CI checks.
+# Paths are relative, so that the project's folder may have spaces, quotes and any letters in its name.
+SHELL := /bin/bash
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test check table format
+.PHONY: repro test check table schema format
 
 repro: .venv/installed
 	@dvc status -q || python -m stages check
-	dvc repro
+	@set -o pipefail; dvc repro | sed -u $(HIDDEN_ADVICE)
 	@echo
 	@echo "models/merged          the fine-tuned model, a Hugging Face folder"
 	@echo "models/adapter         the LoRA adapter alone"
 	@echo "reports/report.html    the report: open it in a browser"
-	@echo "reports/masks.html     training rows with what is learned in marks"
-	@echo "make table             this run beside others"
+	@echo "reports/masks.html     training rows with the tokens in the loss marked"
+	@echo "make table             this run next to others"
+
+# DVC's advice on settings and remotes that the project does not use.
+HIDDEN_ADVICE := -e '/^Use .dvc push. to send/d' -e '/^To enable auto staging/,/core.autostage/d'
 
 test: .venv/installed
 	python -m pytest
@@ -28,12 +32,15 @@ check: .venv/installed
 table: .venv/installed
 	@COLUMNS=200 dvc exp show --no-pager --only-changed --drop '(stages|data|models|reports)/.*' --keep '(rows|tokens|loss|loss_base|merge_kl|em_.*)'
 
+schema: .venv/installed
+	python tools/params_schema.py
+
 format: .venv/installed
 	ruff format .
 	ruff check --fix .
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Loratory needs Python 3.11 or 3.12: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@

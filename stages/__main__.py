@@ -6,6 +6,7 @@ python -m stages verify    compares the outputs with reports/provenance
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import time
@@ -29,8 +30,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
-    # Libraries warn each other of names that the next version drops; the versions are pinned, and no user can act on it.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet_libraries()
     try:
         match name:
             case "check":
@@ -68,7 +68,6 @@ def run(name: str, paths: dict[str, str]) -> None:
     """
     started = time.monotonic()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
-    quiet_libraries()
     module = importlib.import_module(f"stages.{name}.{name}")
     stage = getattr(module, name)
     provenance = paths.pop("provenance", None)
@@ -95,12 +94,13 @@ def declared_outputs(name: str) -> set[str]:
 
 
 def quiet_libraries() -> None:
-    """Only our own lines are printed: no library's progress bars, and no advice to install what is not needed."""
+    """Leaves the screen to our own lines: no library's advice, progress bars or warnings that a user cannot act on."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # also where make or a log reads it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import logging
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install a package that is not needed
+    # Libraries warn each other of names that the next version drops; the versions are pinned.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def check() -> None:

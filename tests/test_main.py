@@ -1,13 +1,18 @@
 """The launcher: one clear message, a status, nothing half-written, and no result recorded for an input that changed."""
 
 import errno
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import stages.__main__ as launcher
-from stages.core.output import fresh_file, fresh_folder
+from stages.core import progress as progress_module
+from stages.core.output import Done, fresh_file, fresh_folder
 from stages.core.problem import Problem
+from stages.core.progress import progress
 from stages.core.snapshot import Snapshot
 from stages.ingest import ingest
 from tests.tiny import PROJECT, Workspace
@@ -189,3 +194,111 @@ def test_a_stage_runs_in_a_process_of_its_own(here: Workspace, tmp_path: Path) -
     assert "64 rows read, 60 kept" in done.stdout
     for file in (here.root / "data" / "examples").iterdir():
         assert (tmp_path / "examples" / file.name).read_bytes() == file.read_bytes()
+
+
+# The order at the end of a stage
+
+
+class _Ending:
+    """A stage in the place of `ingest` that notes when its clean-up is called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]) -> None:
+        self.events: list[str] = []
+
+        def stage(params: object, *, raw: Path, examples: Path, report: Path) -> Done:
+            during()
+            self.events.append("outputs")
+            return Done("made", lambda: self.events.append("cleaned up"))
+
+        monkeypatch.setattr(ingest, "ingest", stage)
+        write = launcher.write_provenance
+
+        def write_provenance(*given: object) -> None:
+            write(*given)  # type: ignore[arg-type]
+            self.events.append("provenance")
+
+        monkeypatch.setattr(launcher, "write_provenance", write_provenance)
+
+
+PROVENANCE = ("--provenance", "reports/provenance/ingest.json")
+
+
+def test_checkpoints_are_removed_after_all_else_is_safe(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = _Ending(monkeypatch, during=lambda: None)
+    assert launcher.main([*INGEST, *PROVENANCE]) == 0
+    assert ending.events == ["outputs", "provenance", "cleaned up"]
+    assert re.fullmatch(r"ingest: made \(\d\.\d s\)\n", capsys.readouterr().out)
+    (here.root / PROVENANCE[1]).unlink()
+
+
+def test_checkpoints_stay_if_an_input_changed_during_the_run(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = _Ending(monkeypatch, during=lambda: os.utime("data/raw/zh.json", (0, 0)))
+    status, message = say(capsys, *INGEST)
+    assert (status, ending.events) == (1, ["outputs"])
+    assert "changed while 'ingest' ran: data/raw" in message
+
+
+def test_checkpoints_stay_if_the_disk_is_full_at_the_last_file(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = _Ending(monkeypatch, during=lambda: None)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", PROVENANCE[1])
+
+    monkeypatch.setattr(launcher, "write_provenance", full)
+    status, message = say(capsys, *INGEST, *PROVENANCE)
+    assert (status, ending.events) == (1, ["outputs"])
+    assert "the disk is full" in message
+
+
+def test_the_parameters_are_those_of_the_snapshot(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stage(params: ingest.Params, *, raw: Path, examples: Path, report: Path) -> Done:
+        seen.append(params.max_chars)
+        return Done("made")
+
+    monkeypatch.setattr(ingest, "ingest", stage)
+    take = Snapshot.take.__func__  # type: ignore[attr-defined]
+
+    def edit_after(kind: type[Snapshot], *given: object) -> Snapshot:
+        snapshot: Snapshot = take(kind, *given)
+        params = here.params()
+        params["ingest"]["max_chars"] = 7
+        here.write(params)
+        return snapshot
+
+    before = here.params()["ingest"]["max_chars"]
+    with here.edited("params.yaml"):
+        monkeypatch.setattr(Snapshot, "take", classmethod(edit_after))
+        status, message = say(capsys, *INGEST)
+    assert seen == [before]
+    assert status == 1
+    assert "params.yaml (ingest)" in message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10.0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7325, "2 h 2 min")]
+)
+def test_a_duration_is_what_a_person_reads(seconds: float, text: str) -> None:
+    assert launcher.duration(seconds) == text
+
+
+def test_progress_in_a_log_is_whole_lines_and_none_for_a_short_loop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(progress(range(3), "test")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress_module, "LOG_INTERVAL_S", 0.0)
+    assert list(progress(range(3), "test", 3)) == [0, 1, 2]
+    lines = capsys.readouterr().err
+    assert lines.endswith("\n")
+    assert "\r" not in lines
+    assert "test: 100%" in lines.splitlines()[-1]

@@ -1,10 +1,13 @@
 """Parameters: strict, complete, explained, and the same to the stage as to DVC."""
 
 import importlib
+import importlib.util
+import json
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import dvc.api
 import pytest
@@ -124,3 +127,33 @@ def test_a_stage_reads_what_dvc_declares(workspace: Workspace, monkeypatch: pyte
     for stage in SPEC:
         name = f"{stage}@base" if "matrix" in SPEC[stage] else stage
         assert {stage: read_section(stage, Path())} == dvc.api.params_show(stages=name)
+
+
+def test_the_committed_schema_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("params_schema", PROJECT / "tools" / "params_schema.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (PROJECT / "params.schema.json").read_text(encoding="utf-8") == module.text(), "run make schema"
+
+
+def test_the_committed_parameters_fit_the_schema_and_an_editor_finds_it() -> None:
+    text = (PROJECT / "params.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=params.schema.json\n")
+    schema = json.loads((PROJECT / "params.schema.json").read_text(encoding="utf-8"))
+    for name, values in read_yaml(PROJECT / "params.yaml").items():
+        section = schema["$defs"][schema["properties"][name]["$ref"].rpartition("/")[2]]
+        assert set(section["properties"]) == set(section["required"]) == set(values)
+        assert section["additionalProperties"] is False
+        assert all("description" in entry or "$ref" in entry for entry in section["properties"].values())
+
+
+def test_a_removed_parameter_says_what_to_write_instead(tmp_path: Path) -> None:
+    class Renamed(Section):
+        removed: ClassVar[Mapping[str, str]] = {"lr": "write learning_rate"}
+
+        learning_rate: float
+
+    with pytest.raises(Problem, match=r"params\.yaml: train\.lr: removed; write learning_rate"):
+        parse_section("train", Renamed, {"learning_rate": 1.0, "lr": 1.0})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.tiny import PROJECT, Workspace, make_custom_model
+from tests.tiny import PROJECT, Workspace, folder_hash, make_custom_model, make_model
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
 PARAMS = YAML(typ="safe").load(PROJECT / "params.yaml")
@@ -173,6 +173,52 @@ def test_a_forced_second_run_gives_the_same_bytes(workspace: Workspace) -> None:
     assert (workspace.root / "dvc.lock").read_bytes() == before
 
 
+# What really runs, where an output keeps its bytes and what comes after it need not run: edit, as the README's table calls
+# it, to the stages that run.
+EARLY_CUT_OFF = {
+    "a comment in `stages/train/`": {"train"},
+    "a comment in `stages/encode/`": {"encode"},
+    "a limit in `merge:`": {"merge"},
+    "a raw row that falls into test": {"ingest", "encode", "score"} | GENERATE,
+    "other base weights with the same tokenizer": {"fetch", "train", "merge", "score"} | GENERATE,
+}
+
+
+@pytest.mark.usefixtures("second_python")
+@pytest.mark.parametrize("stage", ["train", "encode"])
+def test_a_comment_in_the_code_of_a_stage_reruns_that_stage_alone(workspace: Workspace, stage: str) -> None:
+    files = [name for name in CODE if name.startswith(f"stages/{stage}/") and name.endswith(".py")]
+    with workspace.edited(*files):
+        for name in files:
+            with (workspace.root / name).open("a") as opened:
+                opened.write("# a comment\n")
+        assert set(workspace.repro()) == EARLY_CUT_OFF[f"a comment in `stages/{stage}/`"]
+    workspace.repro()  # from the run cache
+
+
+@pytest.mark.usefixtures("second_python")
+def test_a_limit_of_merge_reruns_merge_alone(workspace: Workspace) -> None:
+    with workspace.edited("params.yaml"):
+        params = workspace.params()
+        params["merge"]["max_mean_kl"] *= 2
+        workspace.write(params)
+        assert set(workspace.repro()) == EARLY_CUT_OFF["a limit in `merge:`"]
+    workspace.repro()
+
+
+@pytest.mark.usefixtures("second_python")
+def test_other_base_weights_with_the_same_tokenizer_tokenize_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    make_model(tmp_path / "other", seed=1)
+    tiny = workspace.root / "tiny" / "model.safetensors"
+    with workspace.edited("params.yaml", "tiny/model.safetensors"):
+        tiny.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+        params = workspace.params()
+        params["fetch"]["revision"] = folder_hash(workspace.root / "tiny")
+        workspace.write(params)
+        assert set(workspace.repro()) == EARLY_CUT_OFF["other base weights with the same tokenizer"]
+    workspace.repro()
+
+
 @pytest.mark.usefixtures("second_python")
 def test_a_raw_row_that_falls_into_test_trains_nothing(workspace: Workspace) -> None:
     raw = workspace.root / "data" / "raw" / "test" / "new.jsonl"
@@ -180,7 +226,7 @@ def test_a_raw_row_that_falls_into_test_trains_nothing(workspace: Workspace) -> 
     before = read_examples(workspace.root)
     try:
         raw.write_text(json.dumps({"instruction": "New?", "output": "Yes."}) + "\n")
-        assert set(workspace.repro()) == {"ingest", "encode", "score"} | GENERATE
+        assert set(workspace.repro()) == EARLY_CUT_OFF["a raw row that falls into test"]
         after = read_examples(workspace.root)
         assert {split: len(after[split]) - len(before[split]) for split in before} == {
             "train": 0,
@@ -365,6 +411,26 @@ def test_the_hashes_in_the_committed_lock_form_a_chain() -> None:
     assert len(links) >= 12
     for path, md5 in links:
         assert md5 == made[path], f"{path}: one stage made other bytes than another read; run dvc repro"
+
+
+@pytest.mark.usefixtures("second_python")
+def test_folders_templates_losses_and_raw_files_may_have_any_name(tmp_path: Path, tiny_model: Path) -> None:
+    workspace = Workspace(tmp_path / 'it\'s a (test) "项目"', tiny_model)
+    odd = 'my files\' (新) "x"'
+    (workspace.root / odd).mkdir()
+    given = workspace.params()
+    for section, key in (("encode", "template"), ("train", "loss")):
+        source = workspace.root / given[section][key]
+        target = f"{odd}/a {key}; touch hacked; $(touch hacked) 新{source.suffix}"
+        (workspace.root / target).write_bytes(source.read_bytes())
+        given[section][key] = target
+    workspace.write(given)
+    raw = workspace.root / "data" / "raw"
+    (raw / odd).mkdir()
+    (raw / "zh.json").rename(raw / odd / "数据 (1) 'x'.json")
+    assert len(workspace.repro()) == 8
+    assert not list(workspace.root.rglob("hacked"))
+    assert workspace.stale() == (set(), set())
 
 
 def test_a_model_with_code_of_its_own_and_a_slow_tokenizer_goes_through_all_stages(

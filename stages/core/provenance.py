@@ -11,6 +11,7 @@ says whether the outputs are still what the stages wrote, and whether the stages
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from stages.core.snapshot import declared_deps, hash_code
 FOLDER = Path("reports/provenance")
 MANIFEST = "manifest.json"
 """In a model's folder: the sha256 of every other file, so that nobody has to hash 16 GB again."""
+HASHING_THREADS = 4
+"""hashlib releases the interpreter's lock, so the shards of a model are hashed side by side."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
 """Those whose code the bytes of a model come from."""
 
@@ -71,8 +74,7 @@ def verify(path: Path, root: Path) -> list[str]:
         found += _compare(root / name, name, digest, f"is not what {stage} wrote")
     for name, digest in inputs.items():
         found += _compare(root / name, name, digest, f"is not what {stage} read")
-    code = {**recorded["code"]}
-    for name, digest in code.items():
+    for name, digest in recorded["code"].items():
         found += _compare(root / name, name, digest, f"has changed since {stage} ran")
     params = read_section(stage, root)
     found += [
@@ -112,7 +114,9 @@ def _differing_files(folder: Path) -> list[str]:
 def file_hashes(folder: Path) -> dict[str, str]:
     """Path → sha256 of every file in a folder but its manifest."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
-    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        digests = list(pool.map(sha256_of, files))
+    return {file.relative_to(folder).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
 
 
 def hash_path(path: Path) -> str:
