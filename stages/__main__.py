@@ -77,7 +77,9 @@ def run(name: str, paths: dict[str, str]) -> None:
         found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
         raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
     params = parse_section(name, module.Params, snapshot.params)
-    done: Done = stage(params, **{key: Path(path) for key, path in paths.items()})
+    done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
+    if done is None:  # one of several processes, which writes nothing
+        return
     if provenance:
         inputs = [Path(path) for path in paths.values() if path in snapshot.data]
         outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]

@@ -37,7 +37,7 @@ def test_both_name_the_same_files_and_parameters() -> None:
     assert named(ENGLISH) == named(CHINESE)
 
 
-# How each row of the English table names its edit, and what the tests know about it. The Chinese rows stand in the same order.
+# What each row of the English table edits. The Chinese rows stand in the same order.
 EDITS = {
     "a README": "README.md",
     "a `score:` key": "score",
@@ -104,7 +104,8 @@ def test_the_first_screen_has_both_commands() -> None:
 
 def test_no_text_holds_a_machines_path_or_a_placeholder() -> None:
     for path in [
-        PROJECT / name for name in (
+        PROJECT / name
+        for name in (
             "README.md",
             "README.zh.md",
             "ARCHITECTURE.md",

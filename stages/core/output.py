@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Done(NamedTuple):
-    """What a stage's function returns."""
+    """What a stage's function returns; None in a process of a distributed run that writes nothing."""
 
     summary: str
     """One line for the person who waits: what was made."""
