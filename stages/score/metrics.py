@@ -26,7 +26,7 @@ METRICS = {
     "rouge_2": "ROUGE-2 F1; Chinese by characters",
     "rouge_l": "ROUGE-L F1; Chinese by characters",
     "rouge_l_words": "ROUGE-L F1 of Chinese answers by words, segmented by jieba",
-    "distinct_2": "distinct-2: unique token bigrams as a share of all bigrams of the answer (Li et al. 2016)",
+    "distinct_2": "unique token bigrams as a share of all bigrams of the answer (Li et al. 2016)",
     "repetition": f"share of the answer's {NGRAM}-grams that repeat an earlier one",
     "stopped": "the model ended the answer itself, before generate.max_new_tokens",
     "empty": "the answer is empty",

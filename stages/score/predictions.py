@@ -56,7 +56,7 @@ class Predictions(NamedTuple):
 def read_predictions(
     predictions: Mapping[str, Path], extra: Mapping[str, Path], *, test_examples: Path, test_rows: int
 ) -> Predictions:
-    """Reads the four prediction files and joins the answers of the two models by id.
+    """Reads the four prediction files and pairs the answers of the two models by id.
 
     Args:
         predictions: "base" and "merged" → the answers to the test prompts.
@@ -110,17 +110,17 @@ def question_of(example: dict[str, Any]) -> str:
 
 def _read_file(path: Path, model: str, *, problems: list[str]) -> dict[str, Prediction]:
     """The predictions by id. Adds a message to `problems` for each damaged line."""
-    *lines, last = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
     found: dict[str, Prediction] = {}
     damaged = []
-    for number, line in enumerate([*lines, last], 1):
+    for number, line in enumerate(lines, 1):
         if not line:
             continue
         result = _parse(line)
         if isinstance(result, Prediction):
             found[result.id] = result
         else:
-            cut = " (cut off: the file does not end with a line break)" if number > len(lines) else ""
+            cut = " (cut off: the file does not end with a line break)" if number == len(lines) else ""
             damaged.append(f"{path}: line {number}: {result}{cut}; {_remedy(model)}")
     problems += damaged[:LISTED_LINES]
     if len(damaged) > LISTED_LINES:
