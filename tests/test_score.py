@@ -218,7 +218,7 @@ def test_answers_to_unknown_rows_are_reported(inputs: Inputs) -> None:
     assert "merged.jsonl: 1 rows are not in " in caught.value.messages[0]
     assert "data/examples/test.jsonl, the first is foreign; " in caught.value.messages[0]
     assert "2 rows are in only one of the files, the first is " in caught.value.messages[1]
-    assert all("generate the answers again: dvc repro -f generate" in message for message in caught.value.messages)
+    assert all("generate the answers again: dvc repro -f -s generate" in message for message in caught.value.messages)
     assert not (inputs.root / "score.json").exists()
 
 
@@ -325,7 +325,7 @@ class Files:
             message.replace(f"{self.root}/", "").partition("; generate the answers again: ")
             for message in caught.value.messages
         ]
-        assert all(remedy.startswith("dvc repro -f generate") for _, _, remedy in found)
+        assert all(remedy.startswith("dvc repro -f -s generate") for _, _, remedy in found)
         return [message for message, _, _ in found]
 
 

@@ -160,4 +160,5 @@ def _find_differences(paths: Mapping[str, Path], answers: dict[str, dict[str, Pr
 
 
 def _remedy(model: str = "") -> str:
-    return f"generate the answers again: dvc repro -f generate{model and f'@{model}'}"
+    # -s runs this stage alone; with -f but without -s, dvc would train again too.
+    return f"generate the answers again: dvc repro -f -s generate{model and f'@{model}'}"
