@@ -1,9 +1,9 @@
-"""The sample in data/raw is what its generator writes, and cannot be solved by looking answers up."""
+"""The sample in data/raw is what its generator writes, and a lookup of the nearest prompt does not solve it."""
 
 import json
 from pathlib import Path
 
-from stages.score.nearest import NearestPrompt
+from stages.score.baselines import NearestPrompt
 from tests.tiny import PROJECT, sample
 
 
@@ -13,7 +13,7 @@ def test_the_generator_writes_the_committed_bytes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (PROJECT / "data" / "raw" / name).read_bytes()
 
 
-def test_two_thirds_are_chinese_and_every_answer_is_one_object() -> None:
+def test_two_thirds_of_the_rows_are_chinese_and_every_answer_is_a_json_object() -> None:
     module = sample()
     assert 0.6 < module.ROWS["zh"] / sum(module.ROWS.values()) < 0.7
     for language in module.ROWS:
@@ -25,9 +25,9 @@ def test_two_thirds_are_chinese_and_every_answer_is_one_object() -> None:
             assert str(answer["item"]) in row["input"] or str(answer["item"]).capitalize() in row["input"]
 
 
-def test_the_nearest_message_rarely_has_the_answer() -> None:
+def test_the_nearest_prompt_rarely_has_the_right_answer() -> None:
     rows = sample().rows("zh")
-    known, asked = rows[:700], rows[700:]
+    known, queries = rows[:700], rows[700:]
     nearest = NearestPrompt([row["input"] for row in known])
-    right = sum(known[nearest.find(row["input"])]["output"] == row["output"] for row in asked)
-    assert right / len(asked) < 0.1
+    correct = sum(known[nearest.find(row["input"])]["output"] == row["output"] for row in queries)
+    assert correct / len(queries) < 0.1

@@ -1,8 +1,9 @@
-"""score: each figure is what it says, has an interval, and stands beside the baselines."""
+"""score: metrics, confidence intervals, baselines, the report and the judge."""
 
+import csv
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,67 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
+from stages.core.params import parse_section
 from stages.core.problem import Problem
+from stages.score import intervals
 from stages.score import judge as judge_module
-from stages.score.intervals import bootstrap
+from stages.score.baselines import NearestPrompt, most_frequent_answer, nearest_answers
+from stages.score.intervals import RESAMPLES, Interval, mean_interval
 from stages.score.judge import Judge
 from stages.score.metrics import METRICS, bleu_signature, score_answer
-from stages.score.nearest import NearestPrompt
+from stages.score.predictions import LISTED_LINES, Predictions, read_predictions
 from stages.score.score import Params, score
 from tests.tiny import Workspace
 
 
-def test_the_interval_of_a_mean() -> None:
+def test_interval_of_a_mean() -> None:
     values = [0.0, 1.0] * 200
-    mean, low, high = bootstrap(values, 2000)
-    assert mean == 0.5
-    # For a share of one half among 400, the normal approximation gives 0.5 +- 0.049.
-    assert low == pytest.approx(0.451, abs=0.008)
-    assert high == pytest.approx(0.549, abs=0.008)
-    assert bootstrap(values, 2000) == (mean, low, high)
-    assert bootstrap([0.0] * 9, 100) == (0.0, 0.0, 0.0)
+    interval = mean_interval(values)
+    assert interval is not None
+    assert interval.mean == 0.5
+    # For a share of one half of 400 rows, the normal approximation gives 0.5 +- 0.049.
+    assert interval.low == pytest.approx(0.451, abs=0.008)
+    assert interval.high == pytest.approx(0.549, abs=0.008)
+    assert mean_interval(values) == interval
+    assert mean_interval([0.0] * 9) == (0.0, 0.0, 0.0)
 
 
-def test_the_nearest_prompt_by_shared_pairs_of_characters() -> None:
+def test_rows_without_a_value_are_left_out_of_the_interval() -> None:
+    assert mean_interval([0.5, None, 0.25]) == mean_interval([0.5, 0.25])
+    assert mean_interval([None, None]) is None
+    assert mean_interval([]) is None
+
+
+def bootstrap_in_a_loop(values: list[float]) -> Interval:
+    """The definition, one resample at a time."""
+    data = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(0)
+    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(2000)])
+    tail = (1 - 0.95) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(data.mean()), float(low), float(high))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 50, 129, 399, 400, 1000, 2000])
+@pytest.mark.parametrize("kind", ["fractions", "shares", "differences", "equal"])
+def test_intervals_are_those_of_the_plain_loop_to_the_last_bit(
+    count: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(count)
+    arrays = {
+        "fractions": rng.random(count),
+        "shares": (rng.random(count) < 0.45).astype(float),
+        "differences": rng.random(count) - rng.random(count),
+        "equal": np.full(count, 0.1),
+    }
+    values = arrays[kind].tolist()
+    assert RESAMPLES == 2000
+    assert mean_interval(values) == bootstrap_in_a_loop(values)
+    monkeypatch.setattr(intervals, "BATCH_VALUES", 700 * count)  # the last batch is smaller than the others
+    assert mean_interval(values) == bootstrap_in_a_loop(values)
+
+
+def test_nearest_prompt_by_shared_character_pairs() -> None:
     known = ["abcd", "abxy", "中文很好", "z", ""]
     nearest = NearestPrompt(known)
     assert [known[nearest.find(text)] for text in ("abcx", "xabx", "中文", "z")] == ["abcd", "abxy", "中文很好", "z"]
@@ -46,8 +86,17 @@ def test_the_nearest_prompt_by_shared_pairs_of_characters() -> None:
         return 2 * len(x & y) / (len(x) + len(y))
 
     for text in words[:10]:
-        asked = text[::-1]
-        assert dice(asked, words[nearest.find(asked)]) == max(dice(asked, word) for word in words)
+        query = text[::-1]
+        assert dice(query, words[nearest.find(query)]) == max(dice(query, word) for word in words)
+
+
+def test_answers_of_the_baselines() -> None:
+    examples = [
+        {"messages": [{"content": prompt}, {"content": answer}]}
+        for prompt, answer in (("two apples", "apple"), ("a red car", "car"), ("two pears", "apple"), ("my bike", "bike"))
+    ]
+    assert most_frequent_answer(examples) == "apple"
+    assert nearest_answers(examples, ["red cars", "bikes"]) == ["car", "bike"]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +113,8 @@ def test_the_nearest_prompt_by_shared_pairs_of_characters() -> None:
         ("plain", "plain", 1, None, None),
     ],
 )
-def test_one_answer(reference: str, answer: str, exact: float, valid: float | None, f1: float | None) -> None:
-    found = score_answer(reference, answer, "stop")
+def test_metrics_of_one_answer(reference: str, answer: str, exact: float, valid: float | None, f1: float | None) -> None:
+    found = score_answer(reference, answer, finish_reason="stop")
     assert list(found) == list(METRICS)
     assert (found["exact_match"], found["valid_json"]) == (exact, valid)
     assert found["json_field_f1"] == (None if f1 is None else pytest.approx(f1))
@@ -73,7 +122,7 @@ def test_one_answer(reference: str, answer: str, exact: float, valid: float | No
 
 
 class Inputs:
-    """Predictions and examples to score, made of the workspace's."""
+    """The predictions and examples of the workspace, to edit and score."""
 
     def __init__(self, workspace: Workspace, root: Path) -> None:
         self.workspace, self.root = workspace, root
@@ -89,7 +138,7 @@ class Inputs:
             (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         project = self.workspace.root
         score(
-            Params(**{"bootstrap_resamples": 100, "judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
+            Params(**{"judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
             examples=project / "data/examples",
             base_predictions=self.root / "base.jsonl",
             merged_predictions=self.root / "merged.jsonl",
@@ -109,7 +158,7 @@ def inputs(workspace: Workspace, tmp_path: Path) -> Inputs:
     return Inputs(workspace, tmp_path)
 
 
-def test_the_metrics_are_a_handful_and_right(inputs: Inputs) -> None:
+def test_metrics_of_the_run(inputs: Inputs) -> None:
     for number, row in enumerate(inputs.rows["merged"]):
         row["answer"] = row["reference"] if number % 2 else "wrong"
     metrics = inputs.score()
@@ -130,13 +179,28 @@ def test_the_metrics_are_a_handful_and_right(inputs: Inputs) -> None:
     assert (metrics["rows"], metrics["tokens"]) == (report["rows"], report["tokens"])
 
 
-def test_equal_models_differ_by_nothing(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_for_the_plot(inputs: Inputs) -> None:
+    for number, row in enumerate(inputs.rows["merged"]):
+        row["answer"] = row["reference"] if number % 2 else "wrong"
+    inputs.score()
+    lines = list(csv.DictReader((inputs.root / "scores.csv").read_text(encoding="utf-8").splitlines()))
+    assert [line["score"] for line in lines] == [
+        f"{metric}: {system}"
+        for system in ("base", "frequent", "nearest", "fine-tuned")
+        for metric in ("exact_match", "valid_json", "json_field_f1", "chrf")
+    ]
+    count = len(inputs.rows["merged"])
+    assert lines[12]["percent"] == f"{100 * (count // 2) / count:.2f}"
+    assert b"\r" not in (inputs.root / "scores.csv").read_bytes()
+
+
+def test_the_difference_of_equal_models_is_zero(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     inputs.rows["base"] = inputs.rows["merged"]
     inputs.score()
     assert "exact match, fine-tuned minus base model: 0.0 (0.0 to 0.0) points" in capsys.readouterr().out
 
 
-def test_the_page_is_one_file_with_every_row_and_nothing_from_outside(inputs: Inputs) -> None:
+def test_the_report_is_one_file_with_every_row_and_no_links(inputs: Inputs) -> None:
     inputs.rows["merged"][0]["answer"] = "<script>alert(1)</script>"
     inputs.score()
     page = (inputs.root / "report.html").read_text(encoding="utf-8")
@@ -147,97 +211,236 @@ def test_the_page_is_one_file_with_every_row_and_nothing_from_outside(inputs: In
         assert outside not in page
 
 
-def test_answers_to_other_rows_are_named(inputs: Inputs) -> None:
+def test_answers_to_unknown_rows_are_reported(inputs: Inputs) -> None:
     inputs.rows["merged"][0]["id"] = "foreign"
     with pytest.raises(Problem) as caught:
         inputs.score()
-    assert "merged.jsonl: 1 rows are no test rows, the first foreign" in caught.value.messages[0]
-    assert "2 rows stand in one alone" in caught.value.messages[1]
+    assert "merged.jsonl: 1 rows are not in " in caught.value.messages[0]
+    assert "data/examples/test.jsonl, the first is foreign; " in caught.value.messages[0]
+    assert "2 rows are in only one of the files, the first is " in caught.value.messages[1]
+    assert all("generate the answers again: dvc repro -f -s generate" in message for message in caught.value.messages)
     assert not (inputs.root / "score.json").exists()
 
 
-def test_rows_that_are_missing_or_edited_are_named(inputs: Inputs) -> None:
+def test_missing_and_edited_rows_are_reported(inputs: Inputs) -> None:
     count = len(inputs.rows["base"])
     for rows in inputs.rows.values():
-        del rows[2]  # from both, so that they are alike
+        del rows[2]  # in both files, which then have the same ids
     inputs.rows["merged"][0]["reference"] += "!"
     with pytest.raises(Problem) as caught:
         inputs.score()
     for system, message in zip(("base", "merged"), caught.value.messages, strict=False):
-        assert f"{system}.jsonl: {count - 1} rows, but there are {count} test prompts; generate again" in message
-    assert f"1 rows differ in `reference`, the first {inputs.rows['merged'][0]['id']}" in caught.value.messages[2]
+        assert f"{system}.jsonl: {count - 1} rows, but there are {count} test prompts; generate the answers again" in message
+    assert f"1 rows differ in `reference`, the first is {inputs.rows['merged'][0]['id']}" in caught.value.messages[2]
     assert not (inputs.root / "score.json").exists()
 
 
-def test_chinese_is_compared_by_characters_and_by_words() -> None:
-    same = score_answer("我想买三个苹果", "我想买三个苹果", "stop")
+def test_chinese_is_scored_by_characters_and_by_words() -> None:
+    same = score_answer("我想买三个苹果", "我想买三个苹果", finish_reason="stop")
     assert [same[name] for name in ("rouge_1", "rouge_2", "rouge_l", "rouge_l_words", "bleu")] == pytest.approx([1] * 5)
-    near = score_answer("我想买三个苹果", "我要买三个苹果", "length")
+    near = score_answer("我想买三个苹果", "我要买三个苹果", finish_reason="length")
     assert near["rouge_1"] == pytest.approx(6 / 7)
     assert near["rouge_2"] == pytest.approx(4 / 6)
     assert near["rouge_l"] == pytest.approx(6 / 7)
     assert near["stopped"] == 0
     # 我 / 想 / 买 / 三个 / 苹果 and 我要 / 买 / 三个 / 苹果 have three words in common.
     assert near["rouge_l_words"] == pytest.approx(2 * 3 / (5 + 4))
-    assert score_answer("three apples", "three pears", "stop")["rouge_l_words"] is None
-    assert score_answer("three apples", "three pears", "stop")["rouge_1"] == pytest.approx(0.5)
+    assert score_answer("three apples", "three pears", finish_reason="stop")["rouge_l_words"] is None
+    assert score_answer("three apples", "three pears", finish_reason="stop")["rouge_1"] == pytest.approx(0.5)
 
 
-def test_an_empty_answer_has_nothing_and_is_counted() -> None:
-    found = score_answer('{"a":1}', " ", "stop")
+def test_an_empty_answer_scores_zero_and_is_counted() -> None:
+    found = score_answer('{"a":1}', " ", finish_reason="stop")
     assert found["empty"] == 1
     better = ("exact_match", "valid_json", "json_field_f1", "chrf", "bleu", "rouge_1", "rouge_2", "rouge_l", "distinct_2")
     assert all(found[name] == 0 for name in better)
-    assert score_answer("a", "b", None)["stopped"] is None
+    assert score_answer("a", "b", finish_reason=None)["stopped"] is None
 
 
-def test_repetition_and_distinct_pairs() -> None:
-    loop = score_answer("x", "a b c d a b c d a b c d", "length")
+def test_repetition_and_distinct_2() -> None:
+    loop = score_answer("x", "a b c d a b c d a b c d", finish_reason="length")
     assert loop["repetition"] == pytest.approx(1 - 4 / 9)
     assert loop["distinct_2"] == pytest.approx(4 / 11)
-    assert score_answer("x", "one two three four five", "stop")["repetition"] == 0
+    assert score_answer("x", "one two three four five", finish_reason="stop")["repetition"] == 0
 
 
-def test_bleu_is_sacrebleus_and_says_how() -> None:
+def test_bleu_is_that_of_sacrebleu_and_has_its_signature() -> None:
     from sacrebleu.metrics import BLEU
 
     wanted = BLEU(tokenize="zh", effective_order=True).sentence_score("我要买三个苹果", ["我想买三个苹果"]).score / 100
-    assert score_answer("我想买三个苹果", "我要买三个苹果", "stop")["bleu"] == pytest.approx(wanted)
+    assert score_answer("我想买三个苹果", "我要买三个苹果", finish_reason="stop")["bleu"] == pytest.approx(wanted)
     assert "tok:zh" in bleu_signature(["a", "中"])
     assert "tok:13a" in bleu_signature(["a"])
 
 
-def test_the_page_has_groups_further_prompts_and_both_bases(inputs: Inputs) -> None:
+def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Inputs) -> None:
     inputs.score()
     page = (inputs.root / "report.html").read_text(encoding="utf-8")
-    for said in (
+    for text in (
         "<td>Chinese</td>",
         "<td>zh.json</td>",
         "<td>en.json</td>",
         "帮我取一个很独特的网名",
-        "Into the full ones it would",
+        "<h2>Extra prompts</h2>",
+        "Merged into the full base weights instead, the result would be",
     ):
-        assert said in page, said
+        assert text in page, text
     assert "tok:zh" in page
 
 
-# A judge
+# Damaged files
+
+
+class Files:
+    """Four small prediction files to damage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.names = ("base.jsonl", "merged.jsonl", "base.prompts.jsonl", "merged.prompts.jsonl")
+        row = {"prompt": "p", "reference": "r", "answer": "a", "finish_reason": "stop", "prompt_tokens": 1}
+        for name in self.names:
+            (root / name).write_text("".join(json.dumps({"id": f"row {n}"} | row) + "\n" for n in range(8)))
+        examples = [
+            {"id": f"row {n}", "source": "zh.json:1", "messages": [{"content": "q"}, {"content": "a"}]} for n in range(8)
+        ]
+        (root / "test.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+    def edit(self, name: str, change: Callable[[bytes], bytes]) -> None:
+        (self.root / name).write_bytes(change((self.root / name).read_bytes()))
+
+    def read(self) -> Predictions:
+        base, merged, base_extra, merged_extra = (self.root / name for name in self.names)
+        return read_predictions(
+            {"base": base, "merged": merged},
+            {"base": base_extra, "merged": merged_extra},
+            test_examples=self.root / "test.jsonl",
+            test_rows=8,
+        )
+
+    def messages(self) -> list[str]:
+        """The problems, without the folder and without the remedy, which all of them have."""
+        with pytest.raises(Problem) as caught:
+            self.read()
+        found = [
+            message.replace(f"{self.root}/", "").partition("; generate the answers again: ")
+            for message in caught.value.messages
+        ]
+        assert all(remedy.startswith("dvc repro -f -s generate") for _, _, remedy in found)
+        return [message for message, _, _ in found]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def replace_line(number: int, line: bytes) -> Callable[[bytes], bytes]:
+    """Replaces a line, counted from 1."""
+    return lambda data: b"\n".join(line if at == number else old for at, old in enumerate(data.split(b"\n"), 1))
+
+
+def test_good_files_are_read(files: Files) -> None:
+    found = files.read()
+    assert [row.merged.id for row in found.rows] == [f"row {n}" for n in range(8)]
+    assert {(row.source, row.question, row.reference, row.base.answer) for row in found.rows} == {
+        ("zh.json:1", "q", "r", "a")
+    }
+    assert len(found.extra) == 8
+    for name in files.names[2:]:
+        files.edit(name, lambda _: b"")  # data/prompts.json may have no prompts
+    assert files.read().extra == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: b"", "merged.jsonl: empty, wanted 8 rows"),
+        (
+            lambda data: data[:-30],
+            "merged.jsonl: line 8: not valid JSON (cut off: the file does not end with a line break)",
+        ),
+        (replace_line(3, b"{'id': 1}"), "merged.jsonl: line 3: not valid JSON"),
+        (replace_line(3, b'{"id": "\xff"}'), "merged.jsonl: line 3: not valid JSON"),
+        (replace_line(3, b"[" * 100_000), "merged.jsonl: line 3: not valid JSON"),
+        (replace_line(3, b'["row 2"]'), "merged.jsonl: line 3: not a JSON object"),
+        (
+            replace_line(3, b'{"id": "row 2", "prompt": "p", "reference": "r"}'),
+            "merged.jsonl: line 3: lacks answer, finish_reason",
+        ),
+        (
+            lambda data: data.replace(b'"row 2"', b"2").replace(b'{"id": 2, "prompt": "p"', b'{"id": 2, "prompt": null'),
+            "merged.jsonl: line 3: wanted text in id, prompt, found 2, null",
+        ),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_with_the_line(files: Files, change: Callable[[bytes], bytes], message: str) -> None:
+    files.edit("merged.jsonl", change)
+    assert files.messages() == [message]
+
+
+def test_all_damaged_files_are_reported_together(files: Files) -> None:
+    files.edit("base.jsonl", lambda data: replace_line(2, b"?")(replace_line(5, b"{}")(data)))
+    files.edit("merged.jsonl", lambda _: b"no JSON\n" * 8)
+    files.edit("merged.prompts.jsonl", lambda data: data[:-1] + b"{")
+    assert files.messages() == [
+        "base.jsonl: line 2: not valid JSON",
+        "base.jsonl: line 5: lacks id, prompt, reference, answer, finish_reason",
+        *(f"merged.jsonl: line {number}: not valid JSON" for number in range(1, LISTED_LINES + 1)),
+        f"merged.jsonl: {8 - LISTED_LINES} more lines are damaged",
+        "merged.prompts.jsonl: line 8: not valid JSON (cut off: the file does not end with a line break)",
+    ]
+
+
+def test_extra_answers_to_other_prompts_are_reported_with_the_rest(files: Files) -> None:
+    files.edit("base.jsonl", lambda data: data.partition(b"\n")[2])
+    files.edit("base.prompts.jsonl", lambda data: data.replace(b"row 7", b"row 9"))
+    assert files.messages() == [
+        "base.jsonl: 7 rows, but there are 8 test prompts",
+        "base.jsonl and merged.jsonl: 1 rows are in only one of the files, the first is row 0",
+        "base.prompts.jsonl and merged.prompts.jsonl: 2 rows are in only one of the files, the first is row 7",
+    ]
+
+
+def test_a_damaged_file_writes_no_report(inputs: Inputs) -> None:
+    del inputs.rows["merged"][0]["answer"]
+    with pytest.raises(Problem, match=r"merged\.jsonl: line 1: lacks answer; generate the answers again"):
+        inputs.score()
+    assert not (inputs.root / "report.html").exists()
+
+
+# Parameters
+
+
+def test_wrong_and_removed_parameters() -> None:
+    given = {"judge_url": "localhost:8000", "judge_model": "", "judge_rows": 0, "bootstrap_resamples": 2000}
+    with pytest.raises(Problem) as caught:
+        parse_section("score", Params, given)
+    assert len(caught.value.messages) == 3
+    assert "params.yaml: score.judge_url: " in caught.value.messages[0]
+    assert "found 'localhost:8000'" in caught.value.messages[0]
+    assert "params.yaml: score.judge_rows: Input should be greater than 0; found 0" in caught.value.messages
+    removed = "removed; delete this line, the intervals always use 2000 resamples"
+    assert f"params.yaml: score.bootstrap_resamples: {removed}" in caught.value.messages
+
+
+# The judge
 
 
 class Endpoint:
-    """A local server that prefers the longer answer, favours place A where they are equal, and counts what it is asked."""
+    """A local server that prefers the longer answer, prefers A if both have the same length, and records the requests."""
 
     def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.fail: list[int] = []
         self.reply: str | None = None
+        self.broken = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append(body)
+                outer.requests.append(body)
                 outer.keys.append(self.headers.get("Authorization"))
                 if outer.fail:
                     self.send_response(outer.fail.pop())
@@ -247,10 +450,12 @@ class Endpoint:
                 text = body["messages"][0]["content"]
                 a, _, b = text.partition("[Answer A]")[2].partition("[Answer B]")
                 a, b = a.strip(), b.partition("Reply with one word")[0].strip()
-                said = outer.reply or ("B" if len(b) > len(a) else "A")
+                verdict = outer.reply or ("B" if len(b) > len(a) else "A")
                 self.send_response(200)
                 self.end_headers()
-                self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+                self.wfile.write(
+                    b"{}" if outer.broken else json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+                )
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -269,42 +474,47 @@ def endpoint(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoin
     found.server.server_close()
 
 
-def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_kept(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_sees_both_orders_and_its_verdicts_are_cached(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Judge(endpoint.url, "m")
-    assert judge.compare("q", "r", "short", "much longer") == 1
-    assert judge.compare("q", "r", "much longer", "short") == 0
-    assert judge.compare("q", "r", "abcd", "wxyz") == 0.5, "A both times: it favours a place"
-    assert judge.compare("q", "r", "same", "same") == 0.5
-    assert len(endpoint.asked) == 4, "the second pair is the first one's other order, and was kept"
-    assert endpoint.asked[0]["model"] == "m"
+    assert judge.compare("q", "r", base="short", fine_tuned="much longer") == 1
+    assert judge.compare("q", "r", base="much longer", fine_tuned="short") == 0
+    assert judge.compare("q", "r", base="abcd", fine_tuned="wxyz") == 0.5, "A in both orders: it prefers a position"
+    assert judge.compare("q", "r", base="same", fine_tuned="same") == 0.5
+    assert len(endpoint.requests) == 4, "the second pair is the first one in the other order, and was cached"
+    assert endpoint.requests[0]["model"] == "m"
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
-    Judge(endpoint.url, "other").compare("q", "r", "short", "much longer")
+    Judge(endpoint.url, "other").compare("q", "r", base="short", fine_tuned="much longer")
     assert endpoint.keys[-1] == "Bearer secret"
     assert endpoint.keys[0] is None
 
 
 @pytest.mark.parametrize(
-    ("said", "verdict"),
+    ("reply", "verdict"),
     [("B", "B"), ("**A**", "A"), ("b.", "B"), ("A: it is right", "A"), ("TIE", "TIE"), ("", "TIE"), ("hm", "TIE")],
 )
-def test_a_verdict_is_read_from_what_a_judge_says(said: str, verdict: str) -> None:
-    assert judge_module._verdict(said) == verdict
+def test_the_verdict_in_a_reply(reply: str, verdict: str) -> None:
+    assert judge_module._verdict(reply) == verdict
 
 
-def test_a_busy_judge_is_asked_again_and_a_broken_one_is_one_message(endpoint: Endpoint) -> None:
+def test_a_busy_judge_is_asked_again_and_an_error_is_one_message(endpoint: Endpoint) -> None:
     endpoint.fail = [503, 429]
-    assert Judge(endpoint.url, "m").compare("q", "r", "short", "much longer") == 1
+    assert Judge(endpoint.url, "m").compare("q", "r", base="short", fine_tuned="much longer") == 1
     endpoint.fail = [401]
-    with pytest.raises(Problem, match=r"score\.judge_url: http.*/v1: status 401: not now\. What was judged so far is kept"):
-        Judge(endpoint.url, "m").compare("other", "r", "short", "much longer")
+    with pytest.raises(
+        Problem, match=r"^params\.yaml: score\.judge_url: http.*/v1: status 401: not now\. All verdicts so far are kept"
+    ):
+        Judge(endpoint.url, "m").compare("other", "r", base="short", fine_tuned="much longer")
     with pytest.raises(Problem, match=r"Connection refused"):
-        Judge("http://127.0.0.1:9/v1", "m").compare("q", "r", "a", "bc")
+        Judge("http://127.0.0.1:9/v1", "m").compare("q", "r", base="a", fine_tuned="bc")
+    with pytest.raises(Problem, match=r"nonnumeric port"):
+        Judge("http://127.0.0.1:port/v1", "m").compare("q", "r", base="a", fine_tuned="bc")
+    endpoint.broken = True
+    with pytest.raises(Problem, match=r"the reply is not a chat completion"):
+        Judge(endpoint.url, "m").compare("third", "r", base="a", fine_tuned="bc")
 
 
-def test_the_report_has_the_judges_verdict(inputs: Inputs, endpoint: Endpoint) -> None:
+def test_the_report_has_the_result_of_the_judge(inputs: Inputs, endpoint: Endpoint) -> None:
     inputs.score(judge_url=endpoint.url, judge_model="the judge")
     page = (inputs.root / "report.html").read_text(encoding="utf-8")
-    assert "the judge as the judge of 5 rows, each asked in both orders" in page
-    assert len(endpoint.asked) <= 10
+    assert "the judge judged 5 rows, each in both orders" in page
+    assert len(endpoint.requests) <= 10

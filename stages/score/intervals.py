@@ -1,31 +1,56 @@
-"""How far a mean can be trusted: bootstrap intervals over the rows of a test set."""
+"""Confidence intervals of a mean over the rows of the test set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import bootstrap  # type: ignore[import-untyped]
 
 SEED = 0
 CONFIDENCE = 0.95
+RESAMPLES = 2000
+BATCH_VALUES = 2**20
+"""Values that are resampled in one batch: 8 MB, and 8 MB for their indices."""
 
 
 class Interval(NamedTuple):
-    """A mean, and the bounds between which it lies with 95 % confidence."""
+    """A mean and the bounds of its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap(values: Sequence[float], resamples: int) -> Interval:
-    """Percentile bootstrap of the mean (Efron 1979): the rows are drawn again, with replacement, `resamples` times.
+def mean_interval(values: Iterable[float | None]) -> Interval | None:
+    """The mean of `values` with its percentile bootstrap interval (Efron 1979).
 
-    For the difference of two models on the same rows, pass the differences row by row (a paired bootstrap).
-    The same values give the same interval.
+    The same values always give the same interval. For the difference between two systems on the same rows, pass the
+    differences row by row (a paired bootstrap).
+
+    Args:
+        values: One value per row. None means that the metric does not apply to the row; such rows are left out.
+
+    Returns:
+        None if no value is left.
     """
-    data = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(SEED)
-    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(resamples)])
+    data = np.array([value for value in values if value is not None], dtype=float)
+    if not len(data):
+        return None
+    mean = float(data.mean())
+    if len(data) == 1:  # scipy wants at least two values
+        return Interval(mean, mean, mean)
+    result = bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, BATCH_VALUES // len(data)),
+        vectorized=True,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        rng=np.random.default_rng(SEED),
+    )
+    # Not result.confidence_interval: scipy interpolates as (1 - g) * a + g * b, which is not exactly a where a == b. For a
+    # share such as 181 of 400, 45.25 %, that last bit decides the digit that is printed. np.quantile is exact there.
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(data.mean()), float(low), float(high))
+    low, high = np.quantile(result.bootstrap_distribution, [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))

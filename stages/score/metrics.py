@@ -1,4 +1,4 @@
-"""What can be said of one answer beside the right one, each between 0 and 1."""
+"""The metrics of one answer against its reference, each between 0 and 1."""
 
 import json
 import logging
@@ -12,37 +12,43 @@ from sacrebleu.metrics import BLEU, CHRF
 
 jieba.setLogLevel(logging.WARNING)
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-PIECE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
+TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
 NGRAM = 4
-"""Tokens in a row whose return within an answer counts as repetition."""
+"""Length in tokens of the n-grams that `repetition` counts."""
 
 METRICS = {
-    "exact_match": "the answer is the right one, but for white space at its ends",
-    "valid_json": "the answer is a JSON object, where the right one is",
-    "json_field_f1": "F1 over the object's fields with their values",
-    "chrf": "chrF (Popović 2015), sacrebleu's",
-    "bleu": "BLEU of the row (Papineni et al. 2002), sacrebleu's, smoothed; Chinese by characters",
+    "exact_match": "the answer equals the reference, apart from leading and trailing white space",
+    "valid_json": "the answer is a JSON object; only for rows whose reference is one",
+    "json_field_f1": "F1 over the top-level fields of the object, each with its value",
+    "chrf": "chrF (Popović 2015), computed by sacrebleu",
+    "bleu": "sentence BLEU (Papineni et al. 2002), smoothed, computed by sacrebleu; Chinese by characters",
     "rouge_1": "ROUGE-1 F1 (Lin 2004); Chinese by characters",
     "rouge_2": "ROUGE-2 F1; Chinese by characters",
     "rouge_l": "ROUGE-L F1; Chinese by characters",
-    "rouge_l_words": "ROUGE-L F1 of Chinese answers by words (jieba's)",
-    "distinct_2": "share of the answer's token pairs that are different ones (Li et al. 2016)",
-    "repetition": f"share of its runs of {NGRAM} tokens that stood in it before",
-    "stopped": "the model ended the answer itself, and was not cut at generate.max_new_tokens",
-    "empty": "there is no answer",
+    "rouge_l_words": "ROUGE-L F1 of Chinese answers by words, segmented by jieba",
+    "distinct_2": "unique token bigrams as a share of all bigrams of the answer (Li et al. 2016)",
+    "repetition": f"share of the answer's {NGRAM}-grams that repeat an earlier one",
+    "stopped": "the model ended the answer itself, before generate.max_new_tokens",
+    "empty": "the answer is empty",
 }
-"""Name and meaning, in the order of the report. Of the last three less is better, or it says nothing of quality."""
+"""Name and meaning, in the order of the report. Higher is better, except for `repetition` and `empty`; `stopped` says
+nothing about the quality."""
+HEADLINE = ("exact_match", "valid_json", "json_field_f1", "chrf")
+"""The metrics in the printed table and in the plot; the report has all of them."""
+
+RowScores = dict[str, float | None]
+"""Metric → the score of one answer; None where the metric does not apply to the row."""
 
 
-def score_answer(reference: str, answer: str, finish_reason: str | None) -> dict[str, float | None]:
-    """Each of `METRICS`; None where one says nothing of such a reference. An empty answer has 0 where more is better.
+def score_answer(reference: str, answer: str, *, finish_reason: str | None) -> RowScores:
+    """All of `METRICS` for one answer. An empty answer scores 0 in each metric where higher is better, except `stopped`.
 
     Args:
-        finish_reason: "stop" or "length", None if no model gave the answer.
+        finish_reason: "stop" or "length"; None for a baseline, which does not generate.
     """
     wanted, found = _json(reference), _json(answer)
     chinese = is_chinese(reference)
-    pieces = split(answer)
+    tokens = split(answer)
     rouge = {name: score.fmeasure for name, score in _rouge().score(reference, answer).items()}
     return {
         "exact_match": float(answer.strip() == reference.strip()),
@@ -54,40 +60,42 @@ def score_answer(reference: str, answer: str, finish_reason: str | None) -> dict
         "rouge_2": rouge["rouge2"],
         "rouge_l": rouge["rougeL"],
         "rouge_l_words": _rouge_words().score(reference, answer)["rougeL"].fmeasure if chinese else None,
-        "distinct_2": _distinct(pieces, 2),
-        "repetition": 1 - _distinct(pieces, NGRAM) if len(pieces) >= NGRAM else 0.0,
+        "distinct_2": _distinct(tokens, 2),
+        "repetition": 1 - _distinct(tokens, NGRAM) if len(tokens) >= NGRAM else 0.0,
         "stopped": None if finish_reason is None else float(finish_reason == "stop"),
         "empty": float(not answer.strip()),
     }
 
 
 def bleu_signature(references: list[str]) -> str:
-    """sacrebleu's signature of what `bleu` is over these rows."""
+    """sacrebleu's signature for `bleu`, its version and settings: tok:zh if any of the references is Chinese."""
     metric = _bleu(any(map(is_chinese, references)))
     metric.sentence_score("a", ["a"])
     return str(metric.get_signature())
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a text has Chinese characters in it."""
+    """Whether the text has a Chinese character."""
     return CJK.search(text) is not None
 
 
 def split(text: str) -> list[str]:
-    """Tokens to compare by: words of letters and digits, and each Chinese character for itself."""
-    return PIECE.findall(text.lower())
+    """The tokens that the metrics compare: words of letters and digits, and single Chinese characters, in lower case."""
+    return TOKEN.findall(text.lower())
 
 
 class _Characters:
-    """For RougeScorer, whose own tokenizer knows only Latin letters."""
+    """A tokenizer for RougeScorer, whose own drops everything but a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return split(text)
 
 
 class _Words:
+    """The same by Chinese words."""
+
     def tokenize(self, text: str) -> list[str]:
-        return [word for word in jieba.lcut(text.lower()) if PIECE.search(word)]
+        return [word for word in jieba.lcut(text.lower()) if TOKEN.search(word)]
 
 
 @lru_cache
@@ -114,11 +122,12 @@ def _json(text: str) -> dict[str, Any] | None:
 
 
 def _field_f1(wanted: dict[str, Any], found: dict[str, Any] | None) -> float:
-    """Harmonic mean of precision and recall over the top-level fields with their values."""
+    """F1 over the top-level fields; a field counts as found if its value is equal too."""
     pairs = [{(key, json.dumps(value, sort_keys=True)) for key, value in each.items()} for each in (wanted, found or {})]
     return 2 * len(pairs[0] & pairs[1]) / max(1, len(pairs[0]) + len(pairs[1]))
 
 
-def _distinct(pieces: list[str], size: int) -> float:
-    runs = [tuple(pieces[at : at + size]) for at in range(len(pieces) - size + 1)]
-    return len(set(runs)) / len(runs) if runs else float(bool(pieces))
+def _distinct(tokens: list[str], size: int) -> float:
+    """Unique n-grams as a share of all n-grams of length `size`; 1 for a text too short to have one, 0 for an empty text."""
+    ngrams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else float(bool(tokens))

@@ -1,0 +1,34 @@
+"""The table that is printed at the end of a run."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from stages.score.intervals import Interval
+from stages.score.metrics import HEADLINE
+from stages.score.systems import SYSTEMS
+
+
+def print_table(
+    summary: Mapping[str, Mapping[str, Interval | None]],
+    differences: Mapping[str, Mapping[str, Interval | None]],
+    *,
+    row_count: int,
+) -> None:
+    """Prints the headline metrics of each system, and by how much the fine-tuned model differs from each of the others."""
+    metrics = [metric for metric in HEADLINE if summary["merged"][metric]]
+    table = Table(title=f"{row_count} test rows, mean and 95 % interval, in percent")
+    table.add_column("")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for system, name in SYSTEMS.items():
+        table.add_row(name, *(_cell(summary[system][metric]) for metric in metrics))
+    console = Console(width=120)
+    console.print(table)
+    for other, difference in differences.items():
+        console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(difference['exact_match'])} points")
+
+
+def _cell(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
