@@ -65,14 +65,14 @@ def test_check_names_every_bad_parameter_of_every_stage(here: Workspace, capsys:
     with here.edited("params.yaml"):
         params = here.params()
         params["train"]["lr"] = 1
-        params["score"]["bootstrap_resamples"] = 0
+        params["score"]["judge_rows"] = 0
         params["evaluate"] = {}
         here.write(params)
         status, said = say(capsys, "check")
     assert status == 1
     assert "params.yaml: evaluate: no stage has this name" in said
     assert "params.yaml: train.lr: unknown parameter" in said
-    assert "params.yaml: score.bootstrap_resamples: Input should be greater than 0; found 0" in said
+    assert "params.yaml: score.judge_rows: Input should be greater than 0; found 0" in said
 
 
 @pytest.mark.parametrize(
