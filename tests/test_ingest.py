@@ -483,7 +483,7 @@ def test_a_truncated_gzip_file_and_an_empty_folder_are_reported(folder: Folder) 
     ]
     for file in folder.raw.iterdir():
         file.unlink()
-    with pytest.raises(Problem, match=r"holds no \.json"):
+    with pytest.raises(Problem, match=r"raw: no \.json, .* file found; put your data there"):
         folder.ingest()
 
 
