@@ -1,4 +1,4 @@
-"""ingest: every raw row is kept or set aside, with its file, line and reason; splits share no prompt and stay put."""
+"""ingest: every raw row is kept, or rejected with its file, line and reason. Splits share no prompt and are stable."""
 
 import gzip
 import hashlib
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.ingest.ingest import Params, ingest
 
@@ -22,7 +23,6 @@ PARAMS: dict[str, Any] = {
     "input_separator": "",
     "group_by": "",
     "near_duplicates": "off",
-    "near_duplicate_similarity": 0.8,
     "reject_placeholders": False,
     "validation_percent": 20,
     "test_percent": 20,
@@ -34,10 +34,10 @@ FILLER = [{"instruction": f"question {number}", "input": "", "output": f"answer 
 
 
 class Folder:
-    """A raw folder that always has enough rows for three splits, and what ingest makes of it."""
+    """A raw folder with enough rows for three splits, and the outputs of ingest for it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.raw = root, root / "raw"
+    def __init__(self, root: Path, name: str = "raw") -> None:
+        self.root, self.raw = root, root / name
         self.raw.mkdir()
         self.write("filler.json", json.dumps(FILLER))
 
@@ -107,13 +107,13 @@ BELLE = {"instruction": "给定一个英文句子，翻译成中文。\nI love t
     ],
     ids=["belle", "input", "history", "null input", "sharegpt", "messages"],
 )
-def test_formats(folder: Folder, row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+def test_each_format_becomes_messages(folder: Folder, row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     folder.write("x.jsonl", lines(row))
     folder.ingest()
     assert [kept["messages"] for kept in folder.kept("x.jsonl")] == [messages]
 
 
-def test_the_separator_stands_between_instruction_and_input_alone(folder: Folder) -> None:
+def test_input_separator_is_added_only_between_instruction_and_input(folder: Folder) -> None:
     folder.write(
         "x.jsonl", lines({"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": "", "output": "e"})
     )
@@ -162,7 +162,7 @@ def test_the_separator_stands_between_instruction_and_input_alone(folder: Folder
         ("[" * 100_000, "not_json", ""),
     ],
 )
-def test_a_row_that_is_set_aside_says_where_and_why(folder: Folder, line: str, reason: str, detail: str) -> None:
+def test_a_rejected_row_has_its_source_reason_and_detail(folder: Folder, line: str, reason: str, detail: str) -> None:
     folder.write("x.jsonl", lines(BELLE) + line + "\n" + lines({"instruction": "after", "output": "it"}))
     report = folder.ingest()
     (rejected,) = folder.rows("rejected")
@@ -172,7 +172,7 @@ def test_a_row_that_is_set_aside_says_where_and_why(folder: Folder, line: str, r
     assert [row["source"] for row in folder.kept("x.jsonl")] == ["x.jsonl:1", "x.jsonl:3"]
 
 
-def test_belles_multi_turn_rows(folder: Folder) -> None:
+def test_multi_turn_rows_of_belle(folder: Folder) -> None:
     row = {"instruction": "Human:你好\nAssistant:你好！\nHuman:写诗\nAssistant:", "input": "", "output": "床前明月光"}
     plain = {"instruction": "Human: is this a prompt?", "output": "yes"}
     folder.write("x.json", lines(row, plain))
@@ -183,7 +183,7 @@ def test_belles_multi_turn_rows(folder: Folder) -> None:
     ]
 
 
-def test_tools_and_calls_from_both_formats(folder: Folder) -> None:
+def test_sharegpt_and_messages_tool_calls_give_the_same_row(folder: Folder) -> None:
     tool = {"name": "add", "parameters": {}}
     call = {"name": "add", "arguments": {"a": 1}}
     sharegpt = {
@@ -212,7 +212,7 @@ def test_tools_and_calls_from_both_formats(folder: Folder) -> None:
     assert folder.ingest()["rejected_by_reason"] == {"duplicate": 1}
 
 
-def test_other_names_and_formats_by_file(folder: Folder) -> None:
+def test_renamed_columns_and_formats_by_file(folder: Folder) -> None:
     (folder.raw / "filler.json").unlink()
     folder.write("a.jsonl", lines(*({"q": f"question {n}", "a": f"answer {n}"} for n in range(40))))
     folder.write(
@@ -226,7 +226,7 @@ def test_other_names_and_formats_by_file(folder: Folder) -> None:
     assert report["files"]["a.jsonl"] == {"alpaca": 40, "rows_kept": 40, "rows_read": 40}
 
 
-def test_a_group_stays_together_and_its_prompts_in_one_split(folder: Folder) -> None:
+def test_a_group_and_a_prompt_are_each_in_one_split_only(folder: Folder) -> None:
     (folder.raw / "filler.json").unlink()
     rows = [{"instruction": f"q{n}", "output": f"a{n}", "customer": n // 4} for n in range(200)]
     shared = [{"instruction": "same", "output": f"o{n}", "customer": n} for n in range(50)]
@@ -249,7 +249,7 @@ def test_a_group_stays_together_and_its_prompts_in_one_split(folder: Folder) -> 
 def test_near_duplicates(folder: Folder, how: str) -> None:
     (folder.raw / "filler.json").unlink()
     base = "the quick brown fox jumps over the lazy dog while the sun sets behind the hills and the river runs on "
-    rows = [{"instruction": f"{base}{base[:n]}{n:04d}", "output": f"{base}{n:04d}"} for n in range(30)]
+    rows = [{"instruction": f"{base * 2}{base[:n]}{n:04d}", "output": f"{base}{n:04d}"} for n in range(30)]
     folder.write("near.jsonl", lines(*rows))
     folder.write(
         "far.jsonl", lines(*({"instruction": hashlib.sha256(str(n).encode()).hexdigest(), "output": "x"} for n in range(30)))
@@ -267,7 +267,7 @@ def test_near_duplicates(folder: Folder, how: str) -> None:
         assert len(folder.kept("far.jsonl")) == 30
 
 
-def test_unfilled_placeholders_are_set_aside_when_asked_for(folder: Folder) -> None:
+def test_reject_placeholders_rejects_unfilled_placeholders(folder: Folder) -> None:
     folder.write(
         "x.jsonl", lines({"instruction": "Dear {{ name }}", "output": "Hi"}, {"instruction": "{{}} {x}", "output": "Hi"})
     )
@@ -275,7 +275,7 @@ def test_unfilled_placeholders_are_set_aside_when_asked_for(folder: Folder) -> N
     assert folder.ingest(reject_placeholders=True)["rejected_by_reason"] == {"placeholder": 1}
 
 
-def test_arguments_as_openai_writes_them_and_weights(folder: Folder) -> None:
+def test_openai_tool_call_arguments_and_weights(folder: Folder) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"q": "x"}'}}
     turns = [
         user("q"),
@@ -305,12 +305,12 @@ def test_arguments_as_openai_writes_them_and_weights(folder: Folder) -> None:
         ({"messages": [user("q"), assistant("") | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "wrong_type"),
     ],
 )
-def test_odd_tools_and_weights_cost_their_row(folder: Folder, row: dict[str, Any], reason: str) -> None:
+def test_invalid_tools_and_weights_are_rejected(folder: Folder, row: dict[str, Any], reason: str) -> None:
     folder.write("x.jsonl", json.dumps(row) + "\n")
     assert folder.ingest()["rejected_by_reason"] == {reason: 1}
 
 
-def test_links_to_folders_or_nothing_are_named(folder: Folder) -> None:
+def test_links_to_folders_and_broken_links_are_reported(folder: Folder) -> None:
     (folder.root / "elsewhere").mkdir()
     (folder.raw / "far").symlink_to(folder.root / "elsewhere")
     (folder.raw / "gone.json").symlink_to(folder.root / "nowhere")
@@ -320,7 +320,7 @@ def test_links_to_folders_or_nothing_are_named(folder: Folder) -> None:
     assert all("a link to a folder, or to nothing" in message for message in caught.value.messages)
 
 
-def test_the_group_of_a_forced_row_goes_with_it(folder: Folder) -> None:
+def test_the_group_of_a_forced_row_follows_it_into_its_split(folder: Folder) -> None:
     (folder.raw / "filler.json").unlink()
     folder.write("a.jsonl", lines(*({"instruction": f"q{n}", "output": "a", "doc": n // 3} for n in range(120))))
     folder.write("test/t.jsonl", lines(*({"instruction": f"t{n}", "output": "a", "doc": n} for n in range(5))))
@@ -353,7 +353,7 @@ VALUES = st.recursive(
         ]
     ),
 )
-def test_nothing_that_can_stand_in_a_file_ends_in_a_traceback_and_the_books_balance(
+def test_any_file_content_is_accounted_for_without_a_traceback(
     folder: Folder, values: list[Any], junk: bytes, as_array: bool, params: dict[str, Any]
 ) -> None:
     text = json.dumps(values) if as_array else "\n".join(map(json.dumps, values))
@@ -371,7 +371,7 @@ def test_nothing_that_can_stand_in_a_file_ends_in_a_traceback_and_the_books_bala
     assert {row["source"] for row in folder.rows("rejected")} & {row["source"] for row in folder.kept("")} == set()
 
 
-def test_bytes_that_are_not_utf8_cost_their_row_only(folder: Folder) -> None:
+def test_only_the_row_with_invalid_utf8_is_rejected(folder: Folder) -> None:
     folder.write("x.jsonl", lines(BELLE).encode() + b'{"instruction": "a\xff", "output": "b"}\n')
     folder.ingest()
     assert [row["reason"] for row in folder.rows("rejected")] == ["bad_encoding"]
@@ -387,7 +387,7 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(folder: Folder) -> None:
         ("[%s %s]", 1, "the array is not closed"),
     ],
 )
-def test_an_array_that_breaks_off_keeps_what_came_before(folder: Folder, text: str, kept: int, why: str) -> None:
+def test_a_truncated_array_keeps_the_rows_before_the_break(folder: Folder, text: str, kept: int, why: str) -> None:
     rows = [json.dumps({"instruction": f"i{n}", "output": "o"}) for n in range(2)]
     folder.write("x.json", text % tuple(rows))
     folder.ingest()
@@ -400,14 +400,14 @@ def test_an_array_that_breaks_off_keeps_what_came_before(folder: Folder, text: s
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.json.gz", "x.jsonl.gz"])
 @pytest.mark.parametrize("shape", ["lines", "array"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-def test_the_shape_is_told_by_the_content(folder: Folder, name: str, shape: str, bom: bytes) -> None:
+def test_array_or_json_lines_is_detected_from_the_content(folder: Folder, name: str, shape: str, bom: bytes) -> None:
     data = bom + (lines(BELLE) if shape == "lines" else json.dumps([BELLE])).encode()
     folder.write(name, gzip.compress(data) if name.endswith(".gz") else data)
     assert folder.ingest()["rows_rejected"] == 0
     assert [row["source"] for row in folder.kept(name)] == [f"{name}:1"]
 
 
-def test_new_rows_move_no_old_row(folder: Folder) -> None:
+def test_new_rows_do_not_move_old_rows(folder: Folder) -> None:
     folder.ingest()
     before = {split: {row["id"] for row in folder.rows(split)} for split in ("train", "validation", "test")}
     assert all(before.values())
@@ -417,14 +417,14 @@ def test_new_rows_move_no_old_row(folder: Folder) -> None:
         assert ids < {row["id"] for row in folder.rows(split)}
 
 
-def test_another_split_seed_splits_otherwise(folder: Folder) -> None:
+def test_a_different_split_seed_gives_a_different_split(folder: Folder) -> None:
     folder.ingest()
     before = [row["id"] for row in folder.rows("test")]
     folder.ingest(split_seed=1)
     assert [row["id"] for row in folder.rows("test")] != before
 
 
-def test_the_same_prompt_never_stands_in_two_splits(folder: Folder) -> None:
+def test_prompts_that_differ_only_in_case_width_or_spaces_share_a_split(folder: Folder) -> None:
     variants = [
         {"instruction": text, "output": f"o{n}"}
         for n, text in enumerate(("Ｑｕｅｓｔｉｏｎ  7", "QUESTION 7", "question\t7 "))
@@ -442,7 +442,7 @@ def test_the_same_prompt_never_stands_in_two_splits(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_folder_forces_the_split_and_takes_its_prompts_out_of_train(folder: Folder, split: str) -> None:
+def test_a_folder_forces_its_split_and_its_prompts_leave_train(folder: Folder, split: str) -> None:
     folder.write(f"{split}/own.jsonl", lines(*({"instruction": f"question {n}", "output": "other"} for n in range(40))))
     folder.write("more.jsonl", lines(*({"instruction": f"more {n}", "output": "x"} for n in range(40))))
     folder.ingest()
@@ -453,19 +453,20 @@ def test_a_folder_forces_the_split_and_takes_its_prompts_out_of_train(folder: Fo
     }
 
 
-def test_too_many_rejections_stop_the_stage_with_the_first_of_each(folder: Folder) -> None:
+def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Folder) -> None:
     folder.write("x.jsonl", lines({"a": 1}, {"a": 2}, {"instruction": "a", "output": ""}))
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=5)
     assert caught.value.messages == (
-        "3 of 43 rows (7.0 %) would be set aside, ingest.max_rejected_percent is 5",
-        "empty_answer: 1 rows, the first x.jsonl:3: ''",
-        "unknown_format: 2 rows, the first x.jsonl:1: fields a",
+        "params.yaml: ingest.max_rejected_percent: 3 of 43 rows (7.0 %) were rejected, the limit is 5 %; correct the "
+        "rows, or raise it if they may be left out",
+        "empty_answer: 1 rejected, the first is x.jsonl:3: ''",
+        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a",
     )
     assert not (folder.root / "examples").exists()
 
 
-def test_what_would_go_unread_is_an_error(folder: Folder) -> None:
+def test_a_file_that_would_be_ignored_is_an_error(folder: Folder) -> None:
     folder.write("table.csv", "a,b")
     folder.write(".hidden", "")
     folder.write("big.jsonl.dvc", "outs: []")
@@ -474,16 +475,47 @@ def test_what_would_go_unread_is_an_error(folder: Folder) -> None:
     assert len(caught.value.messages) == 1
 
 
-def test_an_empty_folder_and_a_torn_archive_are_named(folder: Folder) -> None:
+def test_a_truncated_gzip_file_and_an_empty_folder_are_reported(folder: Folder) -> None:
     folder.write("x.jsonl.gz", gzip.compress(lines(BELLE).encode())[:-12])
     folder.ingest()
-    assert [(row["reason"], row["detail"]) for row in folder.rows("rejected")] == [("not_json", "the gzip file breaks off")]
+    assert [(row["reason"], row["detail"]) for row in folder.rows("rejected")] == [
+        ("not_json", "the gzip file is truncated")
+    ]
     for file in folder.raw.iterdir():
         file.unlink()
-    with pytest.raises(Problem, match=r"holds no \.json"):
+    with pytest.raises(Problem, match=r"raw: no \.json, .* file found; put your data there"):
         folder.ingest()
 
 
-def test_a_split_without_rows_is_an_error(folder: Folder) -> None:
-    with pytest.raises(Problem, match="no rows for validation"):
-        folder.ingest(validation_percent=0)
+def test_splits_without_rows_are_an_error(folder: Folder) -> None:
+    with pytest.raises(Problem) as caught:
+        folder.ingest(validation_percent=0, test_percent=0)
+    assert caught.value.messages == (
+        "params.yaml: ingest.validation_percent: no rows for validation; add data, or raise it",
+        "params.yaml: ingest.test_percent: no rows for test; add data, or raise it",
+    )
+    with pytest.raises(Problem, match=r"params\.yaml: ingest: no rows for train; add data, or lower validation_percent"):
+        folder.ingest(test_percent=99)
+
+
+def test_the_removed_parameter_is_explained() -> None:
+    with pytest.raises(Problem) as caught:
+        parse_section("ingest", Params, PARAMS | {"near_duplicate_similarity": 0.85})
+    assert caught.value.messages == ("params.yaml: ingest.near_duplicate_similarity: removed; it is 0.85 now",)
+
+
+def test_names_with_spaces_parentheses_quotes_and_chinese(tmp_path: Path) -> None:
+    name = """问答 (1) 'old' "new" [a] $x; %s #"""
+    folder = Folder(tmp_path, f"raw {name}")
+    folder.write(f"{name}.jsonl", lines({"instruction": "plain", "output": "x"}))
+    folder.write(f"{name}/{name}.json.gz", gzip.compress(lines({"instruction": "zipped", "output": "x"}).encode()))
+    folder.write(f"test/{name}.json", json.dumps([{"instruction": "forced", "output": "x"}]))
+    folder.write("bad (2).jsonl", "{\n")
+    report = folder.ingest(formats={"问答 (1) *": "alpaca"})
+    assert [row["source"] for row in folder.kept(name)] == [f"{name}.jsonl:1", f"{name}/{name}.json.gz:1"]
+    assert f"test/{name}.json:1" in {row["source"] for row in folder.rows("test")}
+    assert [row["source"] for row in folder.rows("rejected")] == ["bad (2).jsonl:1"]
+    assert report["files"][f"{name}/{name}.json.gz"] == {"alpaca": 1, "rows_kept": 1, "rows_read": 1}
+    with pytest.raises(Problem) as caught:
+        folder.ingest(max_rejected_percent=0)
+    assert caught.value.messages[1].startswith("not_json: 1 rejected, the first is bad (2).jsonl:1: Expecting")

@@ -1,4 +1,4 @@
-"""Reading JSON: whatever stands in a file, every piece of it is handed on once, and a break costs what is broken."""
+"""Reading JSON: every part of any file is returned once, and only the broken values are lost."""
 
 import gzip
 import json
@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.core.jsonl import dump_line, parse_line
-from stages.ingest import json_stream
-from stages.ingest.json_stream import KEPT_TEXT, Broken, read_values
+from stages.ingest import byte_chunks
+from stages.ingest.json_stream import MAX_BROKEN_CHARS, Broken, read_values
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=20,
 )
+GZIP_ERROR = "Error -3 while decompressing data: incorrect header check"
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -35,17 +36,17 @@ def read(tmp_path: Path, data: bytes, name: str = "x.json") -> list[tuple[int, A
     chunk=st.integers(1, 40),
     name=st.sampled_from(["x.json", "x.json.gz"]),
 )
-def test_an_array_comes_out_as_it_went_in_however_it_is_cut_into_chunks(
+def test_an_array_is_read_back_whatever_the_chunk_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[Any], indent: int | None, chunk: int, name: str
 ) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
     data = json.dumps(values, ensure_ascii=False, indent=indent).encode("utf-8", "surrogatepass")
     assert read(tmp_path, data, name) == list(enumerate(json.loads(data.decode("utf-8", "surrogateescape")), 1))
 
 
 @QUICK
 @given(values=st.lists(JSON.filter(lambda value: not isinstance(value, list)), min_size=1, max_size=6), bom=st.booleans())
-def test_lines_come_out_as_they_went_in(tmp_path: Path, values: list[Any], bom: bool) -> None:
+def test_json_lines_are_read_back(tmp_path: Path, values: list[Any], bom: bool) -> None:
     lines = "\n".join(json.dumps(value) for value in values).encode()
     assert read(tmp_path, (b"\xef\xbb\xbf" if bom else b"") + lines) == list(enumerate(values, 1))
 
@@ -54,10 +55,10 @@ def test_lines_come_out_as_they_went_in(tmp_path: Path, values: list[Any], bom: 
 @given(
     data=st.binary(max_size=200), head=st.sampled_from([b"", b"[", b'[{"a": 1}, ', b'{"a": 1}\n']), chunk=st.integers(1, 50)
 )
-def test_any_bytes_are_read_to_the_end(
+def test_any_bytes_are_read_without_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, head: bytes, chunk: int
 ) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
     found = read(tmp_path, head + data)
     numbers = [number for number, _ in found]
     assert numbers == sorted(set(numbers))
@@ -67,7 +68,7 @@ def test_any_bytes_are_read_to_the_end(
 
 @QUICK
 @given(values=st.lists(st.fixed_dictionaries({"a": JSON}), min_size=1, max_size=5), data=st.data())
-def test_an_array_that_is_cut_off_keeps_what_was_whole(tmp_path: Path, values: list[Any], data: st.DataObject) -> None:
+def test_a_truncated_array_keeps_its_complete_elements(tmp_path: Path, values: list[Any], data: st.DataObject) -> None:
     text = json.dumps(values)
     cut = data.draw(st.integers(1, len(text) - 1))
     found = read(tmp_path, text[:cut].encode())
@@ -78,13 +79,13 @@ def test_an_array_that_is_cut_off_keeps_what_was_whole(tmp_path: Path, values: l
     assert isinstance(found[-1][1], Broken)
 
 
-def test_a_number_at_the_border_of_a_chunk_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_across_two_chunks_is_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk in range(1, 12):
-        monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
         assert read(tmp_path, b"[12.5, 1e3, -7, true]") == [(1, 12.5), (2, 1e3), (3, -7), (4, True)]
 
 
-def test_a_torn_archive_keeps_the_rows_before_the_tear(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_keeps_the_rows_before_its_end(tmp_path: Path) -> None:
     rows = [{"n": number, "text": str(number) * 50} for number in range(5000)]
     for data in (json.dumps(rows), "\n".join(map(json.dumps, rows))):
         path = tmp_path / "x.json.gz"
@@ -93,15 +94,15 @@ def test_a_torn_archive_keeps_the_rows_before_the_tear(tmp_path: Path) -> None:
         found = list(read_values(path))
         assert [value for _, value in found[:-1]] == rows[: len(found) - 1]
         assert len(found) > 100
-        assert "breaks off" in found[-1][1].detail
+        assert "truncated" in found[-1][1].detail
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[" + '{"a":' * 100_000, '["' + "x" * 300_000, "[1, " + "2 " * 50_000])
-def test_a_long_broken_piece_is_handed_on_in_part_and_its_length_told(tmp_path: Path, text: str) -> None:
+def test_a_long_broken_part_is_cut_and_its_length_reported(tmp_path: Path, text: str) -> None:
     broken = read(tmp_path, text.encode())[-1][1]
     assert isinstance(broken, Broken)
-    assert len(broken.text) == KEPT_TEXT
-    assert f"the first {KEPT_TEXT:,} kept" in broken.detail
+    assert len(broken.text) == MAX_BROKEN_CHARS
+    assert f"the first {MAX_BROKEN_CHARS:,} kept" in broken.detail
 
 
 def test_huge_numbers_and_long_lines(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_huge_numbers_and_long_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["NaN", "-Infinity", "9" * 5000])
-def test_what_python_alone_reads_costs_its_own_row(tmp_path: Path, word: str) -> None:
+def test_only_the_row_with_python_constants_or_huge_integers_is_broken(tmp_path: Path, word: str) -> None:
     good = '{"a": 1}'
     for data in (f'[{good}, {{"b": [{word}]}}, {good}]', f'{good}\n{{"b": [{word}]}}\n{good}\n'):
         found = read(tmp_path, data.encode())
@@ -122,13 +123,13 @@ def test_what_python_alone_reads_costs_its_own_row(tmp_path: Path, word: str) ->
         assert "is not JSON" in found[1][1].detail
 
 
-def test_a_line_that_breaks_behind_a_nan_costs_no_other(tmp_path: Path) -> None:
+def test_a_nan_in_a_broken_line_does_not_affect_the_next_line(tmp_path: Path) -> None:
     found = read(tmp_path, b'{"a": NaN, "b": \n{"a": 1}\n')
     assert isinstance(found[0][1], Broken)
     assert found[1] == (2, {"a": 1})
 
 
-def test_a_list_as_the_first_row_of_json_lines_is_a_row(tmp_path: Path) -> None:
+def test_a_list_on_the_first_line_of_json_lines_is_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, b'[]\n{"a": 1}\n', "x.jsonl") == [(1, []), (2, {"a": 1})]
     assert read(tmp_path, b'[{"a": 1},\n{"a": 2}]\n', "x.jsonl") == [(1, {"a": 1}), (2, {"a": 2})]
 
@@ -142,16 +143,16 @@ def test_a_list_as_the_first_row_of_json_lines_is_a_row(tmp_path: Path) -> None:
     chunk=st.sampled_from([1, 7, 1 << 20]),
     data=st.data(),
 )
-def test_a_broken_element_costs_itself_where_the_elements_begin_lines(
+def test_a_broken_element_is_the_only_loss_if_elements_begin_lines(
     tmp_path: Path, values: list[Any], indent: Any, chunk: int, data: st.DataObject
 ) -> None:
-    border = "\n" + (" " * indent if isinstance(indent, int) else indent or "")
-    texts = [json.dumps(value, indent=indent).replace("\n", border if indent != 0 else "\n ") for value in values]
+    line_start = "\n" + (" " * indent if isinstance(indent, int) else indent or "")
+    texts = [json.dumps(value, indent=indent).replace("\n", line_start if indent != 0 else "\n ") for value in values]
     broken = data.draw(st.integers(0, len(values) - 1))
     at = data.draw(st.integers(1, len(texts[broken]) - 1))
-    damaged = texts[broken][:at]  # as if the rest of it were lost
-    text = "[" + border + f",{border}".join([*texts[:broken], damaged, *texts[broken + 1 :]]) + "\n]"
-    with mock.patch.object(json_stream, "CHUNK_BYTES", chunk):
+    damaged = texts[broken][:at]  # the rest of the element is missing
+    text = "[" + line_start + f",{line_start}".join([*texts[:broken], damaged, *texts[broken + 1 :]]) + "\n]"
+    with mock.patch.object(byte_chunks, "CHUNK_BYTES", chunk):
         found = [value for _, value in read(tmp_path, text.encode())]
     assert found[:broken] == values[:broken]
     lost = found[broken : len(found) - (len(values) - broken - 1)]
@@ -160,29 +161,60 @@ def test_a_broken_element_costs_itself_where_the_elements_begin_lines(
     assert found[broken + len(lost) :] == values[broken + 1 :]
 
 
-def test_a_missing_comma_between_lines_costs_nothing_and_rubbish_itself(tmp_path: Path) -> None:
+def test_a_missing_comma_between_lines_loses_nothing_and_stray_text_only_itself(tmp_path: Path) -> None:
     assert read(tmp_path, b'[\n {"a": 1}\n {"a": 2}\n]') == [(1, {"a": 1}), (2, {"a": 2})]
     found = read(tmp_path, b'[\n {"a": 1} oops\n {"a": 2},\n {"a": 3}\n]')
     assert [value for _, value in found if not isinstance(value, Broken)] == [{"a": 1}, {"a": 2}, {"a": 3}]
     assert found[1][1].text == "oops"
 
 
-def test_a_broken_element_costs_the_rest_of_an_array_in_one_line(tmp_path: Path) -> None:
+def test_a_broken_element_takes_the_rest_of_a_single_line_array(tmp_path: Path) -> None:
     found = read(tmp_path, b'[{"a": 1}, {"b": }, {"c": 3}]')
     assert found[0] == (1, {"a": 1})
     assert found[1][1].text == '{"b": }, {"c": 3}]'
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("chunk", [1, 64, 256, 1000, 1 << 20])
+def test_recovery_loses_no_element_at_the_end_of_a_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
+    rows = [{"n": n, "text": "x" * (n % 50)} for n in range(300)]
+    texts = ['{"n": , "text": "broken"}' if row["n"] % 7 == 3 else json.dumps(row) for row in rows]
+    found = [value for _, value in read(tmp_path, ("[\n  " + ",\n  ".join(texts) + "\n]").encode())]
+    assert [value for value in found if not isinstance(value, Broken)] == [row for row in rows if row["n"] % 7 != 3]
+    assert len(found) == len(rows)
+
+
+def test_the_recovery_example_of_the_docstring(tmp_path: Path) -> None:
+    found = read(tmp_path, b'[\n  {"a": 1},\n  {"a": 2, "b": {\n    "c": 3,\n  {"a": 4}\n]')
+    assert [found[0], found[2]] == [(1, {"a": 1}), (3, {"a": 4})]
+    assert found[1][1].text == '{"a": 2, "b": {\n    "c": 3,'
+
+
+def test_the_position_of_an_error_counts_from_the_start_of_its_element(tmp_path: Path) -> None:
+    found = read(tmp_path, b'[{"a": 1}, {"b": }]')
+    assert found[1][1] == Broken('{"b": }]', "Expecting value: line 1 column 7 (char 6)")
+
+
+def test_concatenated_gzip_files_are_one_file_and_a_damaged_one_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
+    assert list(read_values(path)) == [(1, {"a": 1}), (2, {"a": 2})]
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') + b"not gzip")
+    assert list(read_values(path)) == [(1, {"a": 1}), (2, Broken("", "the gzip file is damaged: " + GZIP_ERROR))]
+
+
 @QUICK
 @given(value=JSON)
-def test_a_line_that_is_written_is_read_as_it_was(value: Any) -> None:
+def test_a_written_line_is_read_back(value: Any) -> None:
     line = dump_line(value)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     assert parse_line(line) == value
 
 
-def test_no_digit_of_a_long_integer_is_lost() -> None:
+def test_long_integers_keep_all_digits() -> None:
     for number in (2**63, 2**64, -(10**30), 123456789012345678901234567890):
         assert parse_line(dump_line({"n": number})) == {"n": number}

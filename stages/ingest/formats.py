@@ -1,7 +1,7 @@
-"""The shapes in which people keep conversations, and the one in which Loratory does.
+"""Converts the usual formats of conversation data into one: the messages of Transformers' chat templates.
 
-Ours is Transformers': messages of role (system, user, assistant, tool) and content, an assistant's `tool_calls`, and the
-`tools` that it may call. A message keeps `"train": false` where an answer is not to be learned.
+A message has a role (system, user, assistant, tool) and content, and an assistant message may have `tool_calls`. `tools`
+describes the tools that may be called. `"train": false` in a message keeps it out of the loss.
 """
 
 import json
@@ -24,25 +24,18 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-MAY_FOLLOW = {
-    "start": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "tool_calls": ("tool",),
-    "tool": ("tool", "assistant"),
-}
 TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
 
 
 class Columns(Section):
-    """The name that each field has in the raw rows."""
+    """The name of each field in the raw rows."""
 
     instruction: str
-    """alpaca: what is asked."""
+    """alpaca, belle_multiturn: the question."""
     input: str
-    """alpaca: what it is asked of; may be missing or empty."""
+    """alpaca: the text that the question is about; may be missing or empty."""
     output: str
-    """alpaca: the answer."""
+    """alpaca, belle_multiturn: the answer."""
     system: str
     """The system prompt; may be missing."""
     history: str
@@ -52,26 +45,26 @@ class Columns(Section):
     messages: str
     """messages: the list of turns."""
     tools: str
-    """sharegpt, messages: the tools that may be called, as a list or as JSON text; may be missing."""
+    """sharegpt, messages: the tools that may be called, a list or its JSON text; may be missing."""
 
 
 class Conversation(NamedTuple):
-    """A row in Loratory's shape."""
+    """A row in the common format."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
 
 
 def guess_format(value: dict[str, Any], columns: Columns) -> Format:
-    """The format that a row is in, told by its fields. Raises Rejection if by none."""
+    """The format of a row, detected from its fields. Raises Rejection if no format has such fields."""
     if isinstance(value.get(columns.conversations), list):
         return "sharegpt"
     if isinstance(value.get(columns.messages), list):
         return "messages"
     if columns.instruction in value or columns.output in value:
         instruction = value.get(columns.instruction)
-        turns = isinstance(instruction, str) and not value.get(columns.input) and _is_multiturn(instruction)
-        return "belle_multiturn" if turns else "alpaca"
+        multiturn = isinstance(instruction, str) and not value.get(columns.input) and _is_multiturn(instruction)
+        return "belle_multiturn" if multiturn else "alpaca"
     if columns.conversations in value:
         return "sharegpt"
     if columns.messages in value:
@@ -80,29 +73,29 @@ def guess_format(value: dict[str, Any], columns: Columns) -> Format:
 
 
 def _is_multiturn(instruction: str) -> bool:
-    """Whether an instruction is a conversation that waits for its next answer, as in BELLE's multi-turn data."""
+    """Whether an instruction is a conversation without its last answer, as in BELLE's multi-turn data."""
     text = instruction.strip()
     return text.startswith(("Human:", "Human：")) and text.endswith(("Assistant:", "Assistant："))
 
 
-def read_conversation(value: dict[str, Any], kind: Format, columns: Columns, input_separator: str) -> Conversation:
-    """The conversation in a raw row. Raises Rejection with the field that is missing or of the wrong type."""
-    match kind:
+def read_conversation(value: dict[str, Any], format: Format, *, columns: Columns, input_separator: str) -> Conversation:
+    """The conversation in a raw row of the given format. Raises Rejection if a field is missing or has the wrong type."""
+    match format:
         case "alpaca":
-            messages = _alpaca(value, columns, input_separator)
+            messages = _alpaca(value, columns, input_separator=input_separator)
         case "belle_multiturn":
             messages = _belle_multiturn(value, columns)
         case "sharegpt":
-            messages = _turns(value, columns.conversations, "from", "value")
+            messages = _turns(value, columns.conversations, role_field="from", content_field="value")
         case "messages":
-            messages = _turns(value, columns.messages, "role", "content")
-    tools = _tools(value, columns.tools) if kind in ("sharegpt", "messages") else []
-    if messages[:1] and messages[0]["role"] != "system" and _text(value, columns.system, default=""):
+            messages = _turns(value, columns.messages, role_field="role", content_field="content")
+    tools = _tools(value, columns.tools) if format in ("sharegpt", "messages") else []
+    if messages and messages[0]["role"] != "system" and _text(value, columns.system, default=""):
         messages = [{"role": "system", "content": value[columns.system]}, *messages]
     return Conversation(messages, tools)
 
 
-def _alpaca(value: dict[str, Any], columns: Columns, input_separator: str) -> list[Message]:
+def _alpaca(value: dict[str, Any], columns: Columns, *, input_separator: str) -> list[Message]:
     messages: list[Message] = []
     history = value.get(columns.history) or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -114,54 +107,64 @@ def _alpaca(value: dict[str, Any], columns: Columns, input_separator: str) -> li
     instruction, query = _text(value, columns.instruction), _text(value, columns.input, default="")
     user: Message = {"role": "user", "content": instruction + (input_separator if query else "") + query}
     if query:
-        user |= {"instruction": instruction, "input": query}  # for templates that place them apart
+        user |= {"instruction": instruction, "input": query}  # for chat templates that place them separately
     return [*messages, user, {"role": "assistant", "content": _text(value, columns.output)}]
 
 
 def _belle_multiturn(value: dict[str, Any], columns: Columns) -> list[Message]:
-    """Human:…\\nAssistant:… turns in one text, of which the last is answered by the output."""
-    pieces = TURN.split(_text(value, columns.instruction))
-    if pieces[0].strip():
+    """The instruction holds all turns as Human:…\\nAssistant:…; the output is the last answer."""
+    before, *names_and_texts = TURN.split(_text(value, columns.instruction))
+    if before.strip():
         raise Rejection("roles_out_of_order", f"{columns.instruction}: text before the first Human:")
-    turns = [(name, text.strip()) for name, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    turns = [(name, text.strip()) for name, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True)]
     if not turns or turns[-1] != ("Assistant", ""):
         raise Rejection("no_answer_at_the_end", f"{columns.instruction}: does not end in Assistant:")
     turns[-1] = ("Assistant", _text(value, columns.output))
     return [{"role": "user" if name == "Human" else "assistant", "content": text} for name, text in turns]
 
 
-def _turns(value: dict[str, Any], field: str, role_field: str, content_field: str) -> list[Message]:
+def _turns(value: dict[str, Any], field: str, *, role_field: str, content_field: str) -> list[Message]:
     turns = value.get(field)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Rejection("wrong_type", f"{field}: wanted a list of objects")
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        name = _text(turn, role_field, where=f"{field}[{number}].")
-        role = ROLES.get(name)
-        if role is None:
-            raise Rejection("unknown_role", f"{field}[{number}].{role_field}: {name!r}")
-        calls = turn.get("tool_calls")
-        content = _text(turn, content_field, default="" if calls else None, where=f"{field}[{number}].")
-        message: Message = {"role": role, "content": content}
-        if role == "function_call":
-            message = {"role": "assistant", "content": "", "tool_calls": _parse_calls(content, f"{field}[{number}]")}
-        elif calls and role != "assistant":
-            raise Rejection("roles_out_of_order", f"{field}[{number}]: tool_calls in a {role} message")
-        elif calls:
-            message["tool_calls"] = _check_calls(calls, f"{field}[{number}].tool_calls")
-        weight = turn.get("weight", 1)
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise Rejection("wrong_type", f"{field}[{number}].weight: wanted 0 or 1")
-        if not isinstance(turn.get("train", True), bool):
-            raise Rejection("wrong_type", f"{field}[{number}].train: wanted true or false")
-        if not turn.get("train", True) or weight == 0:
-            message["train"] = False
-        messages.append(message)
-    return messages
+    return [
+        _message(turn, f"{field}[{number}]", role_field=role_field, content_field=content_field)
+        for number, turn in enumerate(turns, 1)
+    ]
+
+
+def _message(turn: dict[str, Any], where: str, *, role_field: str, content_field: str) -> Message:
+    """The message of one turn; `where` names the turn in a Rejection."""
+    name = _text(turn, role_field, where=f"{where}.")
+    role = ROLES.get(name)
+    if role is None:
+        raise Rejection("unknown_role", f"{where}.{role_field}: {name!r}")
+    calls = turn.get("tool_calls")
+    content = _text(turn, content_field, default="" if calls else None, where=f"{where}.")
+    message: Message = {"role": role, "content": content}
+    if role == "function_call":
+        message = {"role": "assistant", "content": "", "tool_calls": _parse_calls(content, where)}
+    elif calls and role != "assistant":
+        raise Rejection("roles_out_of_order", f"{where}: tool_calls in a {role} message")
+    elif calls:
+        message["tool_calls"] = _check_calls(calls, f"{where}.tool_calls")
+    if not _is_trained_on(turn, where):
+        message["train"] = False
+    return message
+
+
+def _is_trained_on(turn: dict[str, Any], where: str) -> bool:
+    """Our `train`: false, or OpenAI's `weight`: 0, keeps a turn out of the loss."""
+    weight, train = turn.get("weight", 1), turn.get("train", True)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise Rejection("wrong_type", f"{where}.weight: wanted 0 or 1")
+    if not isinstance(train, bool):
+        raise Rejection("wrong_type", f"{where}.train: wanted true or false")
+    return train and weight == 1
 
 
 def _parse_calls(text: str, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's function_call: the JSON of one call, or of a list of calls."""
+    """The content of ShareGPT's function_call: JSON of one call, or of a list of calls."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -176,7 +179,7 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Rejection("wrong_type", f"{where}: wanted calls with a name and arguments")
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as OpenAI writes them; a template would quote them once more
+        if isinstance(arguments, str):  # OpenAI's form; a chat template would encode the text as JSON again
             try:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
@@ -202,7 +205,8 @@ def _tools(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
     return tools
 
 
-def _text(value: dict[str, Any], field: str, default: str | None = None, where: str = "") -> str:
+def _text(value: dict[str, Any], field: str, *, default: str | None = None, where: str = "") -> str:
+    """The text in a field, or `default`, if there is one, for a field that is missing or null."""
     found = value.get(field)
     if found is None and default is not None:
         return default
@@ -211,33 +215,3 @@ def _text(value: dict[str, Any], field: str, default: str | None = None, where: 
     if not isinstance(found, str):
         raise Rejection("wrong_type", f"{where}{field}: wanted text, found {type(found).__name__}")
     return found
-
-
-def check_turns(messages: list[Message], tools: list[dict[str, Any]]) -> None:
-    """An optional system message, then turns in an order that a model can have seen, an answer last, none of them empty.
-
-    Raises Rejection.
-    """
-    for message in messages:
-        text = message["content"] + (json.dumps(message, ensure_ascii=False) if len(message) > 2 else "")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = text[error.start : error.start + 1]
-            raise Rejection("bad_encoding", f"not UTF-8: {found!r} in a {message['role']} text") from None
-    try:
-        json.dumps(tools, ensure_ascii=False).encode() if tools else None
-    except UnicodeEncodeError as error:
-        raise Rejection("bad_encoding", f"not UTF-8: {error.object[error.start : error.start + 1]!r} in tools") from None
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    order = " ".join(message["role"] for message in messages) or "no messages"
-    before = "start"
-    for message in turns:
-        if message["role"] not in MAY_FOLLOW[before]:
-            raise Rejection("roles_out_of_order", order)
-        before = "tool_calls" if message.get("tool_calls") else message["role"]
-    if before not in ("assistant", "tool_calls"):
-        raise Rejection("no_answer_at_the_end", order)
-    for message in turns:
-        if message["role"] != "tool" and not message["content"].strip() and not message.get("tool_calls"):
-            raise Rejection("empty_answer" if message["role"] == "assistant" else "empty_prompt", repr(message["content"]))

@@ -1,0 +1,71 @@
+"""An example: a conversation that passed the checks, with the hashes that splitting and deduplication compare.
+
+All comparisons use normalized text: two texts that differ only in white space, upper and lower case or the width of
+characters (Unicode NFKC) are equal.
+"""
+
+import hashlib
+import json
+import unicodedata
+from typing import Any, NamedTuple
+
+from stages.core.problem import Rejection
+from stages.ingest.formats import Conversation, Format
+
+
+class Example(NamedTuple):
+    """One checked conversation."""
+
+    conversation: Conversation
+    format: Format
+    texts: list[str]
+    """The normalized text of each message."""
+    digest: bytes
+    """Hash of the complete conversation: roles, texts, tool calls and tools. Equal for duplicates."""
+    prompt: bytes
+    """Hash of the first user message. No prompt may be in two splits."""
+    group: str
+    """What the split is computed from: the value of the `group_by` field, or the first user message."""
+
+
+def make_example(value: dict[str, Any], conversation: Conversation, *, format: Format, group_by: str) -> Example:
+    """The example of a raw row. Raises Rejection if it has no field `group_by`, where one is given."""
+    texts = [_normalize(message["content"]) for message in conversation.messages]
+    first_user = next(n for n, message in enumerate(conversation.messages) if message["role"] == "user")
+    return Example(
+        conversation=conversation,
+        format=format,
+        texts=texts,
+        digest=_digest(conversation, texts),
+        prompt=_hash(texts[first_user]),
+        group=_group(value, group_by) if group_by else texts[first_user],
+    )
+
+
+def _normalize(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _digest(conversation: Conversation, texts: list[str]) -> bytes:
+    parts = []
+    for message, text in zip(conversation.messages, texts, strict=True):
+        parts += [message["role"], text]
+        if "tool_calls" in message:
+            parts.append(json.dumps(message["tool_calls"], sort_keys=True))
+    if conversation.tools:
+        parts.append(json.dumps(conversation.tools, sort_keys=True))
+    # With its length before it, no part can be mistaken for two.
+    return _hash("\0".join(f"{len(part)} {part}" for part in parts))
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _group(value: dict[str, Any], group_by: str) -> str:
+    if group_by not in value:
+        raise Rejection("missing_field", group_by)
+    try:
+        return json.dumps(value[group_by], sort_keys=True)
+    except RecursionError:
+        raise Rejection("wrong_type", f"{group_by}: nested too deeply") from None
