@@ -87,12 +87,10 @@ def encode(
         write_json(report_file, summary)
         masks_file.write_text(render_masks_page(counts.preview), encoding="utf-8", newline="\n")
         _write_histogram(lengths_file, counts)
-    rejected = f"{summary['rows_rejected']:,} rows rejected"
-    if summary["rows_rejected"]:
-        rejected += f" (see {tokens}/rejected.jsonl)"
+    trained, labelled, rejected = summary["train_tokens"], summary["train_label_tokens"], summary["rows_rejected"]
     return Done(
-        f"{summary['train_tokens']:,} tokens to train on, {summary['train_label_tokens']:,} of them in the loss (see {masks}); "
-        + rejected
+        f"{trained:,} tokens to train on, {labelled:,} of them in the loss (see {masks}); {rejected:,} rows rejected"
+        + (f" (see {tokens}/rejected.jsonl)" if rejected else "")
     )
 
 
