@@ -1,7 +1,9 @@
 """The encode stage with a real tokenizer: exact ids, labels, prompts and counts."""
 
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -429,6 +431,17 @@ def test_the_output_does_not_depend_on_the_number_of_processes(
     assert found[0] == found[1]
 
 
+def test_a_killed_worker_process_is_one_message(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.encode.workers.MIN_ROWS", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("stages.encode.workers.encode_chunk", lambda maker, task: os._exit(1))
+    with pytest.raises(Problem, match=r"^a worker process was killed, probably because memory ran out"):
+        EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "a")])
+    assert not (tmp_path / "tokens").exists()
+
+
 # Slow tokenizers
 
 
@@ -453,6 +466,36 @@ def test_the_template_is_saved_with_the_tokens(tmp_path: Path, tiny_tokenizer: P
     EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "a")])
     saved = (tmp_path / "tokens" / "chat_template.jinja").read_bytes()
     assert saved == (PROJECT / "stages" / "templates" / "chatml.jinja").read_bytes()
+
+
+def test_a_row_that_a_slow_tokenizer_changes_is_rejected(
+    tmp_path: Path, sentencepiece_tokenizers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    align = encoder_module.align
+    # As if the tokenizer inserted each q into the text.
+    monkeypatch.setattr(encoder_module, "align", lambda text, tokens: align(text.replace("q", ""), tokens))
+    template = str(PROJECT / "stages/templates/human_assistant.jinja")
+    rows = [chat("aqaqa", "a"), chat("b", "a")]
+    encoded = EncodeRun(tmp_path, sentencepiece_tokenizers[0], rows, template=template, prompts=[])
+    assert encoded.report["rejected_by_reason"] == {"answer_not_traceable": 3}
+    detail = json.loads((tmp_path / "tokens" / "rejected.jsonl").read_text().splitlines()[0])["detail"]
+    assert detail.startswith("the tokenizer changes the text: token ")
+    assert encoded.train.column("id").to_pylist() == ["id1"]
+
+
+@pytest.mark.parametrize(("file", "content"), [("config.json", None), ("config.json", "{"), ("tokenizer.json", None)])
+def test_a_tokenizer_that_cannot_be_loaded_is_one_message(
+    tmp_path: Path, tiny_tokenizer: Path, file: str, content: str | None
+) -> None:
+    folder = shutil.copytree(tiny_tokenizer, tmp_path / "broken")
+    (folder / file).unlink()
+    if content:
+        (folder / file).write_text(content)
+    with pytest.raises(Problem) as caught:
+        Encoder(folder)
+    (line,) = caught.value.messages
+    assert line.startswith(f"{folder}: Transformers cannot load this tokenizer: ")
+    assert "\n" not in line
 
 
 # fastokens

@@ -95,7 +95,7 @@ def encode(
 
 
 def _load_maker(params: Params, tokenizer: Path, *, use_fastokens: bool) -> RowMaker:
-    """Raises Problem if the template or the tokenizer cannot be read."""
+    """Raises Problem if the template or the tokenizer cannot be used."""
     source = _read_template(params.template)
     try:
         return RowMaker(
@@ -106,8 +106,6 @@ def _load_maker(params: Params, tokenizer: Path, *, use_fastokens: bool) -> RowM
             truncation_strategy=params.truncation_strategy,
             use_fastokens=use_fastokens,
         )
-    except FileNotFoundError as error:
-        raise Problem(f"{error.filename}: not found; run dvc repro fetch for the tokenizer") from None
     except jinja2.TemplateSyntaxError as error:
         raise Problem(f"{params.template}: line {error.lineno}: {error.message}") from None
 

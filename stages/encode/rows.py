@@ -147,7 +147,10 @@ class RowMaker:
         """Raises Rejection."""
         ids = encoded.ids
         last_answer = rendered.answers[-1]
-        ranges = [encoded.token_range(answer) for answer in rendered.answers]
+        try:
+            ranges = [encoded.token_range(answer) for answer in rendered.answers]
+        except ValueError as error:
+            raise Rejection("answer_not_traceable", f"the tokenizer changes the text: {error}") from None
         prompt_length = ranges[-1][0]
         has_special_text = rendered.encoded is not None
         prompt_end = self._prompt_ends[rendered.prompt_end]
@@ -183,7 +186,7 @@ class RowMaker:
     def _truncate(
         self, ids: Ids, label_ranges: list[tuple[int, int]], prompt_length: int
     ) -> tuple[Ids, list[tuple[int, int]], int, int]:
-        """The same three for a row of at most max_length tokens, and the number of tokens removed.
+        """Truncates a row to max_length: its ids, label ranges and prompt length, and the number of tokens removed.
 
         Raises Rejection if the row is too long and the strategy is not to truncate it.
         """

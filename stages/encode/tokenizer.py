@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from stages.core.jsonl import read_json
+from stages.core.problem import Problem
 from stages.encode.mask import AnswerSpan, SpecialTokens, token_range
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -29,7 +30,10 @@ CACHED_CHARACTERS = 1 << 24
 
 
 class EncodedText(NamedTuple):
-    """A text's tokens (tokens,), and a function that gives the tokens [start, end) of an answer."""
+    """A text's tokens (tokens,), and a function that gives the tokens [start, end) of an answer.
+
+    The function raises ValueError if the tokens cannot be located because the tokenizer changes the text.
+    """
 
     ids: Ids
     token_range: Callable[[AnswerSpan], tuple[int, int]]
@@ -48,10 +52,18 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, *, use_fastokens: bool = True) -> None:
+        """Raises Problem if Transformers cannot load the tokenizer."""
         logging.set_verbosity_error()  # It warns of rows longer than the model's context, which `encode` checks itself.
-        # fetch downloads code only if params.yaml trusts it.
-        trust = "auto_map" in read_json(folder / "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        try:
+            # fetch downloads code only if params.yaml trusts it.
+            trust = "auto_map" in read_json(folder / "config.json")
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        except (ImportError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise Problem(
+                f"{folder}: Transformers cannot load this tokenizer: {reason}; check the model in the fetch section of "
+                "params.yaml"
+            ) from None
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = SpecialTokens([*self.tokenizer.all_special_tokens, *added])
         # If the tokenizer puts a BOS before every text, the model expects one.
@@ -175,8 +187,12 @@ class Encoder:
 
     def _encode_slow(self, text: str) -> EncodedText:
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
-        offsets = align(text, self.tokenizer.convert_ids_to_tokens(ids))
-        return EncodedText(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
+
+        @cache
+        def offsets() -> list[tuple[int, int]]:
+            return align(text, self.tokenizer.convert_ids_to_tokens(ids))
+
+        return EncodedText(np.array(ids, dtype=np.int32), lambda answer: token_range(answer, offsets()))
 
 
 class _ByteCounter:

@@ -16,7 +16,7 @@ from stages.encode.rows import RowMaker
 MIN_ROWS = 2000
 """With fewer rows, starting worker processes takes longer than it saves."""
 TASKS_AHEAD = 4
-"""Chunks for each process that are encoded or waiting before the oldest result is needed."""
+"""Chunks for each process that may be in work while the oldest result is awaited: this limits the memory."""
 
 
 def encode_chunks(maker: RowMaker, tasks: Iterator[ChunkTask], *, rows: int) -> Generator[Chunk, None, None]:
@@ -35,17 +35,17 @@ def encode_chunks(maker: RowMaker, tasks: Iterator[ChunkTask], *, rows: int) -> 
     if processes == 1 or rows < MIN_ROWS:
         yield from (encode_chunk(maker, task) for task in tasks)
         return
-    with _start_workers(maker, processes) as pool:
-        waiting = deque(pool.submit(_encode_in_worker, task) for task in islice(tasks, TASKS_AHEAD * processes))
-        while waiting:
-            try:
+    try:
+        with _start_workers(maker, processes) as pool:
+            waiting = deque(pool.submit(_encode_in_worker, task) for task in islice(tasks, TASKS_AHEAD * processes))
+            while waiting:
                 yield waiting.popleft().result()
-            except BrokenProcessPool:
-                raise Problem(
-                    "a worker process was killed, probably because memory ran out; free some memory and run dvc repro "
-                    "again, or use fewer cores: taskset -c 0-3 dvc repro"
-                ) from None
-            waiting += [pool.submit(_encode_in_worker, task) for task in islice(tasks, 1)]
+                waiting.extend(pool.submit(_encode_in_worker, task) for task in islice(tasks, 1))
+    except BrokenProcessPool:
+        raise Problem(
+            "a worker process was killed, probably because memory ran out; free some memory and run dvc repro again, or "
+            "use fewer cores: taskset -c 0-3 dvc repro"
+        ) from None
 
 
 def _start_workers(maker: RowMaker, processes: int) -> ProcessPoolExecutor:
