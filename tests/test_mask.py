@@ -1,12 +1,13 @@
-"""Masks: exactly the answers and their stop tokens are learned, in every template, to the token."""
+"""Masks: in every template, exactly the tokens of the answers and their stop tokens are in the loss."""
 
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from stages.encode.mask import Span, SpecialTokens, find_answers, learned_ranges, token_range
+from stages.encode.mask import AnswerSpan, SpecialTokens, find_answers, find_label_ranges, token_range
 from stages.encode.template import ChatTemplate, Untraceable
 from stages.encode.tokenizer import align
 from tests.tiny import PROJECT
@@ -35,7 +36,7 @@ def built_in(name: str) -> ChatTemplate:
     return renderer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
-# The tutorial's renderings, to the byte.
+# The exact text that the tutorial's templates render.
 @pytest.mark.parametrize(
     ("name", "messages", "text"),
     [
@@ -57,7 +58,7 @@ def built_in(name: str) -> ChatTemplate:
         ),
     ],
 )
-def test_renderings(name: str, messages: list[dict[str, Any]], text: str) -> None:
+def test_rendered_texts(name: str, messages: list[dict[str, Any]], text: str) -> None:
     assert built_in(name).render(messages) == text
 
 
@@ -71,46 +72,69 @@ def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(name: str) -
 
 
 @pytest.mark.parametrize(
-    ("name", "learned"),
+    ("name", "texts"),
     [
         ("join", ["a1", "a2"]),
         ("join_eos", ["a1</s>", "a2</s>"]),
-        ("human_assistant", [" a1</s>", " a2</s>"]),  # the prompt ends in "Assistant:", so the space is written too
+        ("human_assistant", [" a1</s>", " a2</s>"]),  # the prompt ends in "Assistant:", so the space is generated too
         ("chatglm", ["a1", "a2</s>"]),
         ("chatml", ["a1<|im_end|>", "a2<|im_end|>"]),
         ("alpaca", ["a1</s>", "a2</s>"]),
     ],
 )
-def test_the_answers_with_their_stop_tokens_are_found(name: str, learned: list[str]) -> None:
-    text, spans, _ = find_answers(built_in(name), MULTI, [], SPECIAL)
-    assert [text[span.start : span.end] for span in spans] == learned
+def test_the_answers_with_their_stop_tokens_are_found(name: str, texts: list[str]) -> None:
+    text, answers, _ = find_answers(built_in(name), MULTI, tools=[], special=SPECIAL)
+    assert [text[answer.start : answer.end] for answer in answers] == texts
 
 
-def test_an_answer_that_repeats_the_prompt_is_found_in_its_own_place() -> None:
+def test_an_answer_that_also_occurs_in_the_prompt_is_found_after_it() -> None:
     messages = [{"role": "user", "content": "Assistant: yes"}, {"role": "assistant", "content": "yes"}]
-    text, spans, _ = find_answers(built_in("human_assistant"), messages, [], SPECIAL)
-    assert spans == [Span(text.rindex(" yes"), len(text), True, "</s>", prompted=True)]
+    text, answers, _ = find_answers(built_in("human_assistant"), messages, tools=[], special=SPECIAL)
+    assert answers == [AnswerSpan(text.rindex(" yes"), len(text), True, "</s>", follows_prompt=True)]
 
 
 def test_a_template_may_strip_an_answer_but_not_change_or_drop_it() -> None:
     padded = [MULTI[0], {"role": "assistant", "content": " a1 \n"}]
-    text, spans, _ = find_answers(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, [], NONE)
-    assert [text[span.start : span.end] for span in spans] == ["a1"]
+    text, answers, _ = find_answers(
+        renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, tools=[], special=NONE
+    )
+    assert [text[answer.start : answer.end] for answer in answers] == ["a1"]
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, [], NONE)
+        find_answers(
+            renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, tools=[], special=NONE
+        )
     with pytest.raises(Untraceable, match="leaves out an answer"):
-        find_answers(renderer("{{ messages[0].content }}"), padded, [], NONE)
+        find_answers(renderer("{{ messages[0].content }}"), padded, tools=[], special=NONE)
     twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
     with pytest.raises(Untraceable, match="writes one twice"):
-        find_answers(renderer(twice), padded, [], NONE)
+        find_answers(renderer(twice), padded, tools=[], special=NONE)
 
 
-def test_rows_of_one_shape_are_checked_each_by_itself() -> None:
-    shy = renderer("{% for m in messages %}{{ m.content if m.content != 'no' else 'NO' }}|{% endfor %}")
-    for content in ("yes", "maybe"):
-        assert find_answers(shy, [MULTI[0], {"role": "assistant", "content": content}], [], NONE)[1]
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content | replace('.', ',') }}|{% endfor %}",
+        "{% for m in messages %}{{ m.content | reverse }}|{% endfor %}",
+        "{% for m in messages %}\ue000{{ m.content }}|{% endfor %}",
+        "{% for m in messages %}{{ m.content[1:] }}|{% endfor %}",
+    ],
+)
+def test_a_template_that_changes_the_placeholders_is_refused(source: str) -> None:
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(shy, [MULTI[0], {"role": "assistant", "content": "no"}], [], NONE)
+        find_answers(renderer(source), MULTI, tools=[], special=NONE)
+
+
+def test_a_template_that_recurses_without_end_is_refused() -> None:
+    with pytest.raises(jinja2.TemplateError, match="RecursionError"):
+        renderer("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").render(MULTI)
+
+
+def test_each_row_is_checked_even_if_the_shape_is_cached() -> None:
+    picky = renderer("{% for m in messages %}{{ m.content if m.content != 'no' else 'NO' }}|{% endfor %}")
+    for content in ("yes", "maybe"):
+        assert find_answers(picky, [MULTI[0], {"role": "assistant", "content": content}], tools=[], special=NONE)[1]
+    with pytest.raises(Untraceable, match="changes the text"):
+        find_answers(picky, [MULTI[0], {"role": "assistant", "content": "no"}], tools=[], special=NONE)
 
 
 CALL = {
@@ -129,29 +153,30 @@ TOOL_TEMPLATE = (
 
 def test_a_tool_call_is_an_answer() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    text, spans, places = find_answers(renderer(TOOL_TEMPLATE), TOOLED, tools, SPECIAL)
-    assert places is None
-    assert [text[span.start : span.end] for span in spans] == ['{"name": "add", "arguments": {"a": 1}}</s>', "a2</s>"]
+    text, answers, text_spans = find_answers(renderer(TOOL_TEMPLATE), TOOLED, tools=tools, special=SPECIAL)
+    assert text_spans is None
+    call = '{"name": "add", "arguments": {"a": 1}}</s>'
+    assert [text[answer.start : answer.end] for answer in answers] == [call, "a2</s>"]
     with pytest.raises(Untraceable, match="the text before the answer in message 2 is not the prompt"):
-        find_answers(renderer(TOOL_TEMPLATE.replace("[assistant]", "[other]")), TOOLED, tools, SPECIAL)
+        find_answers(renderer(TOOL_TEMPLATE.replace("[assistant]", "[other]")), TOOLED, tools=tools, special=SPECIAL)
 
 
-def test_a_template_that_leaves_out_a_part_of_a_call_costs_the_row() -> None:
+def test_a_template_that_leaves_out_a_part_of_a_call_is_refused() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
     two = [MULTI[0], CALL | {"tool_calls": CALL["tool_calls"] * 2}, *TOOLED[2:]]
     first_only = renderer(TOOL_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
-    find_answers(first_only, TOOLED, tools, SPECIAL)
+    find_answers(first_only, TOOLED, tools=tools, special=SPECIAL)
     with pytest.raises(Untraceable, match="leaves out 'add' of the answer in message 2"):
-        find_answers(first_only, two, tools, SPECIAL)
+        find_answers(first_only, two, tools=tools, special=SPECIAL)
     no_stop = renderer(
         TOOL_TEMPLATE.replace("{{ m.content }}", "<|im_start|>{{ m.content }}").replace("{{ eos_token }}", "")
     )
-    text, spans, _ = find_answers(no_stop, TOOLED, tools, SPECIAL)
-    assert [span.stop for span in spans] == ["", ""]
-    assert text[spans[0].start : spans[0].end].endswith('{"a": 1}}')
+    text, answers, _ = find_answers(no_stop, TOOLED, tools=tools, special=SPECIAL)
+    assert [answer.stop for answer in answers] == ["", ""]
+    assert text[answers[0].start : answers[0].end].endswith('{"a": 1}}')
 
 
-def test_templates_render_as_transformers_renders_them(tiny_tokenizer: Path) -> None:
+def test_templates_render_as_in_transformers(tiny_tokenizer: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     own = (
         "{% for m in messages if m.content %}\n  {% if loop.first %}{{ bos_token }}{% endif %}\n"
@@ -162,7 +187,7 @@ def test_templates_render_as_transformers_renders_them(tiny_tokenizer: Path) -> 
     for source in [
         own,
         TOOL_TEMPLATE,
-        *(path.read_text(encoding="utf-8") for path in TEMPLATES.glob("*.jinja") if "html" not in path.name),
+        *(path.read_text(encoding="utf-8") for path in TEMPLATES.glob("*.jinja")),
     ]:
         ours = ChatTemplate(source, tokenizer.special_tokens_map)
         for messages in (SINGLE, MULTI):
@@ -173,12 +198,12 @@ def test_templates_render_as_transformers_renders_them(tiny_tokenizer: Path) -> 
                 assert ours.render(messages, add_generation_prompt=prompt) == theirs
 
 
-def test_a_template_that_asks_for_the_date_gets_none() -> None:
+def test_a_template_cannot_read_the_date() -> None:
     dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}1 Jan{% endif %}{{ messages[0].content }}"
     assert renderer(dated).render(MULTI) == "1 Janq1"
 
 
-# One character a token, as a tokenizer that can be checked by eye; "Ġ"-like tokens by joining a space to what follows.
+# A tokenizer that is easy to check: one token per character, but a space and the next character are one token, as with "Ġ".
 def tokens(text: str) -> tuple[list[str], list[int], list[tuple[int, int]]]:
     pieces, at = [], 0
     while at < len(text):
@@ -188,35 +213,39 @@ def tokens(text: str) -> tuple[list[str], list[int], list[tuple[int, int]]]:
     return [piece for piece, _ in pieces], list(range(100, 100 + len(pieces))), [offset for _, offset in pieces]
 
 
-def learned(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_assistant") -> list[str]:
-    text, spans, _ = find_answers(built_in(name), messages, [], SpecialTokens(["</s>"]))
+def in_loss(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_assistant") -> list[str]:
+    text, answers, _ = find_answers(built_in(name), messages, tools=[], special=SpecialTokens(["</s>"]))
     pieces, ids, offsets = tokens(text)
-    ranges = [token_range(span, offsets) for span in spans]
-    chosen = {token for first, last in learned_ranges(spans, ranges, len(ids), labels_on) for token in range(first, last)}
+    ranges = [token_range(answer, offsets) for answer in answers]
+    chosen = {
+        token
+        for first, last in find_label_ranges(answers, ranges, length=len(ids), labels_on=labels_on)
+        for token in range(first, last)
+    }
     assert 0 not in chosen
     return [piece if number in chosen else "." for number, piece in enumerate(pieces)]
 
 
 def test_a_token_shared_with_the_text_before_belongs_to_the_answer() -> None:
-    assert "".join(learned(MULTI[:2], "assistant")).lstrip(".") == " a1</s>"
+    assert "".join(in_loss(MULTI[:2], "assistant")).lstrip(".") == " a1</s>"
 
 
-def test_all_answers_or_the_last_or_everything() -> None:
-    assert [piece for piece in learned(MULTI, "assistant") if piece != "."] == [" a", "1", "</s>", " a", "2", "</s>"]
-    assert [piece for piece in learned(MULTI, "last_assistant") if piece != "."] == [" a", "2", "</s>"]
-    assert learned(MULTI, "all").count(".") == 1
+def test_labels_on_all_answers_the_last_answer_or_everything() -> None:
+    assert [piece for piece in in_loss(MULTI, "assistant") if piece != "."] == [" a", "1", "</s>", " a", "2", "</s>"]
+    assert [piece for piece in in_loss(MULTI, "last_assistant") if piece != "."] == [" a", "2", "</s>"]
+    assert in_loss(MULTI, "all").count(".") == 1
 
 
-def test_a_message_that_is_not_to_be_learned_is_left_out() -> None:
+def test_a_message_with_train_false_has_no_labels() -> None:
     silent = [MULTI[0], MULTI[1] | {"train": False}, *MULTI[2:]]
-    assert [piece for piece in learned(silent, "assistant") if piece != "."] == [" a", "2", "</s>"]
-    assert set(learned([*MULTI[:3], MULTI[3] | {"train": False}], "last_assistant")) == {"."}
+    assert [piece for piece in in_loss(silent, "assistant") if piece != "."] == [" a", "2", "</s>"]
+    assert set(in_loss([*MULTI[:3], MULTI[3] | {"train": False}], "last_assistant")) == {"."}
 
 
 @pytest.mark.parametrize(
     ("text", "pieces", "starts"),
     [
-        ("ab cd", ["▁ab", "▁cd"], [0, 2]),  # a space is put before the first word
+        ("ab cd", ["▁ab", "▁cd"], [0, 2]),  # a space is added before the first word
         ("ab  c", ["▁ab", "▁", "▁c"], [0, 2, 3]),
         ("</s>ab", ["</s>", "▁ab"], [0, 4]),
         ("a你b", ["▁a", "<0xE4>", "<0xBD>", "<0xA0>", "b"], [0, 1, 1, 1, 2]),
@@ -224,17 +253,17 @@ def test_a_message_that_is_not_to_be_learned_is_left_out() -> None:
         ("你", ["▁", "<unk>"], [0, 0]),
     ],
 )
-def test_the_tokens_of_a_slow_tokenizer_are_laid_along_the_text(text: str, pieces: list[str], starts: list[int]) -> None:
+def test_the_tokens_of_a_slow_tokenizer_are_aligned_with_the_text(text: str, pieces: list[str], starts: list[int]) -> None:
     offsets = align(text, pieces)
     assert [start for start, _ in offsets] == starts
     assert offsets[-1][1] == len(text)
 
 
-def test_tokens_that_are_not_the_text_are_refused() -> None:
+def test_tokens_that_are_not_the_text_are_an_error() -> None:
     with pytest.raises(ValueError, match="token 1, 'xy', is not the text at character 1"):
         align("ab", ["xy", "zz"])
 
 
-def test_the_templates_in_the_folder_are_the_ones_tested() -> None:
-    names = {path.stem for path in TEMPLATES.glob("*.jinja")} - {"report.html", "masks.html"}
+def test_the_tests_cover_all_templates() -> None:
+    names = {path.stem for path in TEMPLATES.glob("*.jinja")}
     assert names == {"join", "join_eos", "human_assistant", "chatglm", "chatml", "alpaca"}

@@ -1,6 +1,6 @@
 """The Arrow files of data/tokens: what `encode` writes, and `train`, `merge` and `generate` read.
 
-An IPC stream with an explicit schema, written in batches that depend on the rows alone: the same rows are the same bytes.
+They are IPC streams with an explicit schema. The batches depend only on the rows, so the same rows give the same bytes;
 `datasets.save_to_disk` would add a fingerprint that changes with the code and the date (huggingface/datasets#7982).
 """
 
@@ -14,40 +14,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 IGNORE = -100
-"""The label that the loss leaves out (PyTorch's `ignore_index`)."""
+"""The label of a token that is not in the loss (PyTorch's `ignore_index`)."""
 
 TRAINING = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
-"""A row to learn from. `labels` has the length of `input_ids`, -100 where nothing is learned."""
+"""A row to train on. `labels` has the length of `input_ids`, and is -100 for tokens that are not in the loss."""
 
 PROMPTS = pa.schema(
     [("id", pa.string()), ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("reference", pa.string())]
 )
-"""A prompt to answer: its text, its tokens (the start of the very row that training would see) and the right answer."""
+"""A prompt to answer: its text, its tokens (how a training row with this prompt starts) and the reference answer."""
 
 
 @contextmanager
 def open_tokens(path: Path, schema: pa.Schema, stop_token_ids: Sequence[int]) -> Iterator[Any]:
-    """A stream to write batches of `schema` into. `stop_token_ids`, which end an answer, travel with the schema."""
+    """A stream to write batches of `schema` into. The schema's metadata holds `stop_token_ids`, which end an answer."""
     metadata = {"stop_token_ids": " ".join(map(str, stop_token_ids))}
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema.with_metadata(metadata)) as stream:
         yield stream
 
 
 def read_tokens(path: Path) -> pa.Table:
-    """The table, mapped into memory and not copied."""
+    """The table, memory-mapped and not copied."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_stream(file).read_all()
 
 
 def stop_token_ids(table: pa.Table) -> list[int]:
-    """The tokens that end an answer, as `encode` found them behind the answers of the template."""
+    """The tokens that end an answer, as `encode` found them after the answers in the rendered template."""
     return [int(token) for token in table.schema.metadata[b"stop_token_ids"].split()]
 
 
 class TokenRows:
-    """The rows of a training table, read from the mapped file as they are asked for; memory holds their lengths alone.
+    """The rows of a training table, read from the memory-mapped file on access; only their lengths are kept in memory.
 
-    Behind the last row stands an empty one: a token without a label, by which a batch that falls short is filled up.
+    The index len(rows) gives a row of one token without a label, to fill up a batch that has too few rows.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -60,7 +60,7 @@ class TokenRows:
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"id", "input_ids" (tokens,), "labels" (tokens,)}, the arrays in int32 and not to be written into."""
+        """{"id", "input_ids" (tokens,), "labels" (tokens,)}, as read-only int32 arrays."""
         if index == len(self):
             return {"id": "", "input_ids": np.array([0], np.int32), "labels": np.array([IGNORE], np.int32)}
         row = {name: self._table[name][index] for name in ("input_ids", "labels")}
@@ -69,6 +69,6 @@ class TokenRows:
 
     @property
     def label_tokens(self) -> int:
-        """Tokens of all rows that are learned."""
+        """The number of tokens with a label, in all rows."""
         flat = (chunk.flatten() for chunk in self._table["labels"].chunks)
         return sum(int(np.count_nonzero(labels.to_numpy() != IGNORE)) for labels in flat)

@@ -1,7 +1,8 @@
-"""Which characters of a rendered conversation are learned, and which tokens those are.
+"""Which characters of a rendered conversation are in the loss, and which tokens those are.
 
-A conversation is rendered once and tokenized once, as a whole. The answers are found by their place in the text, never by
-a search for token patterns, and padding plays no part, so the stop token is learned even where it is the pad token too.
+A conversation is rendered once and tokenized once, as a whole. The answers are found by their position in the text, not by
+searching for token patterns, and labels do not depend on padding. So the stop token is in the loss even if it is also the
+pad token.
 """
 
 import json
@@ -9,92 +10,101 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from stages.encode.template import ChatTemplate, Place, Untraceable
+from stages.encode.template import ChatTemplate, TextSpan, Untraceable
+
+LabelsOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
 
 
 class SpecialTokens:
-    """Finds special tokens in a text; where several fit, the longest is meant."""
+    """Finds special tokens in a text; where several match, the longest one counts."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         ordered = sorted({token for token in tokens if token}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
     def first_in(self, text: str) -> str | None:
-        """The first one in a text."""
+        """The first special token in a text, None if there is none."""
         found = self._pattern.search(text)
         return found[0] if found else None
 
-    def at(self, text: str, place: int) -> str:
-        """The one that begins at a character, "" if none does."""
-        found = self._pattern.match(text, place)
+    def at(self, text: str, position: int) -> str:
+        """The special token that starts at a character, "" if none does."""
+        found = self._pattern.match(text, position)
         return found[0] if found else ""
 
     def last(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """The characters [start, end) of the last one that lies between two, (start, start) if none does."""
-        place = (start, start)
+        """The characters [start, end) of the last special token within a range, (start, start) if there is none."""
+        last = (start, start)
         for found in self._pattern.finditer(text, start, end):
-            place = found.span()
-        return place
+            last = found.span()
+        return last
 
 
-LabelsOn: TypeAlias = Literal["assistant", "last_assistant", "all"]
-
-
-class Span(NamedTuple):
-    """One answer in the text: all that follows the prompt for it, [start, end), stop token included; is it learned?"""
+class AnswerSpan(NamedTuple):
+    """One answer in the rendered text: everything that follows the prompt for it, [start, end), with the stop token."""
 
     start: int
     end: int
-    learned: bool
+    in_loss: bool
+    """False if the message has `"train": False`."""
     stop: str
-    """The special token that ends the answer, "" if the template puts none there."""
-    prompted: bool
-    """Whether the text before it is the prompt that the template makes for it."""
+    """The special token that ends the answer, "" if the template writes none there."""
+    follows_prompt: bool
+    """Whether the text before the answer is the prompt that the template renders for it."""
 
 
 def find_answers(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any],
-    special: SpecialTokens,
-) -> tuple[str, list[Span], list[Place] | None]:
-    """The rendered conversation, where its answers are, and where all its texts are (None with tools).
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any], special: SpecialTokens
+) -> tuple[str, list[AnswerSpan], list[TextSpan] | None]:
+    """The rendered conversation, where its answers are, and where all its texts are (None for a conversation with tools).
 
     Args:
         template: The chat template.
-        messages: Rows of `messages`: role, content, and `"train": False` for an answer that is not learned.
-        tools: What the assistant may call; usually nothing.
+        messages: Messages with role and content, and `"train": False` for an answer that is not in the loss.
+        tools: The functions that the assistant may call; usually empty.
         special: The tokenizer's special tokens.
 
     Raises:
-        Untraceable: If the answers do not stand in the text as they are.
+        Untraceable: If an answer is not in the rendered text unchanged.
         jinja2.TemplateError: If the template refuses the conversation.
     """
     text = template.render(messages, tools)
     if tools or any("tool_calls" in message for message in messages):
-        # How a call is written is the template's affair, so there is no text to look for.
-        return text, _spans_by_prefix(template, messages, tools, text, special), None
-    places = template.places(messages, text)
-    answers = [place for place in places if messages[place.message]["role"] == "assistant" and place.field == "content"]
-    if [place.message for place in answers] != [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
+        # Each template writes a call in its own format, so there is no known text to look for.
+        return text, _find_answers_by_prefix(template, messages, tools=tools, text=text, special=special), None
+    text_spans = template.text_spans(messages, text)
+    contents = [span for span in text_spans if messages[span.message]["role"] == "assistant" and span.field == "content"]
+    if [span.message for span in contents] != [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
         raise Untraceable("the template leaves out an answer, or writes one twice")
-    spans = []
-    for place in answers:
-        stop = special.at(text, place.end)
-        start, learned = place.start - (place.lead or 0), messages[place.message].get("train", True)
-        spans.append(Span(start, place.end + len(stop), learned, stop, prompted=place.lead is not None))
-    return text, spans, places
+    answers = []
+    for span in contents:
+        stop = special.at(text, span.end)
+        answers.append(
+            AnswerSpan(
+                start=span.start - (span.leading_space or 0),
+                end=span.end + len(stop),
+                in_loss=messages[span.message].get("train", True),
+                stop=stop,
+                follows_prompt=span.leading_space is not None,
+            )
+        )
+    return text, answers, text_spans
 
 
-def _spans_by_prefix(
+def _find_answers_by_prefix(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
+    *,
     tools: Sequence[Any],
     text: str,
     special: SpecialTokens,
-) -> list[Span]:
-    """An answer is what a conversation has more than the prompt for it, if the whole begins with both."""
-    spans = []
+) -> list[AnswerSpan]:
+    """The answers in `text`, the complete conversation.
+
+    Each is found by rendering the conversation up to the answer and through it: the answer is the difference. Both must be
+    prefixes of `text`.
+    """
+    answers = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -103,22 +113,30 @@ def _spans_by_prefix(
         if not text.startswith(prompt) or not through.startswith(prompt):
             raise Untraceable(f"the text before the answer in message {number + 1} is not the prompt for it")
         if not text.startswith(through):
-            raise Untraceable(f"the template writes the answer in message {number + 1} otherwise when more follows")
-        # The stop token is the last thing in the text but white space, or there is none.
+            raise Untraceable(f"the template writes the answer in message {number + 1} differently if more messages follow")
+        # Only white space may follow a stop token.
         at, end = special.last(through, len(prompt), len(through))
         if at == end or through[end:].strip():
             at = end = len(through)
         stop = through[at:end]
         _check_answer(message, through[len(prompt) : at], number)
-        spans.append(Span(len(prompt), at + len(stop), message.get("train", True), stop, prompted=True))
-    return spans
+        answers.append(
+            AnswerSpan(
+                start=len(prompt),
+                end=at + len(stop),
+                in_loss=message.get("train", True),
+                stop=stop,
+                follows_prompt=True,
+            )
+        )
+    return answers
 
 
 def _check_answer(message: Mapping[str, Any], text: str, number: int) -> None:
-    """Raises Untraceable if what the template wrote of an answer lacks its content, a call's name or an argument."""
+    """Raises Untraceable if the rendered answer lacks the message's content, or the name or an argument of a call."""
     parts = [message["content"].strip()]
     for call in message.get("tool_calls", []):
-        parts += [call["function"]["name"], *_words(call["function"]["arguments"])]
+        parts += [call["function"]["name"], *_argument_texts(call["function"]["arguments"])]
     at = 0
     for part in parts:
         found = text.find(part, at)
@@ -127,44 +145,45 @@ def _check_answer(message: Mapping[str, Any], text: str, number: int) -> None:
         at = found + len(part)
 
 
-def _words(value: Any) -> Iterator[str]:
-    """The names and texts in a call's arguments, in order, as JSON writes them inside quotes."""
+def _argument_texts(value: Any) -> Iterator[str]:
+    """The names and texts in a call's arguments, in order, as JSON writes them between quotes."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield json.dumps(key, ensure_ascii=False)[1:-1]
-            yield from _words(inner)
+            yield from _argument_texts(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _words(inner)
+            yield from _argument_texts(inner)
     elif isinstance(value, str):
         yield json.dumps(value, ensure_ascii=False)[1:-1]
 
 
-def token_range(span: Span, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The tokens [first, last) of an answer.
+def token_range(answer: AnswerSpan, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The tokens [start, end) of an answer.
 
-    A token that an answer shares with the text before it (" Yes" after "Assistant:") belongs to the answer; so does one
-    that it shares with the text behind.
+    A token that overlaps the start of the answer (" Yes" after "Assistant:") belongs to it, and so does one that overlaps
+    its end.
 
     Args:
-        offsets: (tokens,) Characters [start, end) of each token; empty for tokens that stand for no text.
+        answer: The answer's characters.
+        offsets: (tokens,) Characters [start, end) of each token; empty ranges for tokens without text.
     """
-    inside = [n for n, (start, end) in enumerate(offsets) if start < span.end and end > span.start]
+    inside = [n for n, (start, end) in enumerate(offsets) if start < answer.end and end > answer.start]
     return (inside[0], inside[-1] + 1) if inside else (len(offsets), len(offsets))
 
 
-def learned_ranges(
-    spans: Sequence[Span], ranges: Sequence[tuple[int, int]], length: int, labels_on: LabelsOn
+def find_label_ranges(
+    answers: Sequence[AnswerSpan], ranges: Sequence[tuple[int, int]], *, length: int, labels_on: LabelsOn
 ) -> list[tuple[int, int]]:
-    """The tokens [first, last) of a row that get a label; the first token of a row never does, as nothing predicts it.
+    """The tokens [start, end) of a row that have a label. The first token never has one: no token before it predicts it.
 
     Args:
-        spans: The answers, from `find_answers`.
-        ranges: The tokens of each, from `token_range`.
-        length: The row's tokens.
-        labels_on: "assistant": every answer; "last_assistant": the last one; "all": every token, as a plain language model.
+        answers: The answers, from `find_answers`.
+        ranges: The tokens of each answer, from `token_range`.
+        length: The number of tokens in the row.
+        labels_on: "assistant": every answer; "last_assistant": the last one; "all": every token, as in pretraining.
     """
     if labels_on == "all":
         return [(1, length)] if length > 1 else []
-    chosen = list(zip(spans, ranges, strict=True))[-1 if labels_on == "last_assistant" else 0 :]
-    return [(max(first, 1), last) for span, (first, last) in chosen if span.learned and last > max(first, 1)]
+    chosen = list(zip(answers, ranges, strict=True))[-1 if labels_on == "last_assistant" else 0 :]
+    return [(max(start, 1), end) for answer, (start, end) in chosen if answer.in_loss and end > max(start, 1)]

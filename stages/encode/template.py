@@ -1,4 +1,4 @@
-"""Chat templates: rendered as Transformers renders them, and taken apart to find where each text of a message stands."""
+"""Chat templates: renders them as Transformers does, and finds where each message's text is in the rendered text."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,48 +12,49 @@ TEXT_FIELDS = ("content", "instruction", "input")
 
 
 class Untraceable(ValueError):
-    """The template changes the texts of a conversation, so that they cannot be found in what it renders."""
+    """The template changes the texts of a conversation, so that they cannot be found in the rendered text."""
 
 
-class Place(NamedTuple):
-    """Where one text of a message stands in a rendered conversation: message number, field, characters [start, end)."""
+class TextSpan(NamedTuple):
+    """Where one text of a message is in the rendered text: message number, field, characters [start, end)."""
 
     message: int
     field: str
     start: int
     end: int
-    lead: int | None
-    """White space before an answer that the prompt for it does not have, and the model must write: "Assistant:" + " Yes".
-    None if the text before the answer is not the prompt for it, so that a model would be asked otherwise than it was taught.
+    leading_space: int | None
+    """Length of the white space before an answer that is not part of the prompt for it, so that the model must generate it:
+    with the prompt "Assistant:" and the text "Assistant: Yes", 1. None if the text before the answer is not the prompt for
+    it, so that the model would be prompted differently from how it was trained.
     """
 
 
 class ChatTemplate:
     """A Jinja template in the format of tokenizers' chat templates.
 
-    The environment is the one in which Transformers compiles them (sandboxed, with trim_blocks and lstrip_blocks, `tojson`
-    that leaves HTML characters alone, `raise_exception`, and the `generation` block), with one difference: there is no
-    `strftime_now`. A template that asks for it falls back on the date that it holds itself, or the row is set aside; else
-    the same data would be other tokens tomorrow.
+    The environment is the one in which Transformers compiles them (sandboxed, with trim_blocks and lstrip_blocks, a `tojson`
+    that does not escape HTML, `raise_exception`, and the `generation` block), with one difference: `strftime_now` is not
+    defined, because the same data would become other tokens tomorrow. A template that uses it without a fallback fails, and
+    its rows are rejected.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self.source = source
         self._special_tokens = special_tokens
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         self._template = environment.from_string(source)
-        # Jinja keeps a chain of mappings, and walks it at every rendering, which takes longer than a short template.
+        # Jinja keeps a chain of mappings and walks it for each rendering, which takes longer than a short template.
         self._template.globals = dict(self._template.globals)
-        self._layouts: dict[tuple[tuple[str, ...], ...], _Layout] = {}
+        self._shapes: dict[tuple[tuple[str, ...], ...], _TemplateShape] = {}
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. Raises jinja2.TemplateError if the template refuses it, or fails."""
+        """The text of a conversation. Raises jinja2.TemplateError if the template refuses it or fails."""
         try:
             return self._template.render(
                 messages=messages,
@@ -62,75 +63,83 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
 
-    def places(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[Place]:
-        """Where the texts of `messages` stand in `text`, which `render` made of them; in order.
+    def text_spans(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[TextSpan]:
+        """Where the texts of `messages` are in `text`, which `render` returned for them; in order.
 
-        The template is rendered a second time with a mark for each text: what stands between the marks is the template's
-        own. That is done once for all conversations of the same roles and fields, and the sum must be `text` for each.
+        The template is rendered a second time with a placeholder for each text: what is between the placeholders is written
+        by the template. This is done once for all conversations with the same roles and fields. For each conversation, the
+        template's parts and the messages' texts together must be exactly `text`.
 
         Raises:
-            Untraceable: If the texts do not stand there as they are, or stripped of white space at their ends.
+            Untraceable: If the texts are not there unchanged, or unchanged but for white space stripped from their ends.
         """
-        shape = tuple((message["role"], *(field for field in TEXT_FIELDS if field in message)) for message in messages)
-        if shape not in self._layouts:
-            self._layouts[shape] = _Layout.of(self, messages)
-        layout = self._layouts[shape]
+        key = tuple((message["role"], *(field for field in TEXT_FIELDS if field in message)) for message in messages)
+        if key not in self._shapes:
+            self._shapes[key] = _TemplateShape.of(self, messages)
+        shape = self._shapes[key]
         for strip in (False, True):
-            places, rendered = layout.fill(messages, strip=strip)
-            if rendered == text:
-                return places
+            spans, filled = shape.fill(messages, strip=strip)
+            if filled == text:
+                return spans
         raise Untraceable("the template changes the text of a message")
 
 
-class _Layout:
-    """The template's own pieces for conversations of one shape, and which text stands behind each."""
+class _TemplateShape:
+    """The template's own parts for all conversations with the same roles and fields, and which text follows each part."""
 
-    def __init__(self, pieces: list[str], texts: list[tuple[int, str, int | None]]) -> None:
-        self.pieces, self.texts = pieces, texts
+    def __init__(self, parts: list[str], texts: list[tuple[int, str, int | None]]) -> None:
+        """`texts` are (message number, field, leading_space of TextSpan); `parts` has one more, the end."""
+        self.parts, self.texts = parts, texts
 
     @classmethod
-    def of(cls, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> "_Layout":
-        # Digits alone, so that no filter on letters changes them.
-        marks = {
+    def of(cls, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> "_TemplateShape":
+        """Raises Untraceable if the template changes a placeholder."""
+        # A placeholder holds only digits, which filters like `upper` do not change.
+        places = {
             f"\ue000{number}.{TEXT_FIELDS.index(field)}\ue001": (number, field)
             for number, message in enumerate(messages)
             for field in TEXT_FIELDS
             if field in message
         }
-        by_place = {place: mark for mark, place in marks.items()}
-        marked = [
-            {key: by_place.get((number, key), value) for key, value in message.items()}
+        placeholders = {place: placeholder for placeholder, place in places.items()}
+        replaced = [
+            {key: placeholders.get((number, key), value) for key, value in message.items()}
             for number, message in enumerate(messages)
         ]
-        pieces, texts = [], []
-        whole = rest = template.render(marked)
+        parts, texts = [], []
+        text = rest = template.render(replaced)
         while "\ue000" in rest:
             head, _, rest = rest.partition("\ue000")
             name, _, rest = rest.partition("\ue001")
-            pieces.append(head)
-            number, field = marks[f"\ue000{name}\ue001"]
-            answer = whole[: whole.index(f"\ue000{name}\ue001")]
-            lead = _lead(template, marked[:number], answer) if messages[number]["role"] == "assistant" else None
-            texts.append((number, field, lead))
-        return cls([*pieces, rest], texts)
+            parts.append(head)
+            placeholder = f"\ue000{name}\ue001"
+            if placeholder not in places:
+                raise Untraceable("the template changes the text of a message")
+            number, field = places[placeholder]
+            space = None
+            if messages[number]["role"] == "assistant":
+                space = _leading_space(template, replaced[:number], text[: text.index(placeholder)])
+            texts.append((number, field, space))
+        return cls([*parts, rest], texts)
 
-    def fill(self, messages: Sequence[Mapping[str, Any]], *, strip: bool) -> tuple[list[Place], str]:
-        places, parts, at = [], [], 0
-        for piece, (number, field, lead) in zip(self.pieces, self.texts, strict=False):
+    def fill(self, messages: Sequence[Mapping[str, Any]], *, strip: bool) -> tuple[list[TextSpan], str]:
+        """Where each text of `messages` is, and the complete text, with the texts stripped or as they are."""
+        spans, pieces, at = [], [], 0
+        for part, (number, field, space) in zip(self.parts, self.texts, strict=False):
             content = messages[number][field]
             content = content.strip() if strip else content
-            at += len(piece)
-            places.append(Place(number, field, at, at + len(content), lead))
+            at += len(part)
+            spans.append(TextSpan(number, field, at, at + len(content), space))
             at += len(content)
-            parts += [piece, content]
-        return places, "".join([*parts, self.pieces[-1]])
+            pieces += [part, content]
+        return spans, "".join([*pieces, self.parts[-1]])
 
 
-def _lead(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str) -> int | None:
-    """How much white space `text`, which ends where an answer begins, has more than the prompt for that answer."""
+def _leading_space(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str) -> int | None:
+    """`leading_space` of TextSpan for the answer that follows the messages `before`; `text` ends where the answer starts."""
     try:
         prompt = template.render(before, add_generation_prompt=True)
     except jinja2.TemplateError:
@@ -139,8 +148,8 @@ def _lead(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str
     return len(gap) if text.startswith(prompt) and not gap.strip() else None
 
 
-class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}: marks what the model says; here the places tell, so it is only rendered."""
+class _GenerationBlock(Extension):
+    """{% generation %} … {% endgeneration %} marks what the model generates. Here its content is only rendered."""
 
     tags = {"generation"}  # noqa: RUF012
 

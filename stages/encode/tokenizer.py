@@ -1,9 +1,9 @@
-"""The tokenizer: text to tokens that know which characters they stand for, whichever kind of tokenizer it is."""
+"""The tokenizer: text to tokens whose positions in the text are known, for fast and slow tokenizers."""
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,60 +13,76 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from stages.core.jsonl import read_json
-from stages.encode.mask import Span, SpecialTokens, token_range
+from stages.core.problem import Problem
+from stages.encode.mask import AnswerSpan, SpecialTokens, token_range
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_START = "\u2581"
-"""SentencePiece writes a space so."""
-
+"""SentencePiece writes this character for a space."""
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
-CHECKED_AT_FIRST, CHECKED_THEN_EVERY = 200, 50
-"""Texts of a process that go through both tokenizers: so many at first, then one in so many."""
-
+CHECKED_TEXTS, CHECK_INTERVAL = 200, 50
+"""fastokens is compared with the tokenizer on the first texts of each process, and then on one text per interval."""
 
 CACHED_CHARACTERS = 1 << 24
-"""The quick engine remembers every word that it has seen; after so much text a new one takes its place."""
+"""fastokens caches every word. After this many characters it is loaded again, so that its cache does not fill the memory."""
 
 
-class Encoded(NamedTuple):
-    """A text's tokens (tokens,), and the tokens [first, last) of a span of its characters."""
+class EncodedText(NamedTuple):
+    """A text's tokens (tokens,), and a function that gives the tokens [start, end) of an answer.
+
+    The function raises ValueError if the tokens cannot be located because the tokenizer changes the text.
+    """
 
     ids: Ids
-    range_of: Callable[[Span], tuple[int, int]]
+    token_range: Callable[[AnswerSpan], tuple[int, int]]
 
 
-class EngineDiffersError(Exception):
-    """The quick engine gave other tokens than the tokenizer; what it has made must not be used."""
+class FastTokenizerMismatch(Exception):
+    """fastokens gave other tokens for a text than the tokenizer; nothing that it has tokenized may be used."""
 
 
 class Encoder:
     """A tokenizer from a folder, fast or slow.
 
-    For byte-level BPE (GPT-2's kind: Llama 3, Qwen, SmolLM, ...) the tokens are counted in bytes instead of asked for their
-    offsets, and `fastokens`, where it is installed, makes them several times as fast as `tokenizers`. That both give the
-    same tokens is checked on part of the texts, always on the first.
+    For byte-level BPE (as in GPT-2, Llama 3, Qwen, SmolLM) a token's position follows from counting bytes, without the
+    tokenizer's offsets, and `fastokens` tokenizes several times as fast as `tokenizers`. Part of the texts, always
+    including the first ones, are tokenized with both to check that they give the same tokens.
     """
 
-    def __init__(self, folder: Path, *, use_engine: bool = True) -> None:
-        logging.set_verbosity_error()  # it warns of rows longer than the model's context, which are counted by encode
-        # fetch brings code along only where params.yaml trusts it.
-        trust = "auto_map" in read_json(folder / "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    def __init__(self, folder: Path, *, use_fastokens: bool = True) -> None:
+        """Raises Problem if Transformers cannot load the tokenizer."""
+        logging.set_verbosity_error()  # It warns of rows longer than the model's context, which `encode` checks itself.
+        try:
+            # fetch downloads code only if params.yaml trusts it.
+            trust = "auto_map" in read_json(folder / "config.json")
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        except (ImportError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise Problem(
+                f"{folder}: Transformers cannot load this tokenizer: {reason}; check the model in the fetch section of "
+                "params.yaml"
+            ) from None
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = SpecialTokens([*self.tokenizer.all_special_tokens, *added])
-        # Some tokenizers put a BOS before every text; then the model expects one.
+        # If the tokenizer puts a BOS before every text, the model expects one.
         self.bos_id = self.tokenizer.bos_token_id
-        begins = self.bos_id is not None and self.tokenizer("")["input_ids"][:1] == [self.bos_id]
-        self.bos_ids = [self.bos_id] if begins else []
+        adds_bos = self.bos_id is not None and self.tokenizer("")["input_ids"][:1] == [self.bos_id]
+        self.bos_ids = [self.bos_id] if adds_bos else []
         self.unk_id = self.tokenizer.unk_token_id
-        self._fast: Any = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
-        self._plain: Any = None
-        self._bytes = _bytes_of_tokens(self._fast) if self._fast is not None else None
-        self._use_engine = use_engine and self._bytes is not None
-        self._engine: Any = None
-        self._seen = self._cached = 0
+        self._backend: Any = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
+        self._plain_backend: Any = None
+        self._token_bytes = _bytes_of_tokens(self._backend) if self._backend is not None else None
+        self._fastokens: Any = None
+        self.fastokens_error = ""
+        """Why fastokens is not used although it should be, "" otherwise."""
+        self._checked = self._cached = 0
+        if use_fastokens and self._token_bytes is not None:
+            try:
+                self._fastokens = load_fastokens(self._backend)
+            except (ImportError, ValueError, RuntimeError) as error:
+                self.fastokens_error = str(error)
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -79,149 +95,153 @@ class Encoder:
         return int(self.tokenizer.convert_tokens_to_ids(token))
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """The text of the tokens, special ones included, nothing tidied."""
+        """The text of the tokens, with special tokens and without clean-up of spaces."""
         return str(
             self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of each text, without any that a tokenizer would put around it.
+    def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
+        """The tokens of each text, without those that a tokenizer would add around it.
 
-        Raises EngineDiffersError if the quick engine is found to give others than the tokenizer.
+        Raises FastTokenizerMismatch if fastokens is found to give other tokens than the tokenizer.
         """
         if not texts:
             return []
-        if self._fast is None:
+        if self._backend is None:
             return [self._encode_slow(text) for text in texts]
-        if self._bytes is not None:
-            return self._encode_bytes(list(texts), self._bytes)
-        return [self._encode_offsets(text) for text in texts]
+        if self._token_bytes is not None:
+            return self._encode_bytes(list(texts), self._token_bytes)
+        return [self._encode_with_offsets(text) for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text."""
         ids: list[int] = self.encode_batch([text])[0].ids.tolist()
         return ids
 
-    def _encode_bytes(self, texts: list[str], bytes_of: Ids) -> list[Encoded]:
-        """Byte-level BPE: a token is some bytes, and all tokens are the text, so counting tells where each one is."""
-        ids, bounds = self._flat(texts)
-        ends = np.cumsum(bytes_of[ids], dtype=np.int64)
-        encoded = []
-        for number, text in enumerate(texts):
-            row = slice(int(bounds[number]), int(bounds[number + 1]))
-            before = int(ends[row.start - 1]) if row.start else 0
-            size = len(text) if text.isascii() else len(text.encode())
-            if row.stop > row.start and int(ends[row.stop - 1]) - before == size:
-                encoded.append(Encoded(ids[row], _ByteRange(text, ends[row], before)))
-            else:  # a tokenizer that changes the text before it cuts it
-                encoded.append(self._encode_offsets(text))
-        return encoded
-
-    def _flat(self, texts: list[str]) -> tuple[Ids, Any]:
-        """The tokens of all texts end to end, and where each text's begin (texts + 1,)."""
-        if self._use_engine and (self._engine is None or self._cached > CACHED_CHARACTERS):
-            self._engine, self._cached = _load_engine(self._fast), 0
-            self._use_engine = self._engine is not None
-        if not self._use_engine:
-            lists = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-            bounds = np.cumsum([0, *map(len, lists)])
-            return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(bounds[-1])), bounds
-        self._cached += sum(map(len, texts))
-        flat, places = self._engine.encode_batch_flat(texts, add_special_tokens=False)
-        ids, bounds = np.frombuffer(flat, np.uint32).astype(np.int32), np.frombuffer(places, np.uint64)
-        self._check(texts, ids, bounds)
-        return ids, bounds
-
-    def _check(self, texts: list[str], ids: Ids, bounds: Any) -> None:
-        seen, self._seen = self._seen, self._seen + len(texts)
-        chosen = [n for n in range(len(texts)) if seen + n < CHECKED_AT_FIRST or (seen + n) % CHECKED_THEN_EVERY == 0]
-        wanted = self._fast.encode_batch_fast([texts[number] for number in chosen], add_special_tokens=False)
-        for number, encoding in zip(chosen, wanted, strict=True):
-            if ids[int(bounds[number]) : int(bounds[number + 1])].tolist() != encoding.ids:
-                raise EngineDiffersError(texts[number][:80])
-
-    def _encode_offsets(self, text: str) -> Encoded:
-        encoding = self._fast.encode(text, add_special_tokens=False)
-        return Encoded(np.array(encoding.ids, dtype=np.int32), partial(token_range, offsets=encoding.offsets))
-
-    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> Encoded:
-        """The tokens of a text in pieces, each with whether special tokens in it are meant.
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> EncodedText:
+        """The tokens of a text in pieces, each with whether special tokens in it are control tokens or plain text.
 
         For the rare row in which a user wrote a special token: there it stays text.
         """
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for text, meant in pieces:
-            new = self.encode(text) if meant else self._encode_plain(text)
+        for text, has_control_tokens in pieces:
+            new = self.encode(text) if has_control_tokens else self._encode_plain(text)
             ids += new
-            # Tokens of one piece are told apart no further: no answer begins or ends within one.
+            # Every token gets the range of its piece, which is enough: no answer starts or ends within a piece.
             offsets += [(at, at + len(text))] * len(new)
             at += len(text)
-        return Encoded(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
+        return EncodedText(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
+
+    def _encode_bytes(self, texts: list[str], token_bytes: Ids) -> list[EncodedText]:
+        """For byte-level BPE: all tokens together are the bytes of the text, so counting bytes locates each token."""
+        ids, bounds = self._tokenize(texts)
+        ends = np.cumsum(token_bytes[ids], dtype=np.int64)
+        encoded = []
+        for number, text in enumerate(texts):
+            row = slice(int(bounds[number]), int(bounds[number + 1]))
+            before = int(ends[row.start - 1]) if row.start else 0
+            size = len(text) if text.isascii() else len(text.encode())
+            if row.stop > row.start and int(ends[row.stop - 1]) - before == size:
+                encoded.append(EncodedText(ids[row], _ByteCounter(text, ends[row], before)))
+            else:  # The tokenizer changes the text before it splits it.
+                encoded.append(self._encode_with_offsets(text))
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> tuple[Ids, Any]:
+        """The tokens of all texts, concatenated, and where the tokens of each text start (texts + 1,)."""
+        if self._fastokens is None:
+            lists = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            bounds = np.cumsum([0, *map(len, lists)])
+            return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(bounds[-1])), bounds
+        if self._cached > CACHED_CHARACTERS:
+            self._fastokens, self._cached = load_fastokens(self._backend), 0
+        self._cached += sum(map(len, texts))
+        id_bytes, bound_bytes = self._fastokens.encode_batch_flat(texts, add_special_tokens=False)
+        ids, bounds = np.frombuffer(id_bytes, np.uint32).astype(np.int32), np.frombuffer(bound_bytes, np.uint64)
+        self._check_fastokens(texts, ids, bounds)
+        return ids, bounds
+
+    def _check_fastokens(self, texts: list[str], ids: Ids, bounds: Any) -> None:
+        """Compares fastokens' tokens of part of the texts with the tokenizer's. Raises FastTokenizerMismatch."""
+        before, self._checked = self._checked, self._checked + len(texts)
+        chosen = [n for n in range(len(texts)) if before + n < CHECKED_TEXTS or (before + n) % CHECK_INTERVAL == 0]
+        expected = self._backend.encode_batch_fast([texts[number] for number in chosen], add_special_tokens=False)
+        for number, encoding in zip(chosen, expected, strict=True):
+            if ids[int(bounds[number]) : int(bounds[number + 1])].tolist() != encoding.ids:
+                raise FastTokenizerMismatch(texts[number][:80])
+
+    def _encode_with_offsets(self, text: str) -> EncodedText:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return EncodedText(np.array(encoding.ids, dtype=np.int32), partial(token_range, offsets=encoding.offsets))
 
     def _encode_plain(self, text: str) -> list[int]:
-        """The tokens of a text in which a special token is only its letters."""
-        if self._fast is None:
+        """The tokens of a text in which special tokens are plain text."""
+        if self._backend is None:
             return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-        if self._plain is None:
-            self._plain = type(self._fast).from_str(self._fast.to_str())
-            self._plain.encode_special_tokens = True
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        if self._plain_backend is None:
+            self._plain_backend = type(self._backend).from_str(self._backend.to_str())
+            self._plain_backend.encode_special_tokens = True
+        return list(self._plain_backend.encode(text, add_special_tokens=False).ids)
 
-    def _encode_slow(self, text: str) -> Encoded:
+    def _encode_slow(self, text: str) -> EncodedText:
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
-        offsets = align(text, self.tokenizer.convert_ids_to_tokens(ids))
-        return Encoded(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
+
+        @cache
+        def offsets() -> list[tuple[int, int]]:
+            return align(text, self.tokenizer.convert_ids_to_tokens(ids))
+
+        return EncodedText(np.array(ids, dtype=np.int32), lambda answer: token_range(answer, offsets()))
 
 
-class _ByteRange:
-    """The tokens of a span, found by the bytes before and in it."""
+class _ByteCounter:
+    """Finds the tokens of an answer by the number of bytes before it and in it."""
 
     def __init__(self, text: str, ends: Any, before: int) -> None:
+        """`ends` (tokens,) are the byte positions where the tokens end; the text's first byte is at `before`."""
         self._text, self._ends, self._before = text, ends, before
 
-    def __call__(self, span: Span) -> tuple[int, int]:
-        start = self._before + len(self._text[: span.start].encode())
-        end = start + len(self._text[span.start : span.end].encode())
+    def __call__(self, answer: AnswerSpan) -> tuple[int, int]:
+        start = self._before + len(self._text[: answer.start].encode())
+        end = start + len(self._text[answer.start : answer.end].encode())
         first = int(np.searchsorted(self._ends, start, side="right"))
         return first, int(np.searchsorted(self._ends, end, side="left")) + 1 if end > start else first
 
 
-def _bytes_of_tokens(fast: Any) -> Ids | None:
-    """How many bytes each token stands for, by id; None if the tokenizer is no byte-level BPE that keeps every byte."""
-    made = json.loads(fast.to_str())
-    pre = made.get("pre_tokenizer") or {}
-    steps = [step["type"] for step in pre.get("pretokenizers", [pre]) if "type" in step]
-    if made["model"].get("type") != "BPE" or made.get("normalizer") or "ByteLevel" not in steps:
+def load_fastokens(backend: Any) -> Any:
+    """fastokens' version of a tokenizer. Raises ImportError, or ValueError or RuntimeError if it does not support it."""
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(backend.to_str())
+
+
+def _bytes_of_tokens(backend: Any) -> Ids | None:
+    """(vocabulary,) Bytes of each token; None if the tokenizer is not a byte-level BPE that keeps all bytes."""
+    settings = json.loads(backend.to_str())
+    pre_tokenizer = settings.get("pre_tokenizer") or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    is_byte_level = "ByteLevel" in [step["type"] for step in steps if "type" in step]
+    if settings["model"].get("type") != "BPE" or settings.get("normalizer") or not is_byte_level:
         return None
-    if any(step.get("add_prefix_space") for step in pre.get("pretokenizers", [pre])):
+    if any(step.get("add_prefix_space") for step in steps):
         return None
-    vocabulary = fast.get_vocab(with_added_tokens=True)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
     for token, number in vocabulary.items():
-        sizes[number] = len(token)  # in the byte-level alphabet a byte is written as one character
-    for added in made.get("added_tokens", []):
+        sizes[number] = len(token)  # The byte-level alphabet writes each byte as one character.
+    for added in settings.get("added_tokens", []):
         if added["lstrip"] or added["rstrip"]:
             return None
         sizes[added["id"]] = len(added["content"].encode())
     return sizes
 
 
-def _load_engine(fast: Any) -> Any:
-    try:
-        import fastokens
-
-        return fastokens.Tokenizer.from_json_str(fast.to_str())
-    except (ImportError, ValueError, RuntimeError):
-        return None
-
-
 def align(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """The characters [start, end) of each token of a SentencePiece tokenizer that gives no offsets itself.
+    """The characters [start, end) of each token of a SentencePiece tokenizer that does not return offsets.
 
-    Tokens are the text in pieces: a space is written ▁, one may be put before the first word of the text or after a special
-    token, and a character outside the vocabulary is its bytes (<0xE4>), or one unknown token.
+    The tokens are the text in pieces: a space is written ▁, one may be added before the first word of the text or after a
+    special token, and a character outside the vocabulary becomes its bytes (<0xE4>) or one unknown token.
 
     Raises:
         ValueError: If the tokens are not the text in pieces.
@@ -251,7 +271,7 @@ def align(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
             end = text.find(following, at) if following else len(text)
             if end <= at or "�" in text[at:end] or end - at > 64:
                 raise ValueError(f"token {number + 1}, {token!r}, is not the text at character {at + 1}")
-            offsets.append((at, end))  # an unknown token stands for what lies before the next one
+            offsets.append((at, end))  # An unknown token covers the text up to the next token.
             at = end
             continue
         at += len(written)
