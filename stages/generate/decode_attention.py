@@ -20,7 +20,7 @@ def slot_attention(
     lengths: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Stores each slot's new key and value in the cache, and returns softmax(scaling · q kᵀ) v over all of the slot's tokens.
+    """Stores each slot's new key and value in the cache; returns softmax(scaling · q kᵀ) v over all of the slot's tokens.
 
     On a GPU a Triton kernel reads no more of the cache than each slot's `lengths`.
 

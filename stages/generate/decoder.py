@@ -141,9 +141,7 @@ class Decoder:
             finished = [slot for slot in occupied if not active[slot]]
             if finished:
                 counts, answers = self.count.tolist(), self.answers[finished].tolist()
-                yield [
-                    (occupied.pop(slot), answer[: counts[slot]]) for slot, answer in zip(finished, answers, strict=True)
-                ]
+                yield [(occupied.pop(slot), answer[: counts[slot]]) for slot, answer in zip(finished, answers, strict=True)]
 
     @staticmethod
     def _next_prompts(waiting: deque[int], prompts: Sequence[Sequence[int]], *, at_most: int) -> list[int]:
@@ -173,7 +171,8 @@ class Decoder:
             self.cache.lengths[slot_index] = lengths
             self.count[slot_index] = 0
             self.active[slot_index] = True
-            self.seeds[slot_index] = torch.tensor([row_seed(self.sampling.seed, row_id) for row_id in row_ids], device=device)
+            seeds = [row_seed(self.sampling.seed, row_id) for row_id in row_ids]
+            self.seeds[slot_index] = torch.tensor(seeds, device=device)
             if self.sampling.penalizes:
                 self.seen[slot_index] = False
                 self.seen[prompt_tokens.slots, ids[0]] = True

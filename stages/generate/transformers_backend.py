@@ -41,6 +41,7 @@ class TransformersBackend:
         # The sampling values in the folder's generation_config.json must not mix with those in params.yaml.
         self.model.generation_config = self.config
         self.uses_decoder = self._prepare_decoder()
+        self._reported_sizes: set[int] = set()
 
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
@@ -54,9 +55,13 @@ class TransformersBackend:
                 print("generate: no GPU: using Transformers' generate", flush=True)
             return False
         process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
-        reason = can_decode(self.model) if self.can_pad else "the model has an adapter that is not merged"
+        reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
         if reason:
-            print(f"generate: using Transformers' generate, which is slower: {reason}{process}", flush=True)
+            print(
+                f"generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
+                f"{reason}{process}",
+                flush=True,
+            )
             return False
         reason = fuse_projections(self.model)
         if reason:
@@ -76,6 +81,7 @@ class TransformersBackend:
             except torch.OutOfMemoryError:
                 if slots == 1:
                     raise Problem(_out_of_memory(rows[left[-1]])) from None
+                self._report_halving(slots)
                 slots //= 2
             torch.cuda.empty_cache()
             left = [index for index in left if index not in finished]
@@ -109,6 +115,7 @@ class TransformersBackend:
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise Problem(_out_of_memory(rows[0])) from None
+        self._report_halving(len(rows))
         torch.cuda.empty_cache()  # after the except block, which holds the failed call's tensors
         half = len(rows) // 2
         return [*self._generate_halving(rows[:half]), *self._generate_halving(rows[half:])]
@@ -120,9 +127,7 @@ class TransformersBackend:
         # Padded on the left, so that every prompt ends in the last position.
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        sampler = RowSampler(
-            self.settings.sampling, [row["id"] for row in rows], prompts=prompts, device=self.model.device
-        )
+        sampler = RowSampler(self.settings.sampling, [row["id"] for row in rows], prompts=prompts, device=self.model.device)
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=ids,
@@ -132,6 +137,12 @@ class TransformersBackend:
             )
         new_tokens: list[list[int]] = output[:, width:].tolist()
         return new_tokens
+
+    def _report_halving(self, size: int) -> None:
+        """Prints a line, once for each size of a batch."""
+        if size not in self._reported_sizes:
+            self._reported_sizes.add(size)
+            print(f"generate: out of memory with a batch of {size} prompts; continuing with {size // 2}", flush=True)
 
     def _to_answer(self, tokens: list[int]) -> Answer:
         """Cuts the new tokens after the first stop token; only padding follows it."""
