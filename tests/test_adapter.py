@@ -250,7 +250,7 @@ def test_the_first_factors_are_pefts(how: str) -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False))
     weight = layer[0].weight.detach().clone()
     theirs = get_peft_model(layer, LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=how))
-    a, b = initial_lora_from(weight, 4, 2.0, how, settings("none"))
+    a, b = initial_lora_from(weight, 4, scaling=2.0, how=how, settings=settings("none"))
     inner = theirs.base_model.model[0]
     product = inner.lora_B["default"].weight @ inner.lora_A["default"].weight
     torch.testing.assert_close(b @ a, product)
@@ -263,7 +263,7 @@ def adapted(workspace: Workspace, base: Path | str = INPUTS[2], quantization: st
     folder = workspace.root / base
     model = load_quantized(folder, settings(quantization)).model
     adapter = Adapter(**{name: wanted[name] for name in Adapter.model_fields})
-    return add_adapter(model, folder, settings(quantization), adapter).eval()
+    return add_adapter(model, folder, settings=settings(quantization), wanted=adapter).eval()
 
 
 def test_loftq_begins_nearer_to_the_base_than_rounding_alone(workspace: Workspace) -> None:

@@ -68,7 +68,7 @@ def merge(
     stops = stop_token_ids(table)
     lora = LoraWeights(adapter)
     weights = MergedWeights(base, adapter, lora, settings, params.base)
-    adapted = load_adapter(load_quantized(base, settings).model, base, settings, adapter)
+    adapted = load_adapter(load_quantized(base, settings).model, adapter, base=base, settings=settings)
     trained, additions = ModelOutputs(adapted, rows, stops), LayerDeltas(adapted, lora.first_products())
     del adapted  # its memory is for the merged model
     with fresh_folder(merged) as folder:
