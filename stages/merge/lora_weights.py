@@ -68,7 +68,7 @@ class LoraWeights:
         return weight * factors.unsqueeze(1)
 
     def initial_deltas(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """lora_A and scaling · lora_B at the start of training, by layer; of PiSSA and OLoRA alone."""
+        """lora_A and scaling · lora_B at the start of training, by layer; empty unless PiSSA or OLoRA was used."""
         return {
             name.removesuffix(".weight"): (pair.lora_A, self.scaling[name] * pair.lora_B)
             for name, pair in self.initial.items()

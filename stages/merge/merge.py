@@ -151,7 +151,7 @@ def _write_model(folder: Path, base: Path, *, weights: MergedWeights, chat_templ
 
 
 def _set_chat_template(folder: Path, chat_template: Path) -> None:
-    """In its own file alone; tokenizer_config.json may have the base's."""
+    """Writes chat_template.jinja, and removes the base's template from tokenizer_config.json."""
     shutil.copyfile(chat_template, folder / "chat_template.jinja")
     path = folder / "tokenizer_config.json"
     if path.exists():

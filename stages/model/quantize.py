@@ -183,7 +183,7 @@ def round_trip(weight: torch.Tensor, settings: Quantization, *, in_float32: bool
         weight: (out, in)
         settings: How the model is quantized.
         in_float32: 4 bits only: dequantize to float32, as training on a GPU does before it adds the delta weight. Otherwise
-            the result is rounded to settings.dtype, in which the quantized layer alone multiplies.
+            the result is rounded to settings.dtype, as in a quantized layer without an adapter.
 
     Returns:
         (out, in) in float32, on this process's device.
