@@ -90,7 +90,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
 @pytest.fixture(scope="module")
 def flat_model(tiny_model: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    assert enable_padding_free(model)
+    assert enable_padding_free(model) == ""
     return model
 
 
@@ -120,20 +120,20 @@ def test_flat_rows_give_the_gradients_of_padded_ones(model: Any, flat_model: Any
 
 
 def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=2, **sizes)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
     torch.manual_seed(0)
-    narrow = MistralForCausalLM(config).eval()
-    assert not enable_padding_free(narrow)
-    assert narrow.config._attn_implementation == "sdpa"
-    config.sliding_window = 4096
-    assert enable_padding_free(MistralForCausalLM(config).eval())
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=40, num_key_value_heads=2, attn_logit_softcapping=5.0, **sizes)
+    ).eval()
+    before = capped.config._attn_implementation
+    assert enable_padding_free(capped) == "its attention uses logit soft-capping"
+    assert capped.config._attn_implementation == before
     foreign = AutoModelForCausalLM.from_pretrained(tiny_model)
     type(foreign)._supports_attention_backend, kept = False, type(foreign)._supports_attention_backend
     try:
-        assert not enable_padding_free(foreign)
+        assert enable_padding_free(foreign) == "the model has its own attention code"
     finally:
         type(foreign)._supports_attention_backend = kept
 

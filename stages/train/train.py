@@ -178,11 +178,11 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
     logging.disable_progress_bar()
     rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
     set_seed(params.seed)  # before the adapter: its first weights are random
-    quantized = load_quantized(paths.base, params, in_main_memory=params.fsdp)
-    model = add_adapter(quantized.model, paths.base, params, params)
+    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
     if params.fsdp:
         shard_frozen(model, pick_device())
-    flat = params.method == "lora" and not params.neftune_noise_alpha and enable_padding_free(model.eval())
+    flat = params.method == "lora" and not params.neftune_noise_alpha and not enable_padding_free(model.eval())
     first = initial_lora(model, params)
     low_rank = _quicken(params, model)
     given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
