@@ -24,9 +24,20 @@ Rounded: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """A matrix (rows, columns) in e4m3, and the scale of each row (rows, 1) in float32, by which it is to be multiplied."""
 
 
-def works(device: torch.device) -> bool:
-    """Whether the card multiplies in FP8 with a scale for each row."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def why_unsupported(device: torch.device) -> str:
+    """Why `device` cannot multiply in FP8 with a scale for each row; "" if it can."""
+    if device.type != "cuda":
+        return f"FP8 needs an NVIDIA GPU, found {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (9, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"FP8 needs a GPU of compute capability 9.0 (Hopper) or later, found {name} with {major}.{minor}"
+    return ""
+
+
+def supported(device: torch.device) -> bool:
+    """Whether `device` can multiply in FP8 with a scale for each row."""
+    return not why_unsupported(device)
 
 
 def fits(layer: torch.nn.Linear) -> bool:

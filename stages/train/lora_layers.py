@@ -23,47 +23,62 @@ from torch.nn.functional import linear
 
 from stages.model.shared_inputs import group_by_input, share_computation
 from stages.train import four_bit, fp8
-from stages.train.recompute import Recipe, recall
+from stages.train.recompute import Recipe, Recompute
 
 
 class LoraLayers:
     """The fast LoRA layers of one model, and whether their summed weights are still right."""
 
-    def __init__(self, adapted: Any, *, in_fp8: bool = False, keep: bool = True) -> None:
+    def __init__(self, adapted: Any, *, fp8: bool, keep_dequantized: bool, recompute: Recompute) -> None:
         """Replaces the forward of every layer that it can compute; the others stay PEFT's.
 
         Args:
             adapted: A model with an adapter.
-            in_fp8: Whether frozen weights are multiplied in FP8.
-            keep: As in `keep`.
+            fp8: Whether frozen weights are multiplied in FP8.
+            keep_dequantized: As in the method of this name.
+            recompute: Has the recipes of the model's cheap activations; `clear` it after each step.
         """
         self.step = 0
+        self.recompute = recompute
+        self._memory: torch.Tensor | None = None
         layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A")}
         self.layers = {name: layer for name, layer in layers.items() if _why_not(layer) is None}
-        self.left_out = sorted({reason for layer in layers.values() if (reason := _why_not(layer))})
+        self.skipped = sorted({reason for layer in layers.values() if (reason := _why_not(layer))})
         """Why the other layers stay as they are."""
-        groups = [
-            _freeze([self.layers[name] for name in names], self, in_fp8=in_fp8)
-            for names in group_by_input(adapted, self.layers)
-        ]
+        named = group_by_input(adapted, self.layers)
+        groups = [_freeze([self.layers[name] for name in names], self, in_fp8=fp8) for names in named]
         self.frozen = [frozen for group in groups for frozen in group]
+        self.summed_in_float32 = sorted(
+            name.removeprefix("base_model.model.")
+            for names, group in zip(named, groups, strict=True)
+            for name, frozen in zip(names, group, strict=True)
+            if isinstance(frozen, _Packed)
+        )
+        """The layers, as the base model names them, whose training weight is the rounded float32 sum of a 4-bit weight."""
         for group in groups:
-            share_computation([frozen.layer for frozen in group], partial(_products, group))
-        self.keep(keep)
+            share_computation([frozen.layer for frozen in group], partial(_products, group, recompute))
+        self.keep_dequantized(keep_dequantized)
 
     @property
-    def unpacked_bytes(self) -> int:
+    def dequantized_bytes(self) -> int:
         """What kept weights take."""
         return sum(math.prod(frozen.shape) * frozen.dtype.itemsize for frozen in self.frozen if frozen.summed)
 
-    def keep(self, yes: bool) -> None:
+    def keep_dequantized(self, yes: bool) -> None:
         """Whether summed weights are kept from one use to the next; else each use makes them, in memory shared by all."""
         for frozen in self.frozen:
             frozen.keep, frozen.kept, frozen.made_at = yes, None, -1
 
-    def changed(self) -> None:
+    def invalidate(self) -> None:
         """To be called whenever A or B has changed."""
         self.step += 1
+
+    def scratch(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory that every layer uses in turn; products on one stream come one after the other."""
+        size = math.prod(shape)
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != dtype:
+            self._memory = torch.empty(size, dtype=dtype, device=device)
+        return self._memory[:size].view(shape)
 
 
 def _why_not(layer: Any) -> str | None:
@@ -121,7 +136,7 @@ class _Frozen:
     def weight(self) -> torch.Tensor:
         """(out, in)"""
         if not self.keep:
-            return self.make(_scratch(self.shape, self.dtype, self.up.device))
+            return self.make(self.owner.scratch(self.shape, self.dtype, self.up.device))
         if self.kept is None:
             self.kept = torch.empty(self.shape, dtype=self.dtype, device=self.up.device)
         if self.made_at != self.owner.step:
@@ -205,23 +220,11 @@ def _kind(base: torch.nn.Linear) -> type[_Frozen]:
     return _Frozen if base.weight.dtype == torch.float32 else _Beside
 
 
-def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that every layer uses in turn; products on one stream come one after the other."""
-    size = math.prod(shape)
-    if _Scratch.memory is None or _Scratch.memory.numel() < size or _Scratch.memory.dtype != dtype:
-        _Scratch.memory = torch.empty(size, dtype=dtype, device=device)
-    return _Scratch.memory[:size].view(shape)
-
-
-class _Scratch:
-    memory: torch.Tensor | None = None
-
-
-def _products(members: Sequence["_Frozen"], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _products(members: Sequence["_Frozen"], recompute: Recompute, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.is_grad_enabled():
         members = [member.exact for member in members]
     factors = [factor for member in members for factor in (member.down, member.up)]
-    outs: tuple[torch.Tensor, ...] = _Products.apply(x, members, *factors)  # type: ignore[no-untyped-call]
+    outs: tuple[torch.Tensor, ...] = _Products.apply(x, members, recompute, *factors)  # type: ignore[no-untyped-call]
     return outs
 
 
@@ -229,7 +232,9 @@ class _Products(torch.autograd.Function):
     """Layers that read the same, forward and back; x (..., in) to (..., out) each."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, members: Sequence[_Frozen], *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, x: torch.Tensor, members: Sequence[_Frozen], recompute: Recompute, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         outs, lows = [], []
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(members[0].dtype)
@@ -242,7 +247,8 @@ class _Products(torch.autograd.Function):
                     low = torch.split(lows[0], _ranks(factors), 1)[number]
                     out.addmm_(low, member.up.to(flat.dtype).t(), alpha=member.scale)
                 outs.append(out.view(*x.shape[:-1], -1))
-        recipe: Recipe | None = getattr(x, "recipe", None)
+        recipe = recompute.recipe_of(x)
+        ctx.recompute = recompute
         ctx.function, ctx.shape, ctx.members = recipe and recipe.function, x.shape, members
         ctx.sources = len(recipe.inputs) if recipe else 1
         ctx.save_for_backward(*factors, *(recipe.inputs if recipe else (x,)), *lows)
@@ -253,7 +259,7 @@ class _Products(torch.autograd.Function):
         members = ctx.members
         saved, count = ctx.saved_tensors, 2 * len(members)
         factors, sources, lows = saved[:count], saved[count : count + ctx.sources], saved[count + ctx.sources :]
-        x = recall(Recipe(ctx.function, sources)) if ctx.function else sources[0]
+        x = ctx.recompute.recall(Recipe(ctx.function, sources)) if ctx.function else sources[0]
         dtype = members[0].dtype
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
@@ -267,13 +273,13 @@ class _Products(torch.autograd.Function):
             found.append(grad_down.to(member.down.dtype).mul(member.scale))
             found.append((grad.t() @ low).to(member.up.dtype).mul(member.scale))
         if not ctx.needs_input_grad[0]:
-            return None, None, *found
+            return None, None, None, *found
         total: torch.Tensor | None = None
         for member, grad, down, low in zip(members, flat, factors[::2], torch.split(grad_low, ranks, 1), strict=True):
             total = member.product_back(grad, total)
             if not member.summed:
                 total.addmm_(low, down.to(dtype), alpha=member.scale)
-        return total.view(ctx.shape) if total is not None else None, None, *found
+        return total.view(ctx.shape) if total is not None else None, None, None, *found
 
 
 def _ranks(factors: Sequence[torch.Tensor]) -> list[int]:

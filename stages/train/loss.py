@@ -115,7 +115,7 @@ def _sum(
     return cross_entropy(logits.float(), labels, weight=weight, label_smoothing=label_smoothing_factor, reduction="sum")
 
 
-def load_loss(path: Path, vocabulary: int, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
+def load_loss(path: Path, vocabulary: int, *, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
     """The function `loss` of a Python file, with the settings that it asks for.
 
     Raises Problem if the file does not run or has no such function, if a weight's token is not in the vocabulary, or if

@@ -32,7 +32,7 @@ from stages.train.fsdp import shard_frozen
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import load_loss
-from stages.train.recompute import remember
+from stages.train.recompute import Recompute
 from stages.train.trainer import AdapterTrainer
 
 
@@ -190,7 +190,12 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
     given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
     given["gradient_accumulation_steps"] = 1
     arguments = make_arguments(given, params.training_arguments, checkpoints, model.dtype, cpu=model.device.type == "cpu")
-    function = load_loss(Path(params.loss), model.config.vocab_size, params.label_weights, params.label_smoothing_factor)
+    function = load_loss(
+        Path(params.loss),
+        model.config.vocab_size,
+        label_weights=params.label_weights,
+        label_smoothing_factor=params.label_smoothing_factor,
+    )
     trainer = AdapterTrainer(
         model,
         arguments,
@@ -246,16 +251,18 @@ def _check_together(params: Params) -> None:
 
 def _quicken(params: Params, model: Any) -> LoraLayers | None:
     """Replaces what can be computed faster, with the same numbers within rounding, and says what cannot."""
-    fused = compile_elementwise(model, remember)
+    recompute = Recompute()
+    fused = compile_elementwise(model, recompute.remember)
     if params.method != "lora":
         return None
-    in_fp8 = params.compute == "fp8" and fp8.works(model.device) and not params.fsdp
-    low_rank = LoraLayers(model, in_fp8=in_fp8, keep=not params.fsdp)  # kept weights would be whole in every process
+    in_fp8 = params.compute == "fp8" and fp8.supported(model.device) and not params.fsdp
+    # kept weights would be whole in every process
+    low_rank = LoraLayers(model, fp8=in_fp8, keep_dequantized=not params.fsdp, recompute=recompute)
     if distributed.is_main():
         if fused:
             print(f"train: compiled: {', '.join(fused)}", flush=True)
-        if low_rank.left_out:
-            print(f"train: PEFT's slower way, for {', '.join(low_rank.left_out)}", flush=True)
+        if low_rank.skipped:
+            print(f"train: PEFT's slower way, for {', '.join(low_rank.skipped)}", flush=True)
         if params.compute == "fp8" and not in_fp8:
             print(
                 f"train: products in {model.dtype}: FP8 needs a GPU of NVIDIA's Hopper kind or later, and no fsdp",

@@ -31,7 +31,6 @@ from stages.train.checkpoints import mark_complete
 from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_blocks
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import Loss, head_is_last, label_loss, next_token_loss
-from stages.train.recompute import forget
 
 TRAINABLE = "trainable.safetensors"
 """In a checkpoint: all that is learned. PEFT's own file of a p-tuning holds its result and not the network behind it."""
@@ -182,7 +181,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         plan = self._choose(recomputed, most, count) or memory.Plan(most, count if recomputed is None else recomputed, False)
         checkpoint_blocks(model, plan.recomputed)
         if self.low_rank:
-            self.low_rank.keep(plan.keeps_weights)
+            self.low_rank.keep_dequantized(plan.keeps_weights)
         plan = self._try_plan(plan, [rows[number] for number in longest])
         if self.is_world_process_zero():
             print(
@@ -196,7 +195,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """The plan for this GPU, from trial batches; None if nothing seems to fit."""
         rows, model = self.train_dataset, self.accelerator.unwrap_model(self.model)
         if self.low_rank:
-            self.low_rank.keep(False)  # kept weights are counted apart
+            self.low_rank.keep_dequantized(False)  # kept weights are counted apart
         twice, kept = self._need(count), self._need(0)
         if twice is None:
             return None
@@ -204,7 +203,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         at_once = self.args.train_batch_size
         step = int(at_once * rows.lengths.mean() + 2 * at_once**0.5 * rows.lengths.std())  # 39 of 40 are smaller
         free = memory.free_bytes() - trained * ADAM_BYTES
-        packed = self.low_rank.unpacked_bytes if self.low_rank else 0
+        packed = self.low_rank.dequantized_bytes if self.low_rank else 0
         return memory.choose(free, kept, twice, packed, count, step, most, recomputed)
 
     def _need(self, recomputed: int) -> memory.Need | None:
@@ -260,7 +259,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             model.train()
             self.compute_loss(model, self._prepare_inputs(batch)).backward()
         self.watch.seen.clear()
-        forget()
+        if self.low_rank:
+            self.low_rank.recompute.clear()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
 
@@ -275,7 +275,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 if number < len(inputs["micro"]):
                     stack.enter_context(self.accelerator.no_sync(model))
                 total += super().training_step(model, batch, num_items_in_batch, *rest, **named)
-        forget()
+        if self.low_rank:
+            self.low_rank.recompute.clear()
         self.loss_since_log += total
         return total
 
@@ -339,7 +340,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])
         if self.low_rank:
-            self.low_rank.changed()
+            self.low_rank.invalidate()
 
     def _load_best_model(self) -> None:
         self._load_trainable(Path(self.state.best_model_checkpoint))
@@ -409,7 +410,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         if self.low_rank:
-            self.low_rank.changed()
+            self.low_rank.invalidate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.ended += 1

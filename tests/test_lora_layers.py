@@ -26,12 +26,12 @@ from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
 from stages.train import four_bit
-from stages.train import lora_layers as low_rank_module
+from stages.train import lora_layers as lora_layers_module
 from stages.train.batches import split
 from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_blocks
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import head_is_last, label_loss, next_token_loss
-from stages.train.recompute import forget, remember
+from stages.train.recompute import Recompute
 from tests.tiny import make_custom_model
 
 SIZES: dict[str, Any] = {
@@ -67,6 +67,10 @@ def adapted(make: Callable[[], Any], dtype: torch.dtype = torch.float32, **given
     return model
 
 
+def lora_layers(model: Any, *, fp8: bool = False, recompute: Recompute | None = None) -> LoraLayers:
+    return LoraLayers(model, fp8=fp8, keep_dequantized=True, recompute=recompute or Recompute())
+
+
 def small(name: str) -> Callable[[], Any]:
     kind, config = CONFIGS[name]
     return lambda: kind(config(**SIZES))
@@ -98,11 +102,11 @@ def test_losses_and_gradients_are_pefts_layer_by_layer(name: str, tmp_path: Path
     model = adapted(custom(tmp_path / "model") if name == "custom" else small(name))
     batch = collate_padded(ROWS)
     wanted = losses_and_gradients(model, batch)
-    low_rank = LoraLayers(model)
-    assert len(low_rank.layers) == len(wanted[1]) / 2 > 3
-    assert not low_rank.left_out
+    layers = lora_layers(model)
+    assert len(layers.layers) == len(wanted[1]) / 2 > 3
+    assert not layers.skipped
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
-    low_rank.keep(False)
+    layers.keep_dequantized(False)
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
     checkpoint_blocks(model, len(decoder_blocks(model)) - 1)
     assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
@@ -112,14 +116,14 @@ def test_two_hundred_steps_end_where_pefts_do() -> None:
     losses = []
     for fast in (False, True):
         model = adapted(small("llama"))
-        low_rank = LoraLayers(model) if fast else None
+        layers = lora_layers(model) if fast else None
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         curve = []
         for step in range(200):
             loss, _ = losses_and_gradients(model, collate_padded(ROWS[step % 2 :: 2]))
             optimizer.step()
-            if low_rank:
-                low_rank.changed()
+            if layers:
+                layers.invalidate()
             curve.append(loss)
         losses.append(curve)
     assert losses[0][-1] < losses[0][0] - 0.5, "it learns"
@@ -128,26 +132,26 @@ def test_two_hundred_steps_end_where_pefts_do() -> None:
 
 def test_weights_that_are_kept_follow_the_adapter_only_when_told() -> None:
     model = adapted(small("llama"))
-    low_rank = LoraLayers(model)
+    layers = lora_layers(model)
     before, _ = losses_and_gradients(model, collate_padded(ROWS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(-3)
     assert losses_and_gradients(model, collate_padded(ROWS))[0] == before
-    low_rank.changed()
+    layers.invalidate()
     assert losses_and_gradients(model, collate_padded(ROWS))[0] != before
 
 
 def test_layers_that_read_the_same_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(small("llama"))
-    LoraLayers(model)
-    calls, real = [], low_rank_module._Products.forward
+    lora_layers(model)
+    calls, real = [], lora_layers_module._Products.forward
 
-    def counted(ctx: Any, x: torch.Tensor, members: Any, *factors: torch.Tensor) -> Any:
+    def counted(ctx: Any, x: torch.Tensor, members: Any, *rest: Any) -> Any:
         calls.append(len(members))
-        return real(ctx, x, members, *factors)
+        return real(ctx, x, members, *rest)
 
-    monkeypatch.setattr(low_rank_module._Products, "forward", staticmethod(counted))
+    monkeypatch.setattr(lora_layers_module._Products, "forward", staticmethod(counted))
     losses_and_gradients(model, collate_padded(ROWS))
     assert calls == [3, 1, 2, 1] * 3, "query, key and value; output; gate and up; down"
 
@@ -160,9 +164,9 @@ def test_what_it_cannot_compute_stays_pefts_and_is_named(given: dict[str, Any], 
     model = adapted(small("llama"), **given)
     torch.manual_seed(1)
     wanted = losses_and_gradients(model, collate_padded(ROWS))
-    low_rank = LoraLayers(model)
-    assert not low_rank.layers
-    assert low_rank.left_out == [reason]
+    layers = lora_layers(model)
+    assert not layers.layers
+    assert layers.skipped == [reason]
     torch.manual_seed(1)
     assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 0.0)
 
@@ -178,8 +182,8 @@ def test_sixteen_bit_weights_and_fp8_are_as_near_to_float32_as_their_rounding() 
 
     peft = off(adapted(small("llama"), torch.bfloat16))
     beside, in_fp8 = adapted(small("llama"), torch.bfloat16), adapted(small("llama"), torch.bfloat16)
-    assert not any(frozen.summed for frozen in LoraLayers(beside).frozen), "bfloat16 weights would swallow a small product"
-    LoraLayers(in_fp8, in_fp8=True)
+    assert not any(frozen.summed for frozen in lora_layers(beside).frozen), "bfloat16 weights would swallow a small product"
+    lora_layers(in_fp8, fp8=True)
     assert off(beside) < 1.5 * peft < 0.05
     assert 2 * peft < off(in_fp8) < 0.2
 
@@ -192,15 +196,15 @@ def test_fp8_is_for_training_alone_and_for_all_or_none_that_read_the_same() -> N
             return next_token_loss(*label_logits(model, batch), LABELS).item()
 
     plain, in_fp8, odd = (adapted(small("llama"), torch.bfloat16) for _ in range(3))
-    LoraLayers(plain)
-    kinds = {type(frozen).__name__ for frozen in LoraLayers(in_fp8, in_fp8=True).frozen}
+    lora_layers(plain)
+    kinds = {type(frozen).__name__ for frozen in lora_layers(in_fp8, fp8=True).frozen}
     assert kinds == {"_Fp8"}
     assert validated(in_fp8) == validated(plain), "validation measures the model that merge makes"
     assert losses_and_gradients(in_fp8, batch)[0] != validated(in_fp8)
 
     for layer in odd.get_base_model().model.layers:
         layer.self_attn.v_proj.base_layer.in_features = 60  # what the hardware does not take
-    frozen = LoraLayers(odd, in_fp8=True).frozen
+    frozen = lora_layers(odd, fp8=True).frozen
     for layer in odd.get_base_model().model.layers:
         kinds = {type(f).__name__ for f in frozen if f.layer in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
         assert kinds == {"_Beside"}
@@ -234,13 +238,14 @@ def test_fused_parts_give_the_same_numbers_and_keep_recipes(monkeypatch: pytest.
         wanted = losses_and_gradients(model, batch)
         rotary = __import__("sys").modules[type(model.get_base_model()).__module__]
         original = rotary.apply_rotary_pos_emb
-        found = compile_module.compile_elementwise(_OnGpu(model), remember)
+        recompute = Recompute()
+        found = compile_module.compile_elementwise(_OnGpu(model), recompute.remember)
         assert found == (["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"])
-        LoraLayers(model)
+        lora_layers(model, recompute=recompute)
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
         checkpoint_blocks(model, 2)
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
-        forget()
+        recompute.clear()
         rotary.apply_rotary_pos_emb = original
 
 
