@@ -182,7 +182,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
     model = add_adapter(quantized.model, paths.base, params, params)
     if params.fsdp:
         shard_frozen(model, pick_device())
-    flat = params.method == "lora" and not params.neftune_noise_alpha and enable_padding_free(model.eval())
+    flat = params.method == "lora" and not params.neftune_noise_alpha and not enable_padding_free(model.eval())
     first = initial_lora(model, params)
     low_rank = _quicken(params, model)
     given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
