@@ -1,4 +1,4 @@
-"""Transformers' TrainingArguments: the fields that `train` has as parameters, and any other field that a user sets by name."""
+"""Transformers' TrainingArguments: fields that are parameters of `train`, and any other field that the user sets by name."""
 
 import dataclasses
 import difflib

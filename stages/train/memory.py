@@ -134,9 +134,7 @@ def explain_out_of_memory(batch: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        found = re.search(
-            r"[Tt]ried to allocate ([\d.]+ ?\w+)(?:.*?of which ([\d.]+ ?\w+) is free)?", str(error), re.DOTALL
-        )
+        found = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)(?:.*?of which ([\d.]+ ?\w+) is free)?", str(error), re.DOTALL)
         if not found and not isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         rows, tokens = len(batch["ids"]), batch["input_ids"].numel()
