@@ -118,9 +118,9 @@ def test_the_plan_changes_the_result_only_by_rounding(
     given = {"gradient_checkpointing": "auto", "per_device_train_batch_size": 8, "training_arguments": {"max_steps": 4}}
     wanted = curve(run(workspace, scratch / "a", **given))
     cases = [
-        (1e9, "checkpointing in 0 of 2 blocks"),
+        (1e9, "in 0 of 2 blocks"),
         (130 * 220, "of 2 blocks"),
-        (130 * 20, "checkpointing in 2 of 2 blocks"),
+        (130 * 20, "in 2 of 2 blocks"),
     ]
     for number, (free, line) in enumerate(cases):
         with monkeypatch.context() as patch:

@@ -166,7 +166,7 @@ def test_other_fields_are_refused_with_the_reason(workspace: Workspace, given: d
 
 
 def parse(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
-    return parse_training_arguments(params(workspace, training_arguments=given).model_dump())
+    return parse_training_arguments(params(workspace, training_arguments=given, eval_steps=2).model_dump())
 
 
 def test_all_bad_training_arguments_are_reported_in_one_problem(workspace: Workspace) -> None:

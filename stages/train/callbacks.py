@@ -1,4 +1,4 @@
-"""What happens between optimizer steps: progress is shown, and a loss that is not finite stops the training."""
+"""What happens between optimizer steps: progress is shown, summed weights are invalidated, and the loss must be finite."""
 
 import sys
 import time
@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from stages.core.problem import Problem
 from stages.core.progress import ProgressBar
+from stages.train.lora_layers import LoraLayers
 
 NAMED_ROWS = 16
 """The maximum number of rows that a message names."""
@@ -73,6 +74,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         elif state.is_world_process_zero:
             minutes_left = seconds / steps * (state.max_steps - state.global_step) / 60
             say(f"train: step {state.global_step}/{state.max_steps}, {figures}, {minutes_left:.1f} min left")
+
+
+class InvalidateWeights(TrainerCallback):  # type: ignore[misc]
+    """Tells the fast layers after each optimizer step that lora_A and lora_B have changed."""
+
+    def __init__(self, lora_layers: LoraLayers) -> None:
+        self._lora_layers = lora_layers
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self._lora_layers.invalidate()
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]

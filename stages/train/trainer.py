@@ -13,7 +13,7 @@ from stages.core.problem import Problem
 from stages.core.tokens import TokenRows
 from stages.model.logits import label_logits
 from stages.train.batches import Shuffled, validation_batches
-from stages.train.callbacks import REMEDY, FiniteLoss, Progress
+from stages.train.callbacks import REMEDY, FiniteLoss, InvalidateWeights, Progress
 from stages.train.checkpoints import load_trainable, mark_complete, save_trainable
 from stages.train.collator import StepCollator
 from stages.train.curves import TrainingLoss
@@ -53,6 +53,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress = Progress(float(rows.lengths.mean()))
         # In this order: an interruption asks for a checkpoint, and before one is written the losses are looked at.
         callbacks: list[Any] = [self.interruption, self.finite_loss, self.progress]
+        if lora_layers:
+            callbacks.append(InvalidateWeights(lora_layers))
         if early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience))
         super().__init__(
