@@ -90,7 +90,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
 @pytest.fixture(scope="module")
 def flat_model(tiny_model: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    assert enable_padding_free(model)
+    assert enable_padding_free(model) == ""
     return model
 
 
@@ -126,14 +126,14 @@ def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> N
     config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=2, **sizes)
     torch.manual_seed(0)
     narrow = MistralForCausalLM(config).eval()
-    assert not enable_padding_free(narrow)
+    assert enable_padding_free(narrow) == "its sliding window of 2 tokens is shorter than a row"
     assert narrow.config._attn_implementation == "sdpa"
     config.sliding_window = 4096
-    assert enable_padding_free(MistralForCausalLM(config).eval())
+    assert enable_padding_free(MistralForCausalLM(config).eval()) == ""
     foreign = AutoModelForCausalLM.from_pretrained(tiny_model)
     type(foreign)._supports_attention_backend, kept = False, type(foreign)._supports_attention_backend
     try:
-        assert not enable_padding_free(foreign)
+        assert enable_padding_free(foreign) == "the model has its own attention code"
     finally:
         type(foreign)._supports_attention_backend = kept
 

@@ -1,4 +1,4 @@
-"""A model's output head, which need not make logits where nobody wants them."""
+"""Logits at the labelled positions alone: at all others the output head computes nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from stages.model.padding_free import expect
+from stages.model.padding_free import RowLayout
 
 
 @contextmanager
 def modify_head_input(head: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While it holds, the head gets what `change` makes of the hidden states (rows, tokens, size)."""
+    """Within the block, the output head gets change(hidden states); hidden states are (rows, tokens, hidden size)."""
     hook = head.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
     try:
         yield
@@ -22,21 +22,21 @@ def modify_head_input(head: torch.nn.Module, change: Callable[[torch.Tensor], to
 def label_logits(
     model: Any, batch: Mapping[str, Any], head: torch.nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model says where something is learned.
+    """The model's logits for every labelled token of a batch.
 
     Position t predicts token t + 1, so the logits for a label come from the position before it. The hidden states of all
-    other positions are left out before the output head, which for short answers is the larger part of its work and memory.
+    other positions are dropped before the output head; for short answers it is most of the head's work and memory.
 
     Args:
         model: A causal language model, with or without an adapter.
-        batch: From `pad`, or from `flatten` for a model that `enable_padding_free` has prepared.
-        head: The model's output head; needed where `model` is wrapped for several processes and does not tell.
+        batch: From `collate_padded`, or from `collate_padding_free` if `enable_padding_free` has prepared the model.
+        head: The model's output head; needed if `model` is a wrapper, as DistributedDataParallel, without
+            get_output_embeddings.
 
     Returns:
         logits (labels, vocabulary) and the labels (labels,), row by row.
     """
     tokens = batch["input_ids"].shape[1]
-    # An adapter may have put virtual tokens before each row, so a row's states are counted from its end.
     with modify_head_input(
         head or model.get_output_embeddings(), lambda hidden: select_positions(hidden, tokens, batch["target_positions"])
     ):
@@ -45,11 +45,19 @@ def label_logits(
 
 
 def forward(model: Any, batch: Mapping[str, Any]) -> Any:
-    if "row_lengths" in batch:
-        expect(batch["position_ids"], batch["row_lengths"])
+    """The model's output for a batch as in `label_logits`."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    if "row_lengths" in batch:
+        inputs["row_layout"] = RowLayout(batch["row_lengths"])
     return model(**inputs, use_cache=False)
 
 
-def select_positions(hidden: torch.Tensor, tokens: int, places: torch.Tensor) -> torch.Tensor:
-    return hidden[:, -tokens:].flatten(0, 1).index_select(0, places)
+def select_positions(hidden: torch.Tensor, tokens: int, positions: torch.Tensor) -> torch.Tensor:
+    """The hidden states (positions, hidden size) at some positions of a batch.
+
+    Args:
+        hidden: (rows, virtual tokens + tokens, hidden size). An adapter may put virtual tokens before each row, so the
+            last `tokens` count.
+        positions: (positions,) in int64, counted through the batch row by row, without the virtual tokens.
+    """
+    return hidden[:, -tokens:].flatten(0, 1).index_select(0, positions)
