@@ -19,8 +19,8 @@ def loss(
 ) -> torch.Tensor:
     """Next-token cross-entropy.
 
-    Your function may omit the last two parameters. Then train.label_weights and train.label_smoothing_factor must keep their
-    defaults, {} and 0.
+    Your function may omit the last two parameters, if train.label_weights is {} and train.training_arguments has no
+    label_smoothing_factor.
 
     Args:
         logits: (labels, vocabulary) The model's prediction for each labelled token.
@@ -29,7 +29,7 @@ def loss(
         label_weights: (vocabulary,) in float32: the weight of each token as a label, from train.label_weights. None if that
             is empty.
         label_smoothing_factor: Share of the target distribution that is spread evenly over the vocabulary; from
-            train.label_smoothing_factor.
+            train.training_arguments, 0 if it is not set there.
 
     Returns:
         A scalar, on which `backward` is called.

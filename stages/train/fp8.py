@@ -56,7 +56,7 @@ def quantize_rows(x: torch.Tensor) -> Fp8Matrix:
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(columns)
     _kernel[(rows,)](
-        x, out, scale, columns, WIDTH=width, LARGEST=LARGEST, LEAST=LEAST, num_warps=min(16, max(4, width // 1024))
+        x, out, scale, columns, PADDED_COLUMNS=width, LARGEST=LARGEST, LEAST=LEAST, num_warps=min(16, max(4, width // 1024))
     )
     return out, scale
 
@@ -79,10 +79,10 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        x, out, scale, columns, WIDTH: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
+        x, out, scale, columns, PADDED_COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
     ):  # fmt: skip
         """`_quantize_rows` for one row, which is read once and held while its maximum is found."""
-        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED_COLUMNS)
         in_range = column < columns
         values = tl.load(x + row * columns + column, mask=in_range, other=0).to(tl.float32)
         row_scale = tl.maximum(tl.max(tl.abs(values), 0), LEAST) / LARGEST

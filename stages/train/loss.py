@@ -25,7 +25,7 @@ MAX_LOGITS = 1 << 28
 
 
 def label_loss(
-    model: Any, batch: Mapping[str, Any], head: torch.nn.Module, loss: Loss, num_items: torch.Tensor | int
+    model: Any, batch: Mapping[str, Any], *, head: torch.nn.Module, loss: Loss, num_items: torch.Tensor | int
 ) -> torch.Tensor:
     """The loss of a batch, with at most MAX_LOGITS logits in memory at a time.
 
@@ -141,17 +141,17 @@ def _sum(
     return cross_entropy(logits.float(), labels, weight=weight, label_smoothing=label_smoothing_factor, reduction="sum")
 
 
-# train.loss
+# The function in the file that train.loss names
 
 
 def load_loss(path: Path, vocabulary: int, *, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
-    """The function `loss` of a Python file, with train.label_weights and train.label_smoothing_factor filled in.
+    """The function `loss` of a Python file, with the label weights and the label smoothing filled in.
 
     Args:
         path: train.loss.
         vocabulary: The size of the model's vocabulary.
-        label_weights: Token id to weight; tokens without an entry have weight 1. Empty for none.
-        label_smoothing_factor: 0 for none.
+        label_weights: train.label_weights: token id to weight; tokens without an entry have weight 1. Empty for none.
+        label_smoothing_factor: Of train.training_arguments; 0 for none.
 
     Raises Problem if the file cannot be imported or has no such function, if a weight's token is not in the vocabulary, or
     if a value is set that the function does not accept.
@@ -168,12 +168,11 @@ def load_loss(path: Path, vocabulary: int, *, label_weights: Mapping[int, float]
     if unknown:
         message = f"{', '.join(unknown)}: no such token; there are {vocabulary:,}, numbered from 0"
         problems.append(bad_param("train.label_weights", message))
-    is_set = {"label_weights": bool(label_weights), "label_smoothing_factor": label_smoothing_factor > 0}
-    problems += [
-        bad_param(f"train.{name}", f"the loss in {path} does not take it; add the parameter {name} to it, or set {default}")
-        for name, default in (("label_weights", "{}"), ("label_smoothing_factor", "0"))
-        if is_set[name] and name not in accepted
-    ]
+    not_accepted = f"the loss in {path} does not take it; add a parameter of this name to the function, or set"
+    if label_weights and "label_weights" not in accepted:
+        problems.append(bad_param("train.label_weights", f"{not_accepted} {{}}"))
+    if label_smoothing_factor > 0 and "label_smoothing_factor" not in accepted:
+        problems.append(bad_param("train.training_arguments.label_smoothing_factor", f"{not_accepted} 0"))
     if problems:
         raise Problem(*problems)
     values = {
