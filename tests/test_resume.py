@@ -277,7 +277,7 @@ def test_after_a_failure_behind_the_training_no_step_is_repeated(
 
 def files_of(path: Path) -> dict[str, bytes]:
     files = path.rglob("*") if path.is_dir() else [path]
-    return {file.name: file.read_bytes() for file in files}
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize(
