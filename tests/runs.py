@@ -1,4 +1,4 @@
-"""Trainings on the tokens of the test workspace, with some parameters changed."""
+"""Runs of `train` on the tokens of the test workspace, with some parameters changed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""train's options: own losses, weights and smoothing, any TrainingArguments, the best checkpoint, noise, bad values."""
+"""The options of `train`: loss functions, label weights, TrainingArguments, the best checkpoint, and bad values."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model.collate import collate_padded
 from stages.model.logits import label_logits
-from stages.train.arguments import OWNED, field_names, read_further
+from stages.train.arguments import OWNED, PASSED_ON, field_names, parse_training_arguments
 from stages.train.loss import load_loss, next_token_loss
-from stages.train.train import OURS
+from stages.train.train import MOVED, Params
 from tests.runs import INPUTS, params, run
 from tests.tiny import PROJECT, Workspace
 
 CROSS_ENTROPY = PROJECT / "stages" / "losses" / "cross_entropy.py"
 FEW = {"training_arguments": {"max_steps": 4}}
+
+
+def few(**further: Any) -> dict[str, Any]:
+    """The parameters of a short training with further TrainingArguments."""
+    return {"training_arguments": {"max_steps": 4, **further}}
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -39,21 +46,22 @@ LABELS = torch.tensor([1, 1, 3, 6, 0])
 
 
 def test_the_default_loss_is_cross_entropy_over_the_labels_of_the_step() -> None:
-    loss = load_loss(CROSS_ENTROPY, 7, {}, 0.0)
+    loss = load_loss(CROSS_ENTROPY, 7, label_weights={}, label_smoothing_factor=0.0)
     torch.testing.assert_close(loss(LOGITS, LABELS, 5), torch.nn.functional.cross_entropy(LOGITS, LABELS))
     torch.testing.assert_close(loss(LOGITS, LABELS, 10), torch.nn.functional.cross_entropy(LOGITS, LABELS) / 2)
 
 
-def test_weights_and_smoothing_count_as_in_torch() -> None:
+def test_label_weights_and_smoothing_are_those_of_torch() -> None:
     weight = torch.tensor([1.0, 3.0, 1, 0.5, 1, 1, 1])
-    loss = load_loss(CROSS_ENTROPY, 7, {1: 3.0, 3: 0.5}, 0.1)
-    wanted = torch.nn.functional.cross_entropy(LOGITS, LABELS, weight=weight, label_smoothing=0.1, reduction="sum") / 5
-    torch.testing.assert_close(loss(LOGITS, LABELS, 5), wanted)
+    loss = load_loss(CROSS_ENTROPY, 7, label_weights={1: 3.0, 3: 0.5}, label_smoothing_factor=0.1)
+    expected = torch.nn.functional.cross_entropy(LOGITS, LABELS, weight=weight, label_smoothing=0.1, reduction="sum") / 5
+    torch.testing.assert_close(loss(LOGITS, LABELS, 5), expected)
     by_hand = -(LOGITS.log_softmax(-1)[range(5), LABELS] * weight[LABELS]).sum() / 5
-    torch.testing.assert_close(load_loss(CROSS_ENTROPY, 7, {1: 3.0, 3: 0.5}, 0.0)(LOGITS, LABELS, 5), by_hand)
+    loss = load_loss(CROSS_ENTROPY, 7, label_weights={1: 3.0, 3: 0.5}, label_smoothing_factor=0.0)
+    torch.testing.assert_close(loss(LOGITS, LABELS, 5), by_hand)
 
 
-def test_smoothing_is_transformers_own(tiny_model: Path) -> None:
+def test_label_smoothing_is_that_of_transformers(tiny_model: Path) -> None:
     from transformers.trainer_pt_utils import LabelSmoother
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
@@ -77,41 +85,44 @@ def loss(logits, labels, num_items):
 '''
 
 
-def test_a_loss_of_ones_own_trains(workspace: Workspace, scratch: Path) -> None:
+def test_a_custom_loss_is_trained_with(workspace: Workspace, scratch: Path) -> None:
     (scratch / "focal.py").write_text(OWN)
-    own = run(workspace, scratch / "own", **FEW, loss=str(scratch / "focal.py"))
-    usual = run(workspace, scratch / "usual", **FEW)
-    assert weights(own) != weights(usual)
-    assert report(own)["validation_loss"] < report(own)["validation_loss_before"]
-    assert report(own)["validation_loss_before"] == report(usual)["validation_loss_before"]  # measured as ever
-    smooth = run(workspace, scratch / "smooth", **FEW, label_smoothing_factor=0.1, label_weights={2: 4.0})
-    assert weights(smooth) not in (weights(own), weights(usual))
+    custom = run(workspace, scratch / "custom", **FEW, loss=str(scratch / "focal.py"))
+    default = run(workspace, scratch / "default", **FEW)
+    assert weights(custom) != weights(default)
+    assert report(custom)["validation_loss"] < report(custom)["validation_loss_before"]
+    # Validation always measures the cross-entropy.
+    assert report(custom)["validation_loss_before"] == report(default)["validation_loss_before"]
+    smooth = run(workspace, scratch / "smooth", **few(label_smoothing_factor=0.1))
+    weighted = run(workspace, scratch / "weighted", **few(label_smoothing_factor=0.1), label_weights={2: 4.0})
+    assert len({weights(custom), weights(default), weights(smooth), weights(weighted)}) == 4
+    assert report(smooth)["validation_loss_before"] == report(default)["validation_loss_before"]
 
 
 @pytest.mark.parametrize(
-    ("text", "given", "said"),
+    ("text", "given", "message"),
     [
         (None, {}, r"train\.loss: .*own\.py: not found"),
         ("def loss(:", {}, r"own\.py: cannot be imported: SyntaxError"),
         ("import no_such_module", {}, r"cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("loss = 3", {}, "has no function `loss`; stages/losses/cross_entropy.py shows"),
-        (OWN, {"label_smoothing_factor": 0.1}, r"train\.label_smoothing_factor: the loss in .* does not take it"),
+        (OWN, {"label_smoothing_factor": 0.1}, r"label_smoothing_factor: the loss in .* does not take it"),
         (OWN, {"label_weights": {1: 2.0}}, r"train\.label_weights: the loss in .* does not take it"),
         (OWN, {"label_weights": {400: 2.0, -1: 1.0}}, r"train\.label_weights: 400, -1: no such token; there are 400"),
     ],
 )
-def test_a_loss_that_cannot_be_used_is_one_message(tmp_path: Path, text: str | None, given: Any, said: str) -> None:
+def test_a_loss_that_cannot_be_used_is_one_message(tmp_path: Path, text: str | None, given: Any, message: str) -> None:
     if text is not None:
         (tmp_path / "own.py").write_text(text)
     settings = {"label_weights": {}, "label_smoothing_factor": 0.0} | given
-    with pytest.raises(Problem, match=said):
+    with pytest.raises(Problem, match=message):
         load_loss(tmp_path / "own.py", 400, **settings)
 
 
 # TrainingArguments
 
 
-def test_fields_of_training_arguments_come_in_their_own_types() -> None:
+def test_training_arguments_get_the_types_of_their_fields(workspace: Workspace) -> None:
     given = {
         "adam_beta2": 0.95,
         "max_steps": 7,
@@ -121,7 +132,7 @@ def test_fields_of_training_arguments_come_in_their_own_types() -> None:
         "lr_scheduler_kwargs": {"num_cycles": 2},
         "optim_target_modules": ["q_proj", "v_proj"],
     }
-    read = read_further({}, given)
+    read = parse(workspace, given)
     assert read["adam_beta2"] == 0.95
     assert read["max_steps"] == 7
     assert read["torch_compile"] is False
@@ -131,51 +142,143 @@ def test_fields_of_training_arguments_come_in_their_own_types() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
             {"adam_beta22": 0.95},
-            r"training_arguments\.adam_beta22: no field .*; did you mean 'adam_beta2'\?",
+            r"training_arguments\.adam_beta22: TrainingArguments has no such field; did you mean 'adam_beta2'\?",
         ),
         ({"max_steps": "many"}, r"training_arguments\.max_steps: found 'many': argument --max_steps.*invalid int value"),
-        ({"learning_rate": 1e-4}, r"training_arguments\.learning_rate: has a parameter of its own, train\.learning_rate"),
-        ({"output_dir": "x"}, r"training_arguments\.output_dir: not to be set here: paths and names are the pipeline's"),
-        ({"bf16": True}, r"training_arguments\.bf16: not to be set here: set train\.dtype"),
+        ({"learning_rate": 1e-4}, r"training_arguments\.learning_rate: set the parameter train\.learning_rate instead"),
+        (
+            {"output_dir": "x"},
+            r"training_arguments\.output_dir: cannot be set here: paths and names are set by the pipeline",
+        ),
+        ({"bf16": True}, r"training_arguments\.bf16: cannot be set here: set train\.dtype"),
+        ({"fsdp": "full_shard"}, r"training_arguments\.fsdp: set the parameter train\.fsdp instead"),
+        ({"weight_decay": -0.1}, r"training_arguments\.weight_decay: found -0\.1; wanted at least 0"),
+        ({"label_smoothing_factor": 1}, r"training_arguments\.label_smoothing_factor: found 1\.0; wanted less than 1"),
     ],
 )
-def test_other_fields_are_answered_with_the_reason(workspace: Workspace, given: dict[str, Any], said: str) -> None:
-    with pytest.raises(Problem, match=said):
-        read_further(params(workspace).model_dump(), given)
+def test_other_fields_are_refused_with_the_reason(workspace: Workspace, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(Problem, match=r"params\.yaml: train\." + message):
+        parse(workspace, given)
 
 
-def test_all_that_is_wrong_is_said_at_once(workspace: Workspace) -> None:
+def parse(workspace: Workspace, given: dict[str, Any]) -> dict[str, Any]:
+    return parse_training_arguments(params(workspace, training_arguments=given, eval_steps=2).model_dump())
+
+
+def test_all_bad_training_arguments_are_reported_in_one_problem(workspace: Workspace) -> None:
     with pytest.raises(Problem) as caught:
-        read_further(params(workspace).model_dump(), {"seed": 1, "max_step": 3, "report_to": "wandb", "adam_beta1": "x"})
+        parse(workspace, {"seed": 1, "max_step": 3, "report_to": "wandb", "adam_beta1": "x"})
     assert len(caught.value.messages) == 4
 
 
-def test_every_field_is_a_parameter_refused_or_may_be_set(workspace: Workspace) -> None:
+def test_everything_that_needs_no_model_is_reported_in_one_problem_before_it_is_loaded(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.train.load_quantized", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(Problem) as caught:
+        run(
+            workspace,
+            scratch / "out",
+            fsdp=True,
+            quantization="int8",
+            compute="fp8",
+            method="prefix_tuning",
+            gradient_checkpointing=True,
+            loss="missing.py",
+            training_arguments={"seed": 1, "weight_decay": "much"},
+        )
+    found = [message.split(": ")[1] for message in caught.value.messages]
+    assert found == [
+        "train.gradient_checkpointing",
+        "train.fsdp",
+        "train.fsdp",
+        "train.compute",
+        "train.compute",
+        "train.compute",
+        "train.loss",
+        "train.training_arguments.seed",
+        "train.training_arguments.weight_decay",
+    ]
+    assert all(message.startswith("params.yaml: train.") for message in caught.value.messages)
+    with pytest.raises(Problem, match=r"params\.yaml: train: adam is not a valid OptimizerNames"):
+        run(workspace, scratch / "out", optim="adam")
+    assert not (scratch / ".checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "FP8 needs an NVIDIA GPU, found cpu; set it to dtype"),
+        ({"fsdp": True, "num_processes": 2}, "fp8 does not work with train.fsdp"),
+        ({"method": "p_tuning"}, "fp8 needs the method lora, found train.method p_tuning"),
+        ({"use_dora": True}, "fp8 does not work with train.use_dora"),
+        ({"lora_dropout": 0.1}, "fp8 does not work with train.lora_dropout above 0"),
+        ({"quantization": "int8"}, "fp8 does not work with train.quantization int8"),
+    ],
+)
+def test_fp8_is_refused_where_it_would_not_be_used(workspace: Workspace, scratch: Path, given: Any, message: str) -> None:
+    with pytest.raises(Problem) as caught:
+        run(workspace, scratch / "out", compute="fp8", **given)
+    assert any(line.startswith(f"params.yaml: train.compute: {message}") for line in caught.value.messages)
+
+
+def test_a_moved_parameter_says_where_it_is_now(workspace: Workspace) -> None:
+    section = dict(workspace.params()["train"])
+    for name in MOVED:
+        with pytest.raises(Problem) as caught:
+            parse_section("train", Params, section | {name: 0.0})
+        (message,) = caught.value.messages
+        wanted = f"params.yaml: train.{name}: removed; it is a field of TrainingArguments; write it in "
+        assert message.startswith(f"{wanted}train.training_arguments: {{{name}: ")
+        (example,) = YAML(typ="safe").load(message.partition("train.training_arguments: ")[2]).items()
+        assert parse(workspace, dict([example])) == {name: example[1]}
+
+
+def test_every_field_is_a_parameter_or_reserved_or_may_be_set(workspace: Workspace) -> None:
     own = set(params(workspace).model_dump())
     free = set(field_names()) - own - OWNED.keys()
     assert {"adam_beta1", "adam_epsilon", "max_steps", "torch_compile", "lr_scheduler_kwargs", "use_liger_kernel"} <= free
+    assert free >= MOVED.keys()
     assert not {name for name in free if name.startswith(("hub_", "eval_do", "save_", "fsdp", "log_", "trackio"))}
     assert not own & OWNED.keys()
-    assert own >= set(OURS)
+    assert own >= set(PASSED_ON)
 
 
-def test_a_further_field_reaches_the_training(workspace: Workspace, scratch: Path) -> None:
+def test_training_arguments_reach_the_training(workspace: Workspace, scratch: Path) -> None:
     out = run(workspace, scratch, training_arguments={"max_steps": 3, "adam_beta1": 0.5})
     assert report(out)["steps"] == 3
     other = run(workspace, scratch / "other", training_arguments={"max_steps": 3})
     assert weights(out) != weights(other)
 
 
+@pytest.mark.parametrize("given", [{"weight_decay": 5.0}, {"max_grad_norm": 1e-4}])
+def test_a_moved_parameter_still_works(workspace: Workspace, scratch: Path, given: dict[str, Any]) -> None:
+    default = run(workspace, scratch / "default", **few())
+    defaults = {"weight_decay": 0.0, "max_grad_norm": 1.0, "label_smoothing_factor": 0.0, "neftune_noise_alpha": 0.0}
+    same = run(workspace, scratch / "same", **few(load_best_model_at_end=False, full_determinism=False, **defaults))
+    assert weights(same) == weights(default)
+    assert weights(run(workspace, scratch / "other", **few(**given))) != weights(default)
+
+
+def test_full_determinism_is_switched_on(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr("transformers.trainer.enable_full_determinism", seeds.append)
+    run(workspace, scratch, **few(full_determinism=True))
+    assert seeds
+    assert set(seeds) == {0}
+
+
 # Options
 
 
-def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_stops(workspace: Workspace, scratch: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_training_stops_early(workspace: Workspace, scratch: Path) -> None:
     given = {"eval_steps": 2, "save_steps": 2, "num_train_epochs": 6, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
-    out = run(workspace, scratch, load_best_model_at_end=True, early_stopping_patience=2, **given)
+    best_at_end = {"training_arguments": {"load_best_model_at_end": True}}
+    out = run(workspace, scratch, early_stopping_patience=2, **given, **best_at_end)
     found = report(out)
     curve = [line.split(",") for line in (out / "loss" / "validation.csv").read_text().splitlines()[1:]]
     losses = {int(step): float(loss) for step, loss in curve if step != "0"}
@@ -186,15 +289,21 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_stops(workspace: 
     assert found["steps"] < 6 * -(-found["rows"] // 4)
 
 
-def test_the_best_of_checkpoints_needs_a_loss_for_each(workspace: Workspace, scratch: Path) -> None:
-    with pytest.raises(Problem, match=r"train\.save_steps: 3 is no multiple of train\.eval_steps, 2; load_best"):
-        run(workspace, scratch, load_best_model_at_end=True, eval_steps=2, save_steps=3)
+def test_the_best_checkpoint_needs_the_loss_of_each_checkpoint(workspace: Workspace, scratch: Path) -> None:
+    best_at_end = {"training_arguments": {"load_best_model_at_end": True}}
+    with pytest.raises(Problem, match=r"train\.save_steps: 3 is not a multiple of train\.eval_steps, 2; load_best"):
+        run(workspace, scratch, eval_steps=2, save_steps=3, **best_at_end)
     with pytest.raises(Problem, match=r"train\.gradient_checkpointing: must be false for prefix_tuning: "):
         run(workspace, scratch, method="prefix_tuning", gradient_checkpointing=True)
 
 
-def test_noise_changes_the_training_and_not_the_measure(workspace: Workspace, scratch: Path) -> None:
-    plain, noisy = run(workspace, scratch / "a", **FEW), run(workspace, scratch / "b", **FEW, neftune_noise_alpha=5.0)
+def test_noise_changes_the_training_and_not_the_validation(
+    workspace: Workspace, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run(workspace, scratch / "a", **FEW)
+    assert "rows are padded" not in capsys.readouterr().out
+    noisy = run(workspace, scratch / "b", **few(neftune_noise_alpha=5.0))
+    assert "train: rows are padded, not padding-free: neftune_noise_alpha scales its noise by" in capsys.readouterr().out
     assert weights(plain) != weights(noisy)
     before = [report(out)["validation_loss_before"] for out in (plain, noisy)]
     assert before[0] == pytest.approx(before[1], rel=1e-5)
@@ -208,7 +317,7 @@ def test_other_optimizers_and_schedules_train(workspace: Workspace, scratch: Pat
     assert found["validation_loss"] < found["validation_loss_before"]
 
 
-def test_batches_of_4_and_4_accumulated_ones_of_1_train_the_same(workspace: Workspace, scratch: Path) -> None:
+def test_one_batch_of_4_rows_trains_as_4_accumulated_batches_of_1(workspace: Workspace, scratch: Path) -> None:
     runs = [
         run(workspace, scratch / "a", **FEW),
         run(workspace, scratch / "b", **FEW, per_device_train_batch_size=1, gradient_accumulation_steps=4),
@@ -219,19 +328,19 @@ def test_batches_of_4_and_4_accumulated_ones_of_1_train_the_same(workspace: Work
 # Rows
 
 
-def test_rows_are_read_as_they_are_asked_for(workspace: Workspace) -> None:
+def test_token_rows_are_those_of_the_table(workspace: Workspace) -> None:
     table = read_tokens(workspace.root / INPUTS[0])
     rows = TokenRows(table)
-    wanted = table.to_pylist()
-    assert len(rows) == len(wanted)
-    for number in (0, 1, len(wanted) - 1):
+    expected = table.to_pylist()
+    assert len(rows) == len(expected)
+    for number in (0, 1, len(expected) - 1):
         row = rows[number]
-        assert row["id"] == wanted[number]["id"]
-        assert row["input_ids"].tolist() == wanted[number]["input_ids"]
-        assert row["labels"].tolist() == wanted[number]["labels"]
-    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
-    assert rows.label_tokens == sum(label != -100 for row in wanted for label in row["labels"])
-    assert rows[len(wanted)]["labels"].tolist() == [-100]
+        assert row["id"] == expected[number]["id"]
+        assert row["input_ids"].tolist() == expected[number]["input_ids"]
+        assert row["labels"].tolist() == expected[number]["labels"]
+    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in expected]
+    assert rows.label_tokens == sum(label != -100 for row in expected for label in row["labels"])
+    assert rows[len(expected)]["labels"].tolist() == [-100]
 
 
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient(tiny_model: Path) -> None:

@@ -1,6 +1,7 @@
-"""A training that is killed, interrupted or refused: what was trained is kept, and it ends in the bytes of a whole run."""
+"""A training that is killed, interrupted or refused: no finished step is lost, and the bytes are those of one full run."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+import stages.__main__ as launcher
 from stages.core.problem import Problem
 from stages.core.provenance import fingerprint, inputs_of
 from stages.model.checkpoints import CheckpointFolder
+from stages.train import train as stage_module
 from stages.train import trainer as trainer_module
 from stages.train.checkpoints import COMPLETE, last_checkpoint, remove_incomplete
 from tests.runs import INPUTS, params, paths, run
@@ -24,8 +27,7 @@ SCRIPT = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from stages.train import checkpoints
-from stages.train import trainer
+from stages.train import outputs, trainer
 from stages.train import train as stage
 
 PATHS, GIVEN = {paths!r}, {given!r}
@@ -55,7 +57,7 @@ elif where == "before the mark of a checkpoint":
 elif where == "while an old checkpoint is removed":
     shutil.rmtree = at(1, lambda path, *_: next(Path(path).glob("optimizer.pt")).unlink())(shutil.rmtree)
 elif where == "while the adapter is written":
-    stage.save_adapter = at(1, lambda _, folder, *__: (folder / "half").write_text("x"))(stage.save_adapter)
+    outputs.save_adapter = at(1, lambda _, folder, *__: (folder / "half").write_text("x"))(outputs.save_adapter)
 stage.train(stage.Params(**GIVEN), **{{name: Path(path) for name, path in PATHS.items()}}).clean_up()
 """
 KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
@@ -69,7 +71,7 @@ PLACES = (
 
 
 class Child:
-    """The training of `out`, as a process of its own."""
+    """A training in a process of its own."""
 
     def __init__(self, workspace: Workspace, scratch: Path, out: Path, **given: Any) -> None:
         self.out, self.script = out, scratch / "run.py"
@@ -81,15 +83,15 @@ class Child:
         return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def signal(self, number: int) -> None:
-        """To the process that holds the lock: `python` here is one that only hands its call on."""
+        """Sends a signal to the process that holds the lock: `python` here only forwards its call (tests/preloaded.py)."""
         (pid,) = self.script.parent.glob(".checkpoints/*.pid")
         os.kill(int(pid.read_text()), number)
 
     def finish(self) -> str:
         process = self.start()
-        said, _ = process.communicate()
-        assert process.returncode == 0, said
-        return said
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return output
 
 
 def outputs(out: Path) -> dict[str, bytes]:
@@ -97,28 +99,33 @@ def outputs(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-# Dropout draws random numbers, which must go on too; the best checkpoint must not be lost.
-GIVEN = {"lora_dropout": 0.1, "num_train_epochs": 2, "eval_steps": 2, "load_best_model_at_end": True}
+# Dropout draws random numbers, whose state must be restored too; the best checkpoint must not be lost.
+GIVEN = {
+    "lora_dropout": 0.1,
+    "num_train_epochs": 2,
+    "eval_steps": 2,
+    "training_arguments": {"load_best_model_at_end": True},
+}
 
 
 @pytest.mark.usefixtures("second_python")
-def test_killed_at_any_moment_it_ends_in_the_bytes_of_one_never_killed(workspace: Workspace, scratch: Path) -> None:
-    whole = outputs(run(workspace, scratch / "whole", **GIVEN))
+def test_a_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(workspace: Workspace, scratch: Path) -> None:
+    expected = outputs(run(workspace, scratch / "full", **GIVEN))
     child = Child(workspace, scratch, scratch / "killed", **GIVEN)
     for where in PLACES:
         process = child.start(where)
-        said, _ = process.communicate()
-        assert process.returncode in KILLED, f"{where}: {said}"
+        output, _ = process.communicate()
+        assert process.returncode in KILLED, f"{where}: {output}"
         assert not (child.out / "adapter").exists()
     assert "train: resuming from checkpoint-" in child.finish()
-    assert outputs(child.out) == whole
+    assert outputs(child.out) == expected
     assert [path.suffix for path in scratch.glob(".checkpoints/*")] == [".lock"]
 
 
 @pytest.mark.usefixtures("second_python")
-def test_killed_at_a_random_moment_it_goes_on(workspace: Workspace, scratch: Path) -> None:
+def test_a_run_killed_at_a_random_moment_resumes(workspace: Workspace, scratch: Path) -> None:
     given = GIVEN | {"num_train_epochs": 4, "method": "p_tuning", "learning_rate": 1e-3}
-    whole = outputs(run(workspace, scratch / "whole", **given))
+    expected = outputs(run(workspace, scratch / "full", **given))
     child = Child(workspace, scratch, scratch / "killed", **given)
     process = child.start()
     while not list(scratch.glob(".checkpoints/*/checkpoint-2")) and process.poll() is None:
@@ -128,12 +135,14 @@ def test_killed_at_a_random_moment_it_goes_on(workspace: Workspace, scratch: Pat
     process.communicate()
     assert process.returncode in KILLED, "it ended before it was killed"
     child.finish()
-    assert outputs(child.out) == whole
+    assert outputs(child.out) == expected
 
 
 @pytest.mark.usefixtures("second_python")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_keeps_the_step_and_goes_on_from_it(workspace: Workspace, scratch: Path, number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_saves_its_step_and_resumes_from_it(workspace: Workspace, scratch: Path, number: int) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("ignored here, as nohup does with SIGHUP")
     given = GIVEN | {"num_train_epochs": 6, "save_steps": 50, "eval_steps": 50}
     child = Child(workspace, scratch, scratch / "out", **given)
     process = child.start()
@@ -142,20 +151,20 @@ def test_interrupted_it_keeps_the_step_and_goes_on_from_it(workspace: Workspace,
         if "step 4/" in line:
             break
     child.signal(number)
-    said = process.stdout.read()
+    output = process.stdout.read()
     assert process.wait() != 0
-    assert "interrupted; saves a checkpoint at the end of this step" in said
-    assert "KeyboardInterrupt" in said
+    assert "train: interrupted; saving a checkpoint after this step" in output
+    assert "KeyboardInterrupt" in output
     assert len(list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))) == 1
     if number == signal.SIGTERM:
         assert "train: resuming from checkpoint-" in child.finish()
-        assert outputs(child.out) == outputs(run(workspace, scratch / "whole", **given))
+        assert outputs(child.out) == outputs(run(workspace, scratch / "full", **given))
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = outputs(run(workspace, scratch / "whole", **GIVEN))
+    expected = outputs(run(workspace, scratch / "full", **GIVEN))
     save, calls = torch.save, []
 
     def full(value: Any, path: Any, *rest: Any, **named: Any) -> None:
@@ -170,7 +179,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
         run(workspace, scratch / "out", **GIVEN)
     assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))
     monkeypatch.setattr(torch, "save", save)
-    assert outputs(run(workspace, scratch / "out", **GIVEN)) == whole
+    assert outputs(run(workspace, scratch / "out", **GIVEN)) == expected
 
 
 def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspace, tmp_path: Path) -> None:
@@ -190,10 +199,10 @@ def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspa
     assert name(*inputs) in names
 
 
-def test_a_second_trainer_is_refused_and_told_who_trains(scratch: Path) -> None:
-    said = f"process {os.getpid()} is running train on the same data.*end it with: kill {os.getpid()}"
+def test_a_second_run_is_refused_with_the_process_of_the_first(scratch: Path) -> None:
+    message = f"process {os.getpid()} is running train on the same data.*end it with: kill {os.getpid()}"
     first = CheckpointFolder("train", "same")
-    with pytest.raises(Problem, match=said):
+    with pytest.raises(Problem, match=message):
         CheckpointFolder("train", "same")
     first.remove()
     assert not first.path.exists()
@@ -202,7 +211,7 @@ def test_a_second_trainer_is_refused_and_told_who_trains(scratch: Path) -> None:
     CheckpointFolder("train", "same").release()
 
 
-def test_a_checkpoint_without_its_mark_is_not_taken(scratch: Path) -> None:
+def test_an_incomplete_checkpoint_is_not_used(scratch: Path) -> None:
     for step, complete in ((2, True), (4, True), (6, False)):
         (scratch / f"checkpoint-{step}").mkdir()
         if complete:
@@ -212,13 +221,99 @@ def test_a_checkpoint_without_its_mark_is_not_taken(scratch: Path) -> None:
     assert not (scratch / "checkpoint-6").exists()
 
 
+# A run that fails after its training
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each optimizer step."""
+    found: list[int] = []
+    step = trainer_module.AdapterTrainer.training_step
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        found.append(1)
+        return step(self, *given, **named)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", counted)
+    return found
+
+
+def disk_is_full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", ["report", "machine", "snapshot"])
+def test_after_a_failure_behind_the_training_no_step_is_repeated(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], failure: str
+) -> None:
+    root, out = workspace.root, scratch / "out"
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PATH", str(scratch))  # where there is no git either
+    words = ["train"]
+    for name, path in paths(workspace, out).items():
+        inside = path.is_relative_to(root)  # inputs are named as in dvc.yaml
+        words += [f"--{name.replace('_', '-')}", str(path.relative_to(root) if inside else path)]
+
+    def touch_the_base(*_: Any, **__: Any) -> None:
+        os.utime(root / INPUTS[2] / "config.json")
+
+    with monkeypatch.context() as patch:
+        if failure == "snapshot":
+            patch.setattr(stage_module, "write_machine", touch_the_base)
+        else:
+            patch.setattr(stage_module, f"write_{failure}", disk_is_full)
+        assert launcher.main(words) == 1
+    assert steps
+    steps.clear()
+    assert launcher.main(words) == 0
+    assert not steps
+    machine = json.loads((out / "machine" / "x.json").read_text())
+    assert machine["resumed_from"].startswith("checkpoint-")
+    assert machine["commit"] == ""
+    assert not list(scratch.glob(".checkpoints/*/*"))
+    for name, file in (("adapter", "models/adapter"), ("loss", "reports/loss"), ("report.json", "reports/train.json")):
+        assert files_of(out / name) == files_of(root / file), name
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"training_arguments": {"max_steps": 5}},  # in the middle of an epoch
+        {
+            "early_stopping_patience": 1,
+            "num_train_epochs": 6,
+            "learning_rate": 3e-2,
+            "lr_scheduler_type": "constant",
+            "eval_steps": 3,
+            "save_steps": 100,
+        },
+    ],
+)
+def test_a_finished_training_is_not_continued(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], given: dict[str, Any]
+) -> None:
+    expected = outputs(run(workspace, scratch / "full", **given))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "write_adapter", disk_is_full)
+        with pytest.raises(OSError, match="No space left"):
+            run(workspace, scratch / "out", **given)
+    steps.clear()
+    assert outputs(run(workspace, scratch / "out", **given)) == expected
+    assert not steps
+
+
 # What stops a run
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_not_finite_names_the_rows(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"loss is (nan|inf)") as caught:
-        run(workspace, scratch / "out", learning_rate=1e30, max_grad_norm=1e30)
+        run(workspace, scratch / "out", learning_rate=1e30, training_arguments={"max_grad_norm": 1e30})
     assert "lower train.learning_rate" in str(caught.value)
     assert not (scratch / "out" / "adapter").exists()
 
@@ -237,12 +332,12 @@ def test_the_rows_of_a_bad_batch_are_named(workspace: Workspace, scratch: Path) 
     assert all(f'"id":"{number}"' in examples for number in ids)
 
 
-def test_too_little_memory_is_told_before_the_first_step(
+def test_too_little_memory_is_reported_before_the_first_step(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
-    def small(model: Any, batch: Any, *_: Any) -> Any:
+    def small(model: Any, batch: Any, **_: Any) -> Any:
         seen.append(batch)
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -252,18 +347,18 @@ def test_too_little_memory_is_told_before_the_first_step(
     monkeypatch.setattr(trainer_module, "label_loss", small)
     with pytest.raises(Problem) as caught:
         run(workspace, scratch / "out")
-    said = str(caught.value)
-    assert "out of memory on a batch of 4 rows" in said
-    assert "asked for 2.50 GiB, 1.25 GiB were free" in said
-    assert "train.gradient_checkpointing to true" in said
+    message = str(caught.value)
+    assert "out of memory on a batch of 4 rows" in message
+    assert "2.50 GiB were requested, 1.25 GiB were free" in message
+    assert "train.gradient_checkpointing to true" in message
     longest = sorted(map(len, _token_rows(workspace)))[-4:]
     assert len(seen) == 1
     assert seen[0]["input_ids"].numel() == sum(longest)
 
 
-def test_a_refused_allocation_on_the_cpu_is_told_too(workspace: Workspace, scratch: Path) -> None:
+def test_a_failed_allocation_on_the_cpu_is_reported_too(workspace: Workspace, scratch: Path) -> None:
     (scratch / "huge.py").write_text("import torch\ndef loss(logits, labels, num_items):\n    return torch.empty(2**60)\n")
-    with pytest.raises(Problem, match=r"out of memory on a batch of 4 rows, .*asked for \d+ bytes"):
+    with pytest.raises(Problem, match=r"out of memory on a batch of 4 rows, .*: \d+ bytes were requested"):
         run(workspace, scratch / "out", loss=str(scratch / "huge.py"))
 
 
@@ -274,8 +369,10 @@ def _token_rows(workspace: Workspace) -> list[list[int]]:
     return ids
 
 
-def test_the_longest_batch_changes_nothing(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_of_the_largest_batch_changes_nothing(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = {"lora_dropout": 0.5, "training_arguments": {"max_steps": 3}}
     tried = outputs(run(workspace, scratch / "a", **given))
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "fit_memory", lambda *_: None)
+    monkeypatch.setattr(stage_module, "fit_memory", lambda *_: None)
     assert outputs(run(workspace, scratch / "b", **given)) == tried

@@ -1,7 +1,8 @@
-"""What training minimizes. For a loss of your own: copy this file, change it, and name the copy in train.loss.
+"""The loss that training minimizes. To use your own: copy this file, change the function, and set train.loss to the copy.
 
-Each optimizer step adds up what the function returns for its micro-batches, on all processes. A loss that is a sum over
-labels, divided by `num_items`, so weighs every label of the step the same, however the rows are spread over micro-batches.
+The function is called for each micro-batch of an optimizer step, on every process, and the results are added up. For large
+vocabularies it is called for several chunks of a micro-batch. A sum over the labels, divided by `num_items`, gives the same
+result however the labels are split.
 """
 
 import torch
@@ -18,16 +19,19 @@ def loss(
 ) -> torch.Tensor:
     """Next-token cross-entropy.
 
-    A function of your own may leave the last two parameters out; train then refuses values for them.
+    Your function may omit the last two parameters, if train.label_weights is {} and train.training_arguments has no
+    label_smoothing_factor.
 
     Args:
-        logits: (labels, vocabulary) What the model says where something is learned, each beside the token that follows.
-        labels: (labels,) Those tokens.
-        num_items: The labels of the whole optimizer step.
-        label_weights: (vocabulary,) in float32, or None: how much each token counts; from train.label_weights.
-        label_smoothing_factor: Share of the target that is spread over all tokens; from the parameter of this name.
+        logits: (labels, vocabulary) The model's prediction for each labelled token.
+        labels: (labels,) The labelled tokens.
+        num_items: The number of labels in the optimizer step, over all micro-batches and processes.
+        label_weights: (vocabulary,) in float32: the weight of each token as a label, from train.label_weights. None if that
+            is empty.
+        label_smoothing_factor: Share of the target distribution that is spread evenly over the vocabulary; from
+            train.training_arguments, 0 if it is not set there.
 
     Returns:
-        A scalar to call backward on.
+        A scalar, on which `backward` is called.
     """
     return next_token_loss(logits, labels, num_items, label_weights, label_smoothing_factor)

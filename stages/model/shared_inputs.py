@@ -1,45 +1,57 @@
-"""Layers that read the very same tensor, as q, k and v do: the first that is called computes them all."""
+"""Layers that share an input, as the query, key and value projections of attention do."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from stages.model.probe import probe_ids
+
 
 def group_by_input(model: Any, layers: Mapping[str, torch.nn.Module]) -> list[list[str]]:
-    """The names of the layers, those together that read the same tensor in the same module, as a trial shows."""
-    seen: dict[tuple[str, int], list[str]] = {}
-    inputs, handles = [], []
+    """Groups the names of layers whose input is the same tensor, and that belong to the same parent module.
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: Any, given: Sequence[torch.Tensor]) -> None:
-            inputs.append(given[0])  # as long as it lives, no other tensor has its id
-            seen.setdefault((name.rpartition(".")[0], id(given[0])), []).append(name)
+    Found by running the model once on a few tokens. A layer that shares its input with no other, or that the run does not
+    call, is a group of its own. If a layer is called several times, nothing is
+    grouped.
+    """
+    groups: dict[tuple[str, int], list[str]] = {}
+    inputs = []  # keeps the inputs alive: the id of a freed tensor could be given to another one
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: Any, arguments: Sequence[torch.Tensor]) -> None:
+            inputs.append(arguments[0])
+            groups.setdefault((name.rpartition(".")[0], id(arguments[0])), []).append(name)
 
         return hook
 
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(note(name)))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    together = [names for names in seen.values() if len(set(names)) == len(names)]
-    once = {name for names in together for name in names}
-    if len(once) != sum(map(len, together)):
-        together, once = [], set()  # a layer that is used twice
-    return together + [[name] for name in layers if name not in once]
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared = [names for names in groups.values() if len(set(names)) == len(names)]
+    grouped = {name for names in shared for name in names}
+    if len(grouped) != sum(map(len, shared)):  # a layer was called several times
+        shared, grouped = [], set()
+    return shared + [[name] for name in layers if name not in grouped]
 
 
 def share_computation(layers: Sequence[torch.nn.Module], compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
-    """Replaces the layers' forward: `compute` takes their input and returns the output of each."""
-    outputs = _Outputs(compute)
+    """Replaces the forward method of layers that share an input: the first one that is called computes all outputs.
+
+    Args:
+        compute: Takes the input and returns the output of each layer.
+    """
+    outputs = _SharedOutputs(compute)
     for number, layer in enumerate(layers):
         layer.forward = outputs.forward_of(number)
 
 
-class _Outputs:
-    """Those that are still to be fetched."""
+class _SharedOutputs:
+    """The outputs for the current input that no layer has returned yet."""
 
     def __init__(self, compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> None:
         self.compute = compute

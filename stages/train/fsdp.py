@@ -1,4 +1,4 @@
-"""A model that one GPU does not hold, its frozen weights parted among several (FSDP)."""
+"""Shards frozen weights across processes with FSDP, for a model that does not fit on one GPU."""
 
 from typing import Any
 
@@ -11,15 +11,19 @@ from stages.train.gradient_checkpointing import decoder_blocks
 
 
 def shard_frozen(model: Any, device: torch.device) -> None:
-    """Leaves each process its part of the frozen weights (FSDP), and the whole of what is trained, as DDP wants it.
+    """Shards the frozen weights of a model's blocks across all processes.
 
-    A layer's weights are gathered while it computes, so the numbers are those of an unsharded model, to the bit. The model
-    may lie in main memory: its layers come to `device` one by one.
+    Trained parameters stay complete in every process, as DistributedDataParallel requires. A block's weights are gathered
+    while it computes, so the results are bit-identical to those of an unsharded model.
+
+    Args:
+        model: A model with an adapter. It may be in main memory: its blocks are moved to `device` one after the other.
+        device: The GPU of this process, or the CPU.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in decoder_blocks(model):
-        fully_shard(layer.to(device), mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    for block in decoder_blocks(model):
+        fully_shard(block.to(device), mesh=mesh, ignored_params=trained, reshard_after_forward=True)
     model.to(device)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]

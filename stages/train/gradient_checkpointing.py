@@ -1,4 +1,4 @@
-"""The blocks that a model is a stack of, and which of them are computed twice to save memory."""
+"""Gradient checkpointing (Chen et al. 2016) of some of a model's decoder layers, called blocks here."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,26 +9,42 @@ from torch.utils.checkpoint import checkpoint
 
 
 def decoder_blocks(model: Any) -> list[torch.nn.Module]:
-    """The blocks of a model with an adapter: Transformers knows their classes, or it is the longest list of modules."""
+    """The decoder layers of a model with an adapter, in order.
+
+    Their classes are those in `_no_split_modules` of Transformers; for a model without it, the ModuleList with the
+    most parameters.
+    """
     base = model.get_base_model()
-    kinds = set(base._no_split_modules or ())
-    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    names = set(base._no_split_modules or ())
+    blocks = [module for module in base.modules() if type(module).__name__ in names]
     lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
-    return found or max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))
+    return blocks or max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))
 
 
 def checkpoint_blocks(model: Any, count: int) -> None:
-    """Lets the first `count` blocks keep their input alone, and compute the rest again on the way back."""
+    """Turns gradient checkpointing on in the first `count` blocks, and off in the others.
+
+    A block with it keeps only its input in the forward pass, and recomputes its activations in the backward pass.
+    """
     for number, block in enumerate(decoder_blocks(model)):
-        forward = getattr(block.forward, "keeps_all", block.forward)
-        block.forward = _twice(forward) if number < count else forward
+        forward = block.forward
+        if isinstance(forward, _CheckpointedForward):
+            forward = forward.original
+        block.forward = _CheckpointedForward(forward) if number < count else forward
 
 
-def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def computed_twice(*inputs: Any, **named: Any) -> Any:
+def is_checkpointed(block: torch.nn.Module) -> bool:
+    """Whether gradient checkpointing is on in a block."""
+    return isinstance(block.forward, _CheckpointedForward)
+
+
+class _CheckpointedForward:
+    """Takes the place of a block's forward."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*inputs, **named)
-        return checkpoint(partial(forward, **named), *inputs, use_reentrant=False)
-
-    computed_twice.keeps_all = forward  # type: ignore[attr-defined]
-    return computed_twice
+            return self.original(*inputs, **named)
+        return checkpoint(partial(self.original, **named), *inputs, use_reentrant=False)

@@ -1,64 +1,82 @@
-"""The logits where something is learned, and what is minimized there."""
+"""The loss on the labelled tokens of a batch: from a user's file, and in chunks that need little memory."""
 
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.model.compile import compiled
 from stages.model.logits import forward, modify_head_input, select_positions
+from stages.model.probe import probe_ids
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]
 """(logits, labels, num_items) to a scalar, as in stages/losses/cross_entropy.py."""
 
+MAX_LOGITS = 1 << 28
+"""Logits that are in memory at a time: 1 GiB in float32."""
+
 
 def label_loss(
-    model: Any, batch: Mapping[str, Any], head: torch.nn.Module, loss: Loss, num_items: torch.Tensor | int
+    model: Any, batch: Mapping[str, Any], *, head: torch.nn.Module, loss: Loss, num_items: torch.Tensor | int
 ) -> torch.Tensor:
-    """The loss of a batch, for which no more than LOGITS logits are in memory at a time.
+    """The loss of a batch, with at most MAX_LOGITS logits in memory at a time.
 
-    The logits of a part of the labels are made, their loss is taken back to the hidden states, and they are dropped. So
-    `loss` sees the labels of a batch in parts, which by its contract add up. `head` must be frozen.
+    The logits are computed for a chunk of the labels, their loss is backpropagated to the hidden states, and they are freed.
+    So `loss` is called with chunks of a batch's labels, and the results are added up.
+
+    Args:
+        model: A causal language model for which `head_is_last` is true.
+        batch: As for `label_logits`.
+        head: The model's output head.
+        loss: The function to minimize.
+        num_items: The number of labels in the optimizer step.
+
+    Returns:
+        A scalar. Its backward pass uses the gradient that has been computed here.
     """
-    tokens, found = batch["input_ids"].shape[1], []
+    tokens, kept = batch["input_ids"].shape[1], []
 
-    def keep(hidden: torch.Tensor) -> torch.Tensor:
-        found.append(select_positions(hidden, tokens, batch["target_positions"]))
-        return hidden[:1, :1]  # the head's own result is not used
+    def keep_hidden(hidden: torch.Tensor) -> torch.Tensor:
+        kept.append(select_positions(hidden, tokens, batch["target_positions"]))
+        return hidden[:1, :1]  # the model's own logits are not used, so they are computed for one position
 
-    with modify_head_input(head, keep):
+    with modify_head_input(head, keep_hidden):
         forward(model, batch)
-    total: torch.Tensor = _InParts.apply(found[0], batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _ChunkedLoss.apply(kept[0], batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
     return total
 
 
-LOGITS = 1 << 28
-"""So many logits take 1 GiB in float32."""
-
-
 def head_is_last(model: Any, head: torch.nn.Module) -> bool:
-    """Whether logits are what the frozen head makes of the hidden states, and nothing is done to them after it."""
+    """Whether a model's logits are exactly head(hidden states), and the head is frozen.
+
+    Some models change the logits after the head, for example by capping them. Found by running the model on a few tokens.
+    """
     if any(parameter.requires_grad for parameter in head.parameters()):
         return False
-    seen: list[torch.Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids, inputs = probe_ids(model), []
+    handle = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[5, 6, 7]], device=model.device)).logits
+            logits = model(input_ids=ids).logits
     finally:
         handle.remove()
+    if len(inputs) != 1:
+        return False
     with torch.no_grad():
-        return len(seen) == 1 and torch.equal(head(seen[0])[:, -3:].to(logits.dtype), logits)
+        # False with virtual tokens of an adapter: the model's logits include theirs, the slice does not.
+        return torch.equal(head(inputs[0])[:, -ids.shape[1] :].to(logits.dtype), logits)
 
 
-class _InParts(torch.autograd.Function):
-    """Hidden states (labels, size) to the summed loss."""
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss of hidden states (labels, hidden size), a chunk of labels at a time."""
 
     @staticmethod
     def forward(
@@ -69,21 +87,23 @@ class _InParts(torch.autograd.Function):
         loss: Loss,
         num_items: torch.Tensor | int,
     ) -> torch.Tensor:
-        at_once = max(1, LOGITS // head.get_parameter("weight").shape[0])
+        """Computes the loss, and already its gradient with respect to the hidden states."""
+        chunk_size = max(1, MAX_LOGITS // head.get_parameter("weight").shape[0])
         grad = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(targets), at_once):
-            part = slice(start, start + at_once)
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
             with torch.enable_grad():
-                states = hidden[part].detach().requires_grad_()
-                value = loss(head(states), targets[part], num_items)
-            grad[part] = torch.autograd.grad(value, states)[0]
+                states = hidden[chunk].detach().requires_grad_()
+                value = loss(head(states), targets[chunk], num_items)
+            grad[chunk] = torch.autograd.grad(value, states)[0]
             total += value.detach()
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scales the gradient that `forward` has computed."""
         return ctx.saved_tensors[0] * grads[0], None, None, None, None
 
 
@@ -94,15 +114,21 @@ def next_token_loss(
     label_weights: torch.Tensor | None = None,
     label_smoothing_factor: float = 0.0,
 ) -> torch.Tensor:
-    """The summed cross-entropy over `num_items`: the labels of the whole optimizer step, not of this micro-batch.
+    """Cross-entropy in float32: the sum over the labels, divided by `num_items`.
 
-    So rows of unequal length weigh the same whatever batch they fall into. Computed in float32.
+    `num_items` is the number of labels in the optimizer step, not in this micro-batch. So every label has the same weight,
+    however the rows are distributed over micro-batches and processes.
 
     Args:
         logits: (labels, vocabulary)
         labels: (labels,)
-        label_weights: (vocabulary,) How much each token counts.
-        label_smoothing_factor: Share of the target that is spread evenly over all tokens (Szegedy et al. 2016).
+        num_items: The number of labels in the optimizer step.
+        label_weights: (vocabulary,) The weight of each token as a label.
+        label_smoothing_factor: Share of the target distribution that is spread evenly over the vocabulary (Szegedy et al.
+            2016).
+
+    Returns:
+        A scalar.
     """
     weight = label_weights.to(logits.device) if label_weights is not None else None
     total: torch.Tensor = compiled(_sum)(logits, labels, weight, label_smoothing_factor)
@@ -115,36 +141,70 @@ def _sum(
     return cross_entropy(logits.float(), labels, weight=weight, label_smoothing=label_smoothing_factor, reduction="sum")
 
 
-def load_loss(path: Path, vocabulary: int, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
-    """The function `loss` of a Python file, with the settings that it asks for.
+# The function in the file that train.loss names
 
-    Raises Problem if the file does not run or has no such function, if a weight's token is not in the vocabulary, or if
-    a value is given that the function does not take.
+
+def load_loss(path: Path, vocabulary: int, *, label_weights: Mapping[int, float], label_smoothing_factor: float) -> Loss:
+    """The function `loss` of a Python file, with the label weights and the label smoothing filled in.
+
+    Args:
+        path: train.loss.
+        vocabulary: The size of the model's vocabulary.
+        label_weights: train.label_weights: token id to weight; tokens without an entry have weight 1. Empty for none.
+        label_smoothing_factor: Of train.training_arguments; 0 for none.
+
+    Raises Problem if the file cannot be imported or has no such function, if a weight's token is not in the vocabulary, or
+    if a value is set that the function does not accept.
     """
+    function = getattr(_import_file(path), "loss", None)
+    if not callable(function):
+        raise Problem(_bad_loss(path, "has no function `loss`; stages/losses/cross_entropy.py shows what it must look like"))
+    try:
+        accepted = inspect.signature(function).parameters
+    except ValueError:  # some functions that are written in C
+        raise Problem(_bad_loss(path, "`loss` must be a Python function, so that its parameters are known")) from None
+    problems = []
+    unknown = [str(token) for token in label_weights if not 0 <= token < vocabulary]
+    if unknown:
+        message = f"{', '.join(unknown)}: no such token; there are {vocabulary:,}, numbered from 0"
+        problems.append(bad_param("train.label_weights", message))
+    not_accepted = f"the loss in {path} does not take it; add a parameter of this name to the function, or set"
+    if label_weights and "label_weights" not in accepted:
+        problems.append(bad_param("train.label_weights", f"{not_accepted} {{}}"))
+    if label_smoothing_factor > 0 and "label_smoothing_factor" not in accepted:
+        problems.append(bad_param("train.training_arguments.label_smoothing_factor", f"{not_accepted} 0"))
+    if problems:
+        raise Problem(*problems)
+    values = {
+        "label_weights": _weight_tensor(label_weights, vocabulary),
+        "label_smoothing_factor": label_smoothing_factor,
+    }
+    return partial(function, **{name: value for name, value in values.items() if name in accepted})
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Imports a Python file of any name. Raises Problem if that fails."""
+    if not path.is_file():
+        raise Problem(_bad_loss(path, "not found; set the path of a Python file, relative to the project's root"))
     spec = importlib.util.spec_from_file_location("loratory_loss", path)
     if spec is None or spec.loader is None:
-        raise Problem(f"params.yaml: train.loss: {path} is no Python file")
+        raise Problem(_bad_loss(path, "not a Python file; its name must end in .py"))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except FileNotFoundError:
-        raise Problem(f"params.yaml: train.loss: {path}: not found") from None
-    except Exception as error:  # whatever a user's file does wrong
-        raise Problem(f"{path}: cannot be imported: {type(error).__name__}: {error}") from None
-    found = getattr(module, "loss", None)
-    if not callable(found):
-        raise Problem(f"{path}: has no function `loss`; stages/losses/cross_entropy.py shows what it must look like")
-    beyond = [str(token) for token in label_weights if not 0 <= token < vocabulary]
-    if beyond:
-        raise Problem(f"params.yaml: train.label_weights: {', '.join(beyond)}: no such token; there are {vocabulary:,}")
-    weights = None
-    if label_weights:
-        weights = torch.ones(vocabulary)
-        weights[list(label_weights)] = torch.tensor(list(label_weights.values()))
-    settings = {"label_weights": weights, "label_smoothing_factor": label_smoothing_factor}
-    taken = inspect.signature(found).parameters
-    given = {"label_weights": bool(label_weights), "label_smoothing_factor": label_smoothing_factor > 0}
-    left_out = [f"train.{name}" for name in settings if given[name] and name not in taken]
-    if left_out:
-        raise Problem(f"params.yaml: {', '.join(left_out)}: the loss in {path} does not take it; leave it at its default")
-    return partial(found, **{name: value for name, value in settings.items() if name in taken})
+    except (Exception, SystemExit) as error:  # a user's file can raise anything
+        raise Problem(_bad_loss(path, f"cannot be imported: {type(error).__name__}: {error}")) from None
+    return module
+
+
+def _bad_loss(path: Path, message: str) -> str:
+    return bad_param("train.loss", f"{path}: {message}")
+
+
+def _weight_tensor(label_weights: Mapping[int, float], vocabulary: int) -> torch.Tensor | None:
+    """(vocabulary,) in float32, None if no weight is set."""
+    if not label_weights:
+        return None
+    weights = torch.ones(vocabulary)
+    weights[list(label_weights)] = torch.tensor(list(label_weights.values()))
+    return weights

@@ -1,114 +1,104 @@
 """Trains an adapter on the quantized base model."""
 
-import platform
-import resource
-import subprocess
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
-from stages.core.jsonl import read_json, write_json
-from stages.core.output import Done, fresh_file, fresh_folder
-from stages.core.problem import Problem
+from stages.core.jsonl import read_json
+from stages.core.output import Done
 from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model import distributed
-from stages.model.adapter import Adapter, add_adapter, initial_lora, save_adapter
+from stages.model.adapter import Adapter, add_adapter, initial_lora
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
-from stages.model.device import pick_device
+from stages.model.device import pick_device, pick_dtype
 from stages.model.padding_free import enable_padding_free
 from stages.model.quantize import Quantization, Quantized, load_quantized
-from stages.train import fp8, memory
 from stages.train.arguments import make_arguments
+from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
+from stages.train.checks import check_parameters, load_loss_of
+from stages.train.collator import StepCollator
 from stages.train.fsdp import shard_frozen
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
-from stages.train.loss import load_loss
-from stages.train.recompute import remember
+from stages.train.memory import use_expandable_segments
+from stages.train.memory_fit import fit_memory
+from stages.train.outputs import count_rows, write_adapter, write_curves, write_machine, write_report
+from stages.train.recompute import Recompute
 from stages.train.trainer import AdapterTrainer
+
+MOVED = {
+    "weight_decay": "0.0",
+    "max_grad_norm": "1.0",
+    "label_smoothing_factor": "0.1",
+    "neftune_noise_alpha": "5.0",
+    "load_best_model_at_end": "true",
+    "full_determinism": "true",
+}
+"""Former parameters that are fields of TrainingArguments, each with an example of a value."""
 
 
 class Params(Quantization, Adapter):
-    """Quantization, adapter and optimization. PEFT's and TrainingArguments' names."""
+    """Quantization, adapter and training, with the names of bitsandbytes, PEFT and TrainingArguments."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        name: f"it is a field of TrainingArguments; write it in train.training_arguments: {{{name}: {value}}}"
+        for name, value in MOVED.items()
+    }
 
     compute: Literal["dtype", "fp8"]
-    """dtype: products in `dtype`. fp8: those with frozen weights in FP8, a third faster on a Hopper GPU and less exact;
-    but not in validation, which measures the model that `merge` makes."""
+    """dtype: matrix products in `dtype`. fp8: products with frozen weights in FP8, a third faster and less exact; needs a
+    Hopper GPU. Validation is always computed in `dtype`: it measures the model that `merge` makes."""
     num_train_epochs: float = Field(gt=0)
-    """How often every row is seen."""
+    """The number of passes over the training rows."""
     per_device_train_batch_size: int = Field(gt=0)
-    """Rows that go through the model at once. On a GPU, rows laid end to end go through in whatever parts fit the memory."""
+    """Rows per batch and process. On a GPU the batches of a step are split again so that they fit the memory."""
     gradient_accumulation_steps: int = Field(gt=0)
-    """Batches that one optimizer step adds up: rows a step = the two multiplied."""
+    """Batches per optimizer step."""
     per_device_eval_batch_size: int = Field(gt=0)
-    """The same for validation."""
+    """Rows per batch and process in validation."""
     learning_rate: float = Field(gt=0)
-    """Peak step size of the optimizer."""
+    """The highest learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
-    """How it falls after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup_steps: float = Field(ge=0)
-    """Optimizer steps over which it rises; below 1, a share of all steps."""
-    weight_decay: float = Field(ge=0)
-    """Pull of the adapter's weights towards zero."""
-    max_grad_norm: float = Field(gt=0)
-    """Longer gradients are shortened to this."""
+    """Optimizer steps of the warm-up; below 1, a share of all steps."""
     optim: str
     """The optimizer: adamw_torch, paged_adamw_8bit, ..."""
     gradient_checkpointing: bool | Literal["auto"]
-    """Compute activations twice instead of keeping them: slower, and a fraction of the memory. auto: in as many blocks as
-    the GPU's memory asks for."""
+    """Recomputes activations in the backward pass instead of keeping them: less memory, slower. auto: in as many blocks as
+    the GPU's memory requires."""
     logging_steps: int = Field(gt=0)
-    """A point of the training curve every so many optimizer steps."""
+    """Optimizer steps between two points of the training curve."""
     eval_steps: int = Field(gt=0)
-    """A point of the validation curve every so many optimizer steps."""
+    """Optimizer steps between two validations."""
     save_steps: int = Field(gt=0)
-    """A checkpoint every so many optimizer steps; a killed run goes on from the last."""
+    """Optimizer steps between two checkpoints; a killed run resumes from the last one."""
     seed: int
-    """For the adapter's first weights and for dropout."""
+    """Random seed of the adapter's initial weights and of dropout."""
     data_seed: int
-    """For the order of the rows."""
+    """Random seed of the order of the rows."""
     loss: str
-    """A Python file with a function `loss`: what is minimized; stages/losses/cross_entropy.py says how to write another."""
+    """A Python file with a function `loss`, which is minimized; stages/losses/cross_entropy.py says how to write one."""
     label_weights: dict[int, float]
-    """Token id to how much it counts in the loss, where that is not 1: {2: 5.0} for a stop token that is learned late."""
-    label_smoothing_factor: float = Field(ge=0, lt=1)
-    """Share of the target that is spread over all tokens; the validation loss is measured without."""
-    neftune_noise_alpha: float = Field(ge=0)
-    """Noise on the embeddings (Jain et al. 2023): 5 is usual, 0 is none; rows are then padded, which is slower."""
+    """Weight of a token in the loss, by token id, if it is not 1: {2: 5.0} for a stop token that is learned too slowly."""
     early_stopping_patience: int = Field(ge=0)
-    """Stops when the validation loss was not the best so many times in a row; 0: never."""
-    load_best_model_at_end: bool
-    """Keeps the adapter of the checkpoint with the best validation loss, not the last; eval_steps must divide save_steps."""
+    """Stops after this number of validations in a row without a better loss; 0: never."""
     num_processes: int = Field(gt=0)
-    """GPUs of this machine to train on, each with its own batches: rows a step are so many times as many."""
+    """Processes on this machine, one GPU each. Each has its own batches, so a step has this number times as many rows."""
     fsdp: bool
-    """With several processes: each keeps a part of the frozen weights and gathers a layer's as it computes; for a model that
-    one GPU does not hold. The result is the same."""
+    """With several processes: shards the frozen weights across them, for a model that does not fit on one GPU; a layer's
+    weights are gathered when it is computed. The result is the same."""
     training_arguments: dict[str, Any]
-    """Any other field of Transformers' TrainingArguments, by its name."""
-    full_determinism: bool
-    """On a GPU, the same bytes at every run, at some cost in speed; the CPU needs no such switch."""
-
-
-OURS = (
-    "compute",
-    "gradient_checkpointing",
-    "loss",
-    "label_weights",
-    "early_stopping_patience",
-    "num_processes",
-    "fsdp",
-    "training_arguments",
-)
-"""Parameters of `Params` itself that are no fields of TrainingArguments."""
+    """Other fields of Transformers' TrainingArguments, by name."""
 
 
 def train(
@@ -121,32 +111,34 @@ def train(
     report: Path,
     curves: Path,
     machine: Path,
-) -> Done:
-    """Trains an adapter for `base` on the rows in `train_tokens`, and follows the loss on those in `validation_tokens`.
+) -> Done | None:
+    """Trains an adapter for `base` on the rows in `train_tokens`, and measures the loss on those in `validation_tokens`.
 
-    `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, and training.json, which tells `merge` how the
-    base was quantized and how much data was read. `report` gets the final losses and counts, `curves` train.csv and
-    validation.csv by optimizer step. `machine` gets what differs between equal runs (time, memory, device, date); it is no
-    output for DVC.
+    `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, and training.json with what `merge` must know:
+    how the base was quantized, and the amount of data. `report` gets the final losses and counts, `curves` train.csv and
+    validation.csv by optimizer step. `machine` gets what differs between runs with the same inputs (time, memory, device,
+    date); it is not an output for DVC.
 
-    A run that was killed resumes from its last checkpoint and ends in the same bytes; a checkpoint is only ever used by a
-    run with the same parameters, data, base, code and packages. The checkpoints are removed by `Done.clean_up`.
+    A run that was killed resumes from its last checkpoint and ends with the same bytes. A checkpoint is only used by a run
+    with the same parameters, data, base, code and packages. Checkpoints are removed by `Done.clean_up`, which is called
+    after everything else: a run that fails after its training does not have to train again.
 
     Raises Problem if another process runs the same training, if a parameter does not fit the model or the memory, or if
     the loss is not finite.
     """
-    _check_together(params)
+    check_parameters(params.model_dump(), base)
     paths = _Paths(train_tokens, validation_tokens, base, adapter, report, curves, machine)
-    read = inputs_of("train", params.model_dump(), paths[:3], Path())
+    inputs = fingerprint(inputs_of("train", params.model_dump(), (train_tokens, validation_tokens, base), Path()))
     if not distributed.is_main():
-        return _train_here(params, paths, checkpoint_root() / f"train-{fingerprint(read)}")
-    with CheckpointFolder("train", fingerprint(read)) as checkpoints:
+        _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
+        return None
+    with CheckpointFolder("train", inputs) as checkpoints:
         remove_incomplete(checkpoints.path)
         if params.num_processes > 1 and distributed.world_size() == 1:
-            distributed.require_gpus(params.num_processes, "train.num_processes")
             distributed.launch(_train_here, params.num_processes, params, paths, checkpoints.path)
-            return Done(_summary(paths), checkpoints.remove)
-        return _train_here(params, paths, checkpoints.path)._replace(clean_up=checkpoints.remove)
+        else:
+            _train_here(params, paths, checkpoints.path)
+        return Done(_summary(paths), checkpoints.remove)
 
 
 class _Paths(NamedTuple):
@@ -161,194 +153,136 @@ class _Paths(NamedTuple):
     machine: Path
 
 
+def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
+    """Trains in this process, which may be one of several. The order of these steps matters where a comment says so."""
+    started = time.monotonic()
+    use_expandable_segments()  # before anything is allocated on the GPU
+    distributed.init_processes(cpu=not torch.cuda.is_available())
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
+    arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
+
+    set_seed(params.seed)  # before the adapter is added: its initial weights are random
+    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
+    if params.fsdp:
+        shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
+    # Before the layers are made faster: padding-free attention is tried on the unchanged model.
+    padding_free = _enable_padding_free(params, arguments, model)
+    initial_weights = initial_lora(model, params)  # before they are trained
+    lora_layers = _make_faster(params, model)
+
+    trainer = AdapterTrainer(
+        model,
+        arguments,
+        rows=rows,
+        validation_rows=validation_rows,
+        loss=load_loss_of(params.model_dump(), paths.base),
+        collator=StepCollator(
+            params.per_device_train_batch_size,
+            padding_free=padding_free,
+            pad_to_multiple_of=64 if model.device.type == "cuda" else 1,  # matrix units of a GPU compute blocks of tokens
+        ),
+        lora_layers=lora_layers,
+        early_stopping_patience=params.early_stopping_patience,
+    )
+    # Before anything is measured: the largest batch shows whether the memory suffices.
+    fit_memory(trainer, _checkpointed_blocks(params, model))
+    before = trainer.measure()
+    resumed_from = _run_training(trainer, checkpoints)
+    after = trainer.measure()
+
+    if not distributed.is_main():
+        return
+    training = _describe_training(params, model, quantized, rows=rows, lora_layers=lora_layers)
+    write_adapter(paths.adapter, model, initial_lora=initial_weights, training=training)
+    write_report(paths.report, trainer, before=before, after=after)
+    write_curves(paths.curves, trainer, before=before, after=after)
+    write_machine(paths.machine, trainer, seconds=time.monotonic() - started, resumed_from=resumed_from)
+
+
+def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
+    device = pick_device()
+    dtype = pick_dtype(params.dtype, device)
+    return make_arguments(params.model_dump(), checkpoints=checkpoints, dtype=dtype, cpu=device.type == "cpu")
+
+
+def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any) -> bool:
+    """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
+    if params.method != "lora":
+        reason = f"{params.method} puts virtual tokens before each row"
+    elif arguments.neftune_noise_alpha:
+        reason = "neftune_noise_alpha scales its noise by the length of a padded row"
+    else:
+        reason = enable_padding_free(model.eval())
+    if reason and distributed.is_main():
+        say(f"train: rows are padded, not padding-free: {reason}")
+    return not reason
+
+
+def _make_faster(params: Params, model: Any) -> LoraLayers | None:
+    """Replaces what can be computed faster with the same result within rounding, and says what cannot."""
+    recompute = Recompute()
+    lora = params.method == "lora"
+    compiled = compile_elementwise(model, recompute.remember if lora else None)  # only LoRA layers recompute
+    if compiled and distributed.is_main():
+        say(f"train: compiled: {', '.join(compiled)}")
+    if not lora:
+        return None
+    layers = LoraLayers(
+        model,
+        fp8=params.compute == "fp8",
+        keep_dequantized=not params.fsdp,  # each process would keep all weights, not only its shard
+        recompute=recompute,
+    )
+    if layers.skipped and distributed.is_main():
+        say(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
+    return layers
+
+
+def _checkpointed_blocks(params: Params, model: Any) -> int | None:
+    """The number of blocks with gradient checkpointing; None if it is chosen by the memory."""
+    if params.gradient_checkpointing == "auto":
+        return None
+    return len(decoder_blocks(model)) if params.gradient_checkpointing else 0
+
+
+def _run_training(trainer: AdapterTrainer, checkpoints: Path) -> str | None:
+    """Trains from the last checkpoint on, and returns its path; None if there was none.
+
+    Raises KeyboardInterrupt if the training was interrupted; its checkpoint is then saved.
+    """
+    trainer.accelerator.wait_for_everyone()  # all processes must look for checkpoints before one of them writes a new one
+    last = last_checkpoint(checkpoints)
+    if last and distributed.is_main():
+        say(f"train: resuming from {Path(last).name}")
+    with trainer.interruption.handled():
+        trainer.train(resume_from_checkpoint=last)
+    if trainer.interruption.requested and not trainer.finished:
+        raise KeyboardInterrupt
+    return last
+
+
+def _describe_training(
+    params: Params, model: Any, quantized: Quantized, *, rows: TokenRows, lora_layers: LoraLayers | None
+) -> dict[str, Any]:
+    """The content of training.json."""
+    settings = params.model_dump(include=set(Quantization.model_fields))
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")  # the type that was used if params.yaml has "auto"
+    return {
+        "quantization": settings,
+        "quantized_layers": quantized.layers,
+        "transposed_layers": quantized.transposed,
+        # Layers that were trained with round(W + scaling * B A), summed in float32 from 4-bit weights.
+        "summed_in_float32": lora_layers.summed_in_float32 if lora_layers else [],
+        "data": count_rows(rows),
+    }
+
+
 def _summary(paths: _Paths) -> str:
     report = read_json(paths.report)
     return (
         f"{paths.adapter}: validation loss {report['validation_loss_before']:.4f} before, "
         f"{report['validation_loss']:.4f} after {report['steps']} steps"
     )
-
-
-def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
-    """Trains in this process, alone or as one of several."""
-    memory.grow_in_place()
-    distributed.init_processes(cpu=not torch.cuda.is_available())
-    started = time.monotonic()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
-    set_seed(params.seed)  # before the adapter: its first weights are random
-    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
-    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
-    if params.fsdp:
-        shard_frozen(model, pick_device())
-    flat = params.method == "lora" and not params.neftune_noise_alpha and not enable_padding_free(model.eval())
-    first = initial_lora(model, params)
-    low_rank = _quicken(params, model)
-    given = params.model_dump(exclude={*Quantization.model_fields, *Adapter.model_fields, *OURS})
-    # The Trainer's batch is a whole step, which AdapterTrainer cuts into parts.
-    given["per_device_train_batch_size"] *= given["gradient_accumulation_steps"]
-    given["gradient_accumulation_steps"] = 1
-    arguments = make_arguments(given, params.training_arguments, checkpoints, model.dtype, cpu=model.device.type == "cpu")
-    function = load_loss(Path(params.loss), model.config.vocab_size, params.label_weights, params.label_smoothing_factor)
-    trainer = AdapterTrainer(
-        model,
-        arguments,
-        rows,
-        validation_rows,
-        function,
-        rows_at_once=params.per_device_train_batch_size,
-        flat=flat,
-        low_rank=low_rank,
-        early_stopping_patience=params.early_stopping_patience,
-    )
-    chosen = params.gradient_checkpointing
-    trainer.fit_memory(None if chosen == "auto" else len(decoder_blocks(model)) * chosen)
-    before = trainer.measure()
-    trainer.accelerator.wait_for_everyone()
-    last = last_checkpoint(checkpoints)
-    if last and distributed.is_main():
-        print(f"train: resuming from {Path(last).name}", flush=True)
-    with trainer.interruptible():
-        trainer.train(resume_from_checkpoint=last)
-    after = trainer.measure()
-    if not distributed.is_main():
-        return Done("")
-    _save(params, model, quantized, first, rows, paths.adapter)
-    _write_report(trainer, rows, before, after, paths.report)
-    _write_curves(trainer, before, after, paths.curves)
-    _write_machine(trainer, started, last, paths.machine)
-    return Done(_summary(paths))
-
-
-def _check_together(params: Params) -> None:
-    """Raises Problem with all values that cannot stand together."""
-    problems = []
-    if params.method == "prefix_tuning" and params.gradient_checkpointing is True:
-        problems.append(
-            "params.yaml: train.gradient_checkpointing: must be false for prefix_tuning: the prefix is handed to the layers "
-            "as a cache, which a layer that is computed twice would read twice"
-        )
-    if params.fsdp and params.num_processes == 1:
-        problems.append("params.yaml: train.fsdp: must be false: train.num_processes is 1")
-    if params.fsdp and params.quantization not in ("nf4", "none"):
-        problems.append(
-            f"params.yaml: train.fsdp: must be false: train.quantization is {params.quantization}; nf4 or none can be parted"
-        )
-    if params.load_best_model_at_end and params.save_steps % params.eval_steps:
-        problems.append(
-            f"params.yaml: train.save_steps: {params.save_steps} is no multiple of train.eval_steps, {params.eval_steps}; "
-            "load_best_model_at_end needs a loss for every checkpoint"
-        )
-    if problems:
-        raise Problem(*problems)
-
-
-def _quicken(params: Params, model: Any) -> LoraLayers | None:
-    """Replaces what can be computed faster, with the same numbers within rounding, and says what cannot."""
-    fused = compile_elementwise(model, remember)
-    if params.method != "lora":
-        return None
-    in_fp8 = params.compute == "fp8" and fp8.works(model.device) and not params.fsdp
-    low_rank = LoraLayers(model, in_fp8=in_fp8, keep=not params.fsdp)  # kept weights would be whole in every process
-    if distributed.is_main():
-        if fused:
-            print(f"train: compiled: {', '.join(fused)}", flush=True)
-        if low_rank.left_out:
-            print(f"train: PEFT's slower way, for {', '.join(low_rank.left_out)}", flush=True)
-        if params.compute == "fp8" and not in_fp8:
-            print(
-                f"train: products in {model.dtype}: FP8 needs a GPU of NVIDIA's Hopper kind or later, and no fsdp",
-                flush=True,
-            )
-    return low_rank
-
-
-# Outputs
-
-
-def _save(
-    params: Params,
-    model: Any,
-    quantized: Quantized,
-    first: dict[str, torch.Tensor],
-    rows: TokenRows,
-    adapter: Path,
-) -> None:
-    settings = params.model_dump(include=set(Quantization.model_fields))
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")  # what "auto" came to here
-    with fresh_folder(adapter) as folder:
-        save_adapter(model, folder, first)
-        training = {
-            "quantization": settings,
-            "quantized_layers": quantized.layers,
-            "transposed_layers": quantized.transposed,
-            "data": _counts(rows),
-        }
-        write_json(folder / "training.json", training)
-
-
-def _counts(rows: TokenRows) -> dict[str, int]:
-    return {"rows": len(rows), "tokens": int(rows.lengths.sum()), "label_tokens": rows.label_tokens}
-
-
-def _write_report(
-    trainer: AdapterTrainer, rows: TokenRows, before: dict[str, float], after: dict[str, float], report: Path
-) -> None:
-    counts = _counts(rows) | {
-        "steps": trainer.state.global_step,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-    }
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    if best:
-        counts["best_step"] = int(Path(best).name.rpartition("-")[2])
-    losses = {
-        "validation_loss_before": before["loss"],
-        "validation_loss": after["loss"],
-        "validation_token_accuracy_before": before["token_accuracy"],
-        "validation_token_accuracy": after["token_accuracy"],
-    }
-    with fresh_file(report) as file:
-        write_json(file, counts | losses)
-
-
-def _write_curves(trainer: AdapterTrainer, before: dict[str, float], after: dict[str, float], curves: Path) -> None:
-    history, last = trainer.state.log_history, trainer.state.global_step
-    points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    validated = [(0, before["loss"])] + [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    if validated[-1][0] < last and not trainer.args.load_best_model_at_end:
-        validated.append((last, after["loss"]))
-    with fresh_folder(curves) as folder:
-        for name, curve in (("train", points), ("validation", validated)):
-            lines = "".join(f"{step},{loss}\n" for step, loss in curve)
-            (folder / f"{name}.csv").write_text("step,loss\n" + lines, encoding="utf-8", newline="\n")
-
-
-def _commit() -> str:
-    """The commit that is checked out; "" without git, or outside a repository."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
-def _write_machine(trainer: AdapterTrainer, started: float, resumed: str | None, machine: Path) -> None:
-    """What differs between equal runs."""
-    device = pick_device()
-    gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with fresh_file(machine) as file:
-        write_json(
-            file,
-            {
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": _commit(),
-                "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-                "processes": trainer.accelerator.num_processes,
-                "seconds": round(time.monotonic() - started, 1),
-                "tokens_per_second": round(trainer.watch.tokens_per_second, 1),
-                "peak_memory_bytes": peak,
-                "resumed_from": Path(resumed).name if resumed else None,
-            },
-        )

@@ -1,0 +1,91 @@
+"""What can be refused before the model is loaded: parameters that do not fit each other, the hardware or the vocabulary."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from stages.core.jsonl import read_json
+from stages.core.params import bad_param
+from stages.core.problem import Problem
+from stages.model import distributed
+from stages.model.device import pick_device
+from stages.train import fp8
+from stages.train.arguments import make_arguments, parse_training_arguments
+from stages.train.loss import Loss, load_loss
+
+
+def check_parameters(section: Mapping[str, Any], base: Path) -> None:
+    """Raises one Problem with everything that is wrong in the parameters of `train`, as far as no model is needed.
+
+    Args:
+        section: The parameters of `train`.
+        base: The folder of the base model, for the size of its vocabulary.
+    """
+    problems = [bad_param(f"train.{name}", message) for name, message in _conflicts(section)]
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except Problem as problem:
+            problems.extend(problem.messages)
+
+    attempt(lambda: load_loss_of(section, base))
+    if distributed.world_size() == 1:
+        attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
+        # This process may be the one that only starts the others, and must not take a GPU: so these are for the CPU.
+        attempt(lambda: make_arguments(section, checkpoints=Path(), dtype=torch.float32, cpu=True))
+    else:
+        # TrainingArguments would connect the processes, which is too early here; each checks its own arguments later.
+        attempt(lambda: parse_training_arguments(section))
+    if problems:
+        raise Problem(*problems)
+
+
+def load_loss_of(section: Mapping[str, Any], base: Path) -> Loss:
+    """The function that is minimized. Raises Problem if the file, the label weights or the smoothing cannot be used."""
+    trust = read_json(base / "manifest.json")["trust_remote_code"]
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust).get_text_config()
+    smoothing = section["training_arguments"].get("label_smoothing_factor", 0.0)
+    return load_loss(
+        Path(section["loss"]),
+        config.vocab_size,
+        label_weights=section["label_weights"],
+        label_smoothing_factor=smoothing if isinstance(smoothing, int | float) else 0.0,  # make_arguments refuses others
+    )
+
+
+def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters that do not fit another one or the hardware, and why."""
+    if section["method"] == "prefix_tuning" and section["gradient_checkpointing"] is True:
+        yield (
+            "gradient_checkpointing",
+            "must be false for prefix_tuning: the layers get the prefix as a key-value cache, and a layer that is "
+            "recomputed would append to it a second time",
+        )
+    if section["fsdp"] and section["num_processes"] == 1:
+        yield "fsdp", "must be false: train.num_processes is 1"
+    if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
+        yield "fsdp", f"must be false: train.quantization is {section['quantization']}; only nf4 and none can be sharded"
+    if section["compute"] == "fp8":
+        yield from (("compute", f"{reason}; set it to dtype") for reason in _why_not_fp8(section))
+
+
+def _why_not_fp8(section: Mapping[str, Any]) -> Iterator[str]:
+    """Why products cannot be in FP8: only plain LoRA layers have it, and only on a Hopper GPU."""
+    unsupported = fp8.why_unsupported(pick_device())
+    if unsupported:
+        yield unsupported
+    if section["fsdp"]:
+        yield "fp8 does not work with train.fsdp"
+    if section["method"] != "lora":
+        yield f"fp8 needs the method lora, found train.method {section['method']}"
+        return
+    if section["quantization"] == "int8":
+        yield "fp8 does not work with train.quantization int8"
+    if section["use_dora"]:
+        yield "fp8 does not work with train.use_dora"
+    if section["lora_dropout"] > 0:
+        yield "fp8 does not work with train.lora_dropout above 0"

@@ -1,0 +1,142 @@
+"""Fits a training into the GPU's memory: trial batches show what it needs, and the fastest plan that fits is chosen."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from stages.core.problem import Problem
+from stages.core.tokens import IGNORE, TokenRows
+from stages.train import memory
+from stages.train.callbacks import say
+from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_blocks
+from stages.train.memory import Known, Need, Plan
+from stages.train.trainer import AdapterTrainer
+
+ADAM_BYTES = 12
+"""Bytes per trained parameter: its gradient and Adam's two moments, in float32."""
+
+
+def fit_memory(trainer: AdapterTrainer, checkpointed_blocks: int | None) -> None:
+    """Chooses how a step uses the memory, and sends the largest micro-batch forward and backward as a trial.
+
+    So too little memory is found before the first step. The training is otherwise unchanged. Only on a GPU there is a choice
+    (memory.py); elsewhere a micro-batch has the rows that the user has set.
+
+    Args:
+        checkpointed_blocks: The number of blocks with gradient checkpointing. None leaves it to the memory; where there is
+            no choice, it means none.
+
+    Raises Problem if the memory is too small.
+    """
+    rows: TokenRows = trainer.train_dataset
+    longest_first = sorted(range(len(rows)), key=lambda number: -int(rows.lengths[number]))
+    checkpoint_blocks(trainer.unwrapped_model, checkpointed_blocks or 0)
+    if not _has_choice(trainer):
+        trainer.try_batch([rows[number] for number in longest_first[: trainer.collator.rows]])
+        return
+    blocks, longest = len(decoder_blocks(trainer.unwrapped_model)), int(rows.lengths.max())
+    plan = _choose(trainer, checkpointed_blocks, blocks=blocks, longest=longest)
+    if plan is None:  # the smallest one; the trial shows whether it fits
+        plan = Plan(longest, blocks if checkpointed_blocks is None else checkpointed_blocks, keeps_dequantized=False)
+    checkpoint_blocks(trainer.unwrapped_model, plan.checkpointed_blocks)
+    if trainer.lora_layers:
+        trainer.lora_layers.keep_dequantized(plan.keeps_dequantized)
+    tokens = _try_largest_batch(trainer, plan.tokens, longest_first)
+    trainer.collator.tokens = tokens
+    if trainer.is_world_process_zero():
+        weights = ""
+        if trainer.lora_layers and trainer.lora_layers.dequantized_bytes:
+            weights = f"; dequantized weights are {'kept' if plan.keeps_dequantized else 'computed again at each use'}"
+        checkpointed = f"gradient checkpointing in {plan.checkpointed_blocks} of {blocks} blocks"
+        say(f"train: micro-batches of up to {tokens:,} tokens; {checkpointed}{weights}")
+
+
+def _has_choice(trainer: AdapterTrainer) -> bool:
+    """Whether micro-batches may depend on the memory.
+
+    With sharded weights all processes must compute the same number of micro-batches; and the same bytes in every run need
+    the same micro-batches.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in trainer.unwrapped_model.parameters())
+    return trainer.args.device.type == "cuda" and not trainer.args.full_determinism and not sharded
+
+
+def _choose(trainer: AdapterTrainer, checkpointed_blocks: int | None, *, blocks: int, longest: int) -> Plan | None:
+    """The plan for this GPU, from trial batches; None if no plan seems to fit."""
+    rows: TokenRows = trainer.train_dataset
+    if trainer.lora_layers:
+        trainer.lora_layers.keep_dequantized(False)  # the trials must not count kept weights, which are added later
+    checkpointed, plain = _need(trainer, blocks), _need(trainer, 0)
+    if checkpointed is None:
+        return None
+    trained = sum(p.numel() for p in trainer.unwrapped_model.parameters() if p.requires_grad)
+    step_rows = trainer.args.train_batch_size
+    return memory.choose_plan(
+        Known(
+            free_bytes=memory.free_bytes() - trained * ADAM_BYTES,
+            plain=plain,
+            checkpointed=checkpointed,
+            dequantized_bytes=trainer.lora_layers.dequantized_bytes if trainer.lora_layers else 0,
+            blocks=blocks,
+            # Two standard deviations above the mean: 39 of 40 steps have fewer tokens.
+            step_tokens=int(step_rows * rows.lengths.mean() + 2 * step_rows**0.5 * rows.lengths.std()),
+            longest_row=longest,
+            checkpointed_blocks=checkpointed_blocks,
+        )
+    )
+
+
+def _need(trainer: AdapterTrainer, checkpointed_blocks: int) -> Need | None:
+    """What micro-batches need with this number of checkpointed blocks; None if even the trial batches do not fit."""
+    checkpoint_blocks(trainer.unwrapped_model, checkpointed_blocks)
+    row = np.arange(memory.PROBES[1]) % 2 + 5
+    # The same number of labels in both trials, so that the memory of the logits does not count as memory of the tokens.
+    labels = np.where(np.arange(len(row)) < memory.PROBES[0], row, IGNORE)
+    labels[0] = IGNORE
+    trials = [{"id": "trial", "input_ids": row[:tokens], "labels": labels[:tokens]} for tokens in memory.PROBES]
+    try:
+        trainer.try_batch(trials[:1])  # compiles kernels, which takes memory too
+        return Need.of(*(_peak_bytes(trainer, [trial]) for trial in trials))
+    except Problem:
+        return None
+
+
+def _peak_bytes(trainer: AdapterTrainer, rows: Sequence[dict[str, Any]]) -> int:
+    """GPU memory that a micro-batch needs at its peak."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.try_batch(rows)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _try_largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: Sequence[int]) -> int:
+    """The tokens of a micro-batch: `tokens`, or fewer if that does not fit after all.
+
+    Raises Problem if a single row does not fit.
+    """
+    longest = int(trainer.train_dataset.lengths[longest_first[0]])
+    while True:
+        try:
+            trainer.try_batch(_largest_batch(trainer, tokens, longest_first))
+            return tokens
+        except Problem:
+            if tokens <= longest:
+                raise
+        tokens = max(longest, int(0.8 * tokens))
+
+
+def _largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: Sequence[int]) -> list[dict[str, Any]]:
+    """The longest rows, as many as `tokens` allows; repeated if there are too few."""
+    rows: TokenRows = trainer.train_dataset
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for number in itertools.cycle(longest_first):
+        size += int(rows.lengths[number if trainer.collator.padding_free else longest_first[0]])
+        if batch and size > tokens:
+            break
+        batch.append(rows[number])
+    return batch
