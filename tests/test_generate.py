@@ -214,7 +214,7 @@ def test_a_model_with_other_logits_in_slots_or_its_own_attention_does_not_fit(mo
     assert can_decode(model) == ""
     real = decoder.slot_attention
     monkeypatch.setattr(decoder, "slot_attention", lambda *args, **given: 2 * real(*args, **given))
-    assert can_decode(model) == "its logits in slots differ from generate's"
+    assert can_decode(model) == "its logits with a slot cache differ"
     monkeypatch.setattr(decoder, "slot_attention", real)
     attention = type(model.model.layers[0].self_attn)
     forward = attention.forward
@@ -233,6 +233,22 @@ def test_without_a_gpu_a_line_says_what_answers(
 ) -> None:
     answer(workspace, tmp_path / "a.jsonl")
     assert capfd.readouterr().out.splitlines() == ["generate: no GPU: using Transformers' generate"]
+
+
+def test_the_reason_for_the_slower_generate_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend: Any = TransformersBackend.__new__(TransformersBackend)  # without a model: there is no GPU to load it on
+    backend.model, backend.can_pad = SimpleNamespace(device=torch.device("cuda")), False
+    line = "generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
+    assert not backend._prepare_decoder()
+    assert capsys.readouterr().out == f"{line}its adapter is not merged\n"
+    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda _: "its attention needs a mask")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    backend.can_pad = True
+    assert not backend._prepare_decoder()
+    assert capsys.readouterr().out == f"{line}its attention needs a mask (process 1)\n"
 
 
 def test_the_tutorials_values_are_ordinary_parameters(workspace: Workspace, tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ MAX_PREFILL_TOKENS = 8192
 class SlotCache:
     """The keys and values of every slot, for all layers.
 
-    It takes the place of Transformers' cache, and is passed to the model as the keyword argument `slot_cache`. Transformers
-    hands it on to every layer's attention function, which writes and reads it (`_attention` below). A Transformers cache
-    would have to return a layer's keys and values from its `update` as one tensor for the attention function to read.
+    It is passed to the model as the keyword argument `slot_cache`, which Transformers hands on to every layer's attention
+    function. That function writes and reads it (`_attention` below). Transformers' own cache is not used: its `update`
+    returns all keys and values as tensors, while slot attention reads only the filled part of each slot.
     """
 
     def __init__(self, slots: int, size: int, *, device: torch.device) -> None:
@@ -189,7 +189,7 @@ class Decoder:
         return self._call_model(self.token.unsqueeze(1), self.cache.lengths.unsqueeze(1))[:, -1]
 
     def _call_model(self, ids: torch.Tensor, positions: torch.Tensor, **for_attention: Any) -> torch.Tensor:
-        """Logits (rows, tokens, vocabulary). `use_cache` is Transformers' own cache, which is not used."""
+        """Logits (rows, tokens, vocabulary). Arguments that the model does not know reach its attention functions."""
         logits: torch.Tensor = self.model(
             input_ids=ids, position_ids=positions, use_cache=False, slot_cache=self.cache, **for_attention
         ).logits
@@ -240,7 +240,7 @@ def can_decode(model: Any) -> str:
     with torch.no_grad():
         expected = torch.stack([model(input_ids=torch.tensor([row], device=model.device)).logits[0, -1] for row in rows])
     try:
-        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits in slots differ from generate's"
+        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits with a slot cache differ"
     except NotImplementedError as error:
         reason = str(error)
     except (AttributeError, TypeError, ValueError) as error:
