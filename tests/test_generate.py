@@ -1,4 +1,4 @@
-"""generate: an answer depends on its own prompt alone, and says why it ended."""
+"""generate: an answer depends only on its own prompt, and says why it ended."""
 
 import json
 import math
@@ -178,10 +178,10 @@ def test_the_decoder_gives_the_answers_of_transformers_generate(
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = range(0, 800, 5)  # including some outside the model's vocabulary
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops, **sampling)
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops, **sampling)
     monkeypatch.setattr(TransformersBackend, "_generate", _decode)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=slots, **sampling) == wanted
-    assert len({row["answer_tokens"] for row in wanted}) > 1, "some answers end early, and other rows get their slots"
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=slots, **sampling) == expected
+    assert len({row["answer_tokens"] for row in expected}) > 1, "some answers end early, and other rows get their slots"
 
 
 def _decode(backend: TransformersBackend, rows: Any) -> Any:
@@ -345,7 +345,7 @@ def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(wo
 def test_a_batch_that_does_not_fit_into_memory_is_halved(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = answer(workspace, tmp_path / "a.jsonl")
+    expected = answer(workspace, tmp_path / "a.jsonl")
     sizes, real = [], TransformersBackend._generate_batch
     capfd.readouterr()
 
@@ -356,7 +356,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(
         return real(self, rows)
 
     monkeypatch.setattr(TransformersBackend, "_generate_batch", small)
-    assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == wanted
+    assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == expected
     assert {8, 4, 2} <= set(sizes)
     lines = capfd.readouterr().out.splitlines()
     assert [line for line in lines if "batch of 8" in line] == [
@@ -395,11 +395,11 @@ class _SharedInput(torch.nn.Module):
 @pytest.mark.parametrize("flat_view", [False, True])
 def test_projections_are_fused_only_if_the_model_can_use_slices(flat_view: bool) -> None:
     model, ids = _SharedInput(flat_view=flat_view), torch.tensor([[5, 6, 7]])
-    wanted = model(ids)
+    expected = model(ids)
     reason = fuse_projections(model)
     assert reason.startswith("view size is not compatible") if flat_view else reason == ""
     assert ("forward" in vars(model.a)) != flat_view
-    torch.testing.assert_close(model(ids), wanted)
+    torch.testing.assert_close(model(ids), expected)
 
 
 def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
@@ -407,7 +407,7 @@ def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = [2, *range(20, 800, 40)]
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
     most, prefill, seen = 3, Decoder._prefill, []
 
     def small(self: Any, slots: Any, *, prompts: Any, row_ids: Any) -> None:
@@ -420,7 +420,7 @@ def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
     monkeypatch.setattr(TransformersBackend, "_generate", _decode)
     monkeypatch.setattr(Decoder, "_prefill", small)
     monkeypatch.setattr("stages.generate.decoder.MAX_PREFILL_TOKENS", 60)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=8) == wanted
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=8) == expected
     assert {slots for slots, row_id in seen if row_id} == {8, 2}
     most = 0
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
@@ -434,8 +434,8 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    wanted = answer(workspace, scratch / "one.jsonl", rows)
-    assert answer(workspace, scratch / "two.jsonl", rows, num_processes=2) == wanted
+    expected = answer(workspace, scratch / "one.jsonl", rows)
+    assert answer(workspace, scratch / "two.jsonl", rows, num_processes=2) == expected
 
     def only_rank_1(function: Any, processes: int, *given: Any) -> None:
         with monkeypatch.context() as patched:
@@ -455,7 +455,7 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
     )  # a mark that shows that it is not answered again
     found = answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
     assert found[number]["answer_tokens"] == 1
-    assert found[:number] + found[number + 1 :] == wanted[:number] + wanted[number + 1 :]
+    assert found[:number] + found[number + 1 :] == expected[:number] + expected[number + 1 :]
     assert not kept.parent.exists()
 
 
@@ -509,10 +509,10 @@ def test_vllm_gets_the_tokens_stop_tokens_and_seeds_and_its_answers_are_written_
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = [2, *range(20, 800, 40)]
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
     monkeypatch.setattr("stages.generate.vllm_backend.ROWS_PER_CALL", 4)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, use_vllm=True, num_processes=2) == wanted
-    assert {row["finish_reason"] for row in wanted} == {"stop", "length"}
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, use_vllm=True, num_processes=2) == expected
+    assert {row["finish_reason"] for row in expected} == {"stop", "length"}
     (made,) = engine.made
     assert made.given == {
         "dtype": "float32",

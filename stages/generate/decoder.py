@@ -103,7 +103,7 @@ class Decoder:
         self.is_stop_token[torch.tensor(known, dtype=torch.long, device=device)] = True
         self.all_slots = torch.arange(slots, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
-        """(slots,) Whether the answer in the slot goes on."""
+        """(slots,) Whether the slot holds an unfinished answer."""
         self.token = torch.zeros(slots, dtype=torch.long, device=device)
         """(slots,) The newest token of each answer. It is not in the cache yet."""
         self.count = torch.zeros(slots, dtype=torch.long, device=device)
@@ -215,7 +215,7 @@ class Decoder:
         self.active[slots] = active & ~self.is_stop_token[chosen] & (count + 1 < self.max_new_tokens)
 
     def _capture_step(self) -> None:
-        """Captures the decode step as a CUDA graph, after a warm-up on a side stream, which PyTorch asks for."""
+        """Captures the decode step as a CUDA graph, after a warm-up on a side stream, as PyTorch requires."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and initializes libraries, which cannot happen in a capture
