@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ READ_BY = {
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
+    "stages/model/lora.py": {"train", "merge"},
     "stages/model/quantize.py": {"train", "merge"},
     "stages/model/shared_inputs.py": {"train"} | GENERATE,
     "stages/losses/cross_entropy.py": {"train"},
@@ -383,6 +385,24 @@ def test_nothing_that_a_user_writes_reaches_a_shell() -> None:
         found = re.findall(r"\$\{(.*?)\}", spec["cmd"])
         assert set(found) <= ({"item.model"} if "matrix" in spec else set()), stage  # of dvc.yaml itself, not of a user
         assert "${" not in str(spec.get("outs")).replace("${item.model}", "")
+
+
+OPTIONAL = {"triton", "vllm"}  # come with PyTorch for GPUs, or are asked for by name
+DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "rouge_score": "rouge-score"}
+
+
+def test_what_is_imported_directly_is_pinned_in_requirements() -> None:
+    pinned = {line.partition("==")[0] for line in (PROJECT / "requirements.txt").read_text().splitlines() if "==" in line}
+    imported = set()
+    for file in [*(PROJECT / "stages").rglob("*.py"), *(PROJECT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    third_party = {DISTRIBUTIONS.get(name, name) for name in imported - sys.stdlib_module_names - {"stages"} - OPTIONAL}
+    assert third_party <= pinned
+    assert len(third_party) > 20
 
 
 def test_the_front_page_is_one_page() -> None:
