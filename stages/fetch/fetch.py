@@ -1,5 +1,6 @@
 """Gets one pinned version of the base model, and puts its tokenizer into a folder of its own."""
 
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from stages.core.output import Done, fresh_folder, sha256_of
 from stages.core.params import Section
 from stages.core.progress import progress
 from stages.fetch.checks import is_tokenizer_file
-from stages.fetch.files import ModelFiles, copy_files
+from stages.fetch.files import ModelFiles
 
 
 class Params(Section):
@@ -80,8 +81,9 @@ def _open_model(params: Params, *, parent: Path) -> AbstractContextManager[Model
 
 def _write_tokenizer(base: Path, tokenizer: Path) -> None:
     """Copies the tokenizer's files, and writes the part of config.json that says which tokenizer class to load."""
-    names = sorted(file.name for file in base.iterdir() if is_tokenizer_file(file.name))
-    copy_files(base, tokenizer, names=names)
+    for file in sorted(base.iterdir()):
+        if is_tokenizer_file(file.name):
+            shutil.copyfile(file, tokenizer / file.name)
     config = read_json(base / "config.json")
     write_json(tokenizer / "config.json", {key: config[key] for key in ("model_type", "auto_map") if key in config})
     settings = tokenizer / "tokenizer_config.json"

@@ -26,7 +26,7 @@ class ModelFiles(NamedTuple):
     def put_into(self, target: Path) -> None:
         """Links or copies the files into `target`. Nothing is moved: the source stays complete if the process is killed."""
         if self.download is None:
-            copy_files(self.folder, target, names=self.names)
+            _copy_files(self.folder, target, names=self.names)
         else:
             _link_files(self.folder, target, names=self.names)
 
@@ -68,18 +68,18 @@ def space_problems(folder: Path, needed: int, *, purpose: str) -> list[str]:
     ]
 
 
-def copy_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
+def total_size(folder: Path, names: Sequence[str]) -> int:
+    """Bytes of these files of `folder`."""
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def _copy_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
     """Copies the files into `target`. Raises Problem if the disk has too little space."""
     problems = space_problems(target, total_size(source, names), purpose=f"copying {source}")
     if problems:
         raise Problem(*problems)
     for name in progress(names, "copy", total=len(names), unit="files"):
         shutil.copyfile(source / name, target / name)
-
-
-def total_size(folder: Path, names: Sequence[str]) -> int:
-    """Bytes of these files of `folder`."""
-    return sum((folder / name).stat().st_size for name in names)
 
 
 def _link_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ def _link_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
         except OSError as error:
             rest = [each for each in names if not (target / each).exists()]
             print(f"fetch: {target.parent} allows no hard links ({error.strerror}); copying {len(rest)} files", flush=True)
-            copy_files(source, target, names=rest)
+            _copy_files(source, target, names=rest)
             return
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2 as http
 from huggingface_hub import HfApi, snapshot_download
@@ -66,7 +67,7 @@ def _check_then_download(repository: str, commit: str, *, trust_remote_code: boo
     names = select_files(sizes, trust_remote_code=trust_remote_code)
     # A folder of its own: checksums are computed for all files of a folder, and the other one may hold 15 GB already.
     small = folder / "checked-first"
-    _download(repository, commit, names=select_small_files(names), folder=small)
+    _download(repository, commit, names=select_small_files(names), folder=small, show_progress=False)
     problems = find_problems(repository, sizes, folder=small, trust_remote_code=trust_remote_code)
     total = sum(sizes[name] for name in names)
     downloaded = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -74,7 +75,7 @@ def _check_then_download(repository: str, commit: str, *, trust_remote_code: boo
     if problems:
         raise Problem(*problems)
     print(f"fetch: downloading {repository}: {len(names)} files, {total / 1e6:,.0f} MB", flush=True)
-    _download(repository, commit, names=names, folder=folder)
+    _download(repository, commit, names=names, folder=folder, show_progress=sys.stderr.isatty())
     problems = find_problems(repository, names, folder=folder, trust_remote_code=trust_remote_code)
     if problems:
         raise Problem(*problems)
@@ -87,15 +88,15 @@ def _list_files(repository: str, commit: str) -> dict[str, int]:
     return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
 
 
-def _download(repository: str, commit: str, *, names: Sequence[str], folder: Path) -> None:
+def _download(repository: str, commit: str, *, names: Sequence[str], folder: Path, show_progress: bool) -> None:
     """Downloads what is missing of these files, and compares all of `folder` with the hub's checksums.
 
     A file that differs is removed. Raises Problem if there is one.
     """
     if not names:
         return
-    disable_progress_bars()  # the hub's own; ours is shown on a terminal
-    bar = ProgressBar if sys.stderr.isatty() else None
+    disable_progress_bars()  # the hub's own
+    bar = _DownloadBar if show_progress else None
     snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=list(names), tqdm_class=bar)
     verified = HfApi().verify_repo_checksums(repository, revision=commit, local_dir=folder)
     differing = [mismatch["path"] for mismatch in verified.mismatches if mismatch["path"] in names]
@@ -112,6 +113,13 @@ def _download(repository: str, commit: str, *, names: Sequence[str], folder: Pat
         problems.append(f"{repository}: {', '.join(missing)}: not downloaded; run dvc repro again")
     if problems:
         raise Problem(*problems)
+
+
+class _DownloadBar(ProgressBar):
+    """What snapshot_download makes of our bar: it names a unit only where it counts bytes."""
+
+    def __init__(self, desc: str, total: int | None = None, unit: str = "files", **settings: Any) -> None:
+        super().__init__(desc, total, unit, **settings)
 
 
 @contextmanager

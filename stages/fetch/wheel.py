@@ -1,4 +1,4 @@
-"""The source `wheel`: a pip package with one GGUF file inside, which pip's mirrors serve everywhere."""
+"""The source `wheel`: a pip package with one GGUF file inside."""
 
 import errno
 import re
@@ -116,7 +116,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
                 gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: the file ends too early
         raise Problem(f"{gguf}: Transformers cannot convert this GGUF file: {error}") from error
     pre = reader.get_field("tokenizer.ggml.pre")
     if pre is not None and pre.contents() == "smollm":
