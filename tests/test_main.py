@@ -301,4 +301,6 @@ def test_progress_in_a_log_is_whole_lines_and_none_for_a_short_loop(
     lines = capsys.readouterr().err
     assert lines.endswith("\n")
     assert "\r" not in lines
-    assert "test: 100%" in lines.splitlines()[-1]
+    assert re.match(r"test: 3 of 3 rows \(100 %\), .* rows/s, 00:00 left$", lines.splitlines()[-1])
+    assert list(progress(range(3), "test")) == [0, 1, 2]
+    assert re.match(r"test: 3 rows, .* rows/s$", capsys.readouterr().err.splitlines()[-1])

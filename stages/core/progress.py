@@ -9,6 +9,8 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 LOG_INTERVAL_S = 15.0
+LOG_FORMAT = "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f} %), {rate_fmt}, {remaining} left"
+LOG_FORMAT_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_fmt}"
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]
@@ -26,8 +28,7 @@ class ProgressBar(tqdm):  # type: ignore[misc]
             dynamic_ncols=True,
             mininterval=0.1 if self._terminal else LOG_INTERVAL_S,
             maxinterval=LOG_INTERVAL_S,
-            leave=True,
-            ncols=None if self._terminal else 0,
+            bar_format=None if self._terminal else LOG_FORMAT if total else LOG_FORMAT_WITHOUT_TOTAL,
             **settings,
         )
 

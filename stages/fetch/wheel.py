@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import fresh_folder, sha256_of
@@ -110,11 +109,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         problems = space_problems(folder, 2 * parameters, purpose="converting the GGUF to bfloat16")
         if problems:
             raise Problem(*problems)
-        # Transformers shows its own bar, even in a log.
-        with patch.object(modeling_gguf_pytorch_utils, "tqdm", _dequantizing):
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-            )
+        # Transformers shows a bar of its own, even in a log; this process ends with the stage, so ours may stay in its place.
+        modeling_gguf_pytorch_utils.tqdm = _dequantizing
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (ValueError, IndexError) as error:  # IndexError: the file ends too early
         raise Problem(f"{gguf}: Transformers cannot convert this GGUF file: {error}") from error
