@@ -68,7 +68,7 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if section["fsdp"] and section["num_processes"] == 1:
         yield "fsdp", "must be false: train.num_processes is 1"
     if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
-        yield "fsdp", f"must be false: train.quantization is {section['quantization']}; only nf4 and none can be sharded"
+        yield "fsdp", f"must be false: train.quantization is {section['quantization']}; nf4 or none can be sharded"
     if section["compute"] == "fp8":
         yield from (("compute", f"{reason}; set it to dtype") for reason in _why_not_fp8(section))
 
