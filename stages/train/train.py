@@ -176,7 +176,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
         arguments,
         rows=rows,
         validation_rows=validation_rows,
-        loss=load_loss_of(params.model_dump(), paths.base),
+        loss=load_loss_of(params.model_dump(), paths.base, label_smoothing_factor=arguments.label_smoothing_factor),
         collator=StepCollator(
             params.per_device_train_batch_size,
             padding_free=padding_free,
