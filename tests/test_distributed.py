@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo): the same global batch is the same training, and a killed one is one message."""
+"""Training in two processes on the CPU, with gloo."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from stages.train.checkpoints import COMPLETE
 from tests.runs import run
 from tests.tiny import Workspace
 
-# In the second process, and once: the marker then stands there.
-DEADLY = """
+# A loss that kills the second process, only the first time: the marker file then exists.
+KILLING_LOSS = """
 import os, signal
 from pathlib import Path
 from stages.train.loss import next_token_loss
@@ -30,13 +30,13 @@ def loss(logits, labels, num_items):
 """
 
 
-def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpoint(
-    workspace: Workspace, scratch: Path
-) -> None:
-    (scratch / "deadly.py").write_text(DEADLY.format(marker=str(scratch / "marker")))
-    loss = {"loss": str(scratch / "deadly.py"), "num_train_epochs": 2}
+def test_two_processes_train_like_one_and_a_killed_process_loses_no_checkpoint(workspace: Workspace, scratch: Path) -> None:
+    (scratch / "killing.py").write_text(KILLING_LOSS.format(marker=str(scratch / "marker")))
+    loss = {"loss": str(scratch / "killing.py"), "num_train_epochs": 2}
     two = {"num_processes": 2, "per_device_train_batch_size": 2, **loss}
-    with pytest.raises(Problem, match=r"process 1 of 2 was killed \(SIGKILL\), and the others.*dvc repro goes on"):
+    with pytest.raises(
+        Problem, match=r"process 1 of 2 was killed \(SIGKILL\), and the others were stopped.*dvc repro resumes"
+    ):
         run(workspace, scratch / "two", **two)
     assert not (scratch / "two").exists()
     assert list(scratch.glob(f".checkpoints/*/checkpoint-*/{COMPLETE}"))
@@ -46,7 +46,7 @@ def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpo
     assert machine["resumed_from"].startswith("checkpoint-")
     one = run(workspace, scratch / "one", per_device_train_batch_size=4, **loss)
     reports = [json.loads((scratch / name / "report.json").read_text()) for name in ("one", "two")]
-    assert reports[0]["rows"] % 4, "the last batch of an epoch falls short, and is filled up with rows that count nothing"
+    assert reports[0]["rows"] % 4, "the last batch of an epoch is incomplete, and filled with empty rows"
     assert reports[0]["steps"] == reports[1]["steps"]
     for name in ("validation_loss_before", "validation_loss", "validation_token_accuracy"):
         assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-4)
@@ -60,21 +60,21 @@ def test_two_processes_train_as_one_does_and_one_that_is_killed_loses_no_checkpo
         assert float(a.split(",")[1]) == pytest.approx(float(b.split(",")[1]), rel=1e-3)
 
 
-def test_parted_weights_train_to_the_same_bytes_as_whole_ones(workspace: Workspace, scratch: Path) -> None:
+def test_sharded_weights_train_to_the_same_bytes_as_unsharded_ones(workspace: Workspace, scratch: Path) -> None:
     given = {"num_processes": 2, "per_device_train_batch_size": 2, "training_arguments": {"max_steps": 3}}
     outs = [run(workspace, scratch / str(fsdp), fsdp=fsdp, gradient_checkpointing=fsdp, **given) for fsdp in (False, True)]
     for name in ("adapter/adapter_model.safetensors", "report.json", "loss/train.csv"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
 
 
-def test_parted_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:
+def test_sharded_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.num_processes is 1"):
         run(workspace, scratch, fsdp=True)
-    with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.quantization is int8; nf4 or none"):
+    with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.quantization is int8; only nf4 and none"):
         run(workspace, scratch, fsdp=True, quantization="int8")
 
 
-def test_what_is_wrong_in_every_process_is_said_once(workspace: Workspace, scratch: Path) -> None:
+def test_a_problem_in_every_process_is_reported_once(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem) as caught:
         run(workspace, scratch / "out", num_processes=2, target_modules=["W_pack"])
     assert len(caught.value.messages) == 1
