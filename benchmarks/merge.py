@@ -1,11 +1,11 @@
-"""How long it takes, and how much memory, to write an adapter into the weights of an 8B model.
+"""Time and memory to merge an adapter into the weights of an 8B model.
 
     python benchmarks/merge.py [--layers 32]
 
-Makes a random model of Llama-3-8B's shape in bfloat16 (16 GB at 32 layers) and a LoRA adapter with r=16 on all linear
-layers, and lets each way write the merged model, in a process of its own: Loratory's (into the full weights, and into those
-that NF4 leaves), PEFT's on the CPU and on the GPU, and a plain copy of the files, which is what no merge can beat. Prints
-seconds, the process's peak of main memory, and the share of weights with other bits than the exact result rounded once.
+Makes a random model with the shapes of Llama-3-8B in bfloat16 (16 GB with 32 layers) and a LoRA adapter with r=16 for all
+linear layers. Each method writes the merged model in its own process: Loratory (into the full weights, and into the
+dequantized NF4 weights), PEFT on the CPU and on the GPU, and a plain copy of the files, the lower bound for any merge.
+Prints the seconds, the process's peak main memory, and the share of weights that differ from the exact sum, rounded once.
 """
 
 import argparse
@@ -79,21 +79,22 @@ def make(work: Path, layers: int, width: int) -> None:
         adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapter = work / "adapter"
     adapter.mkdir()
-    factors = {
+    tensors = {
         name.replace(".default", ""): torch.randn(tensor.shape) * 0.02
         for name, tensor in adapted.state_dict().items()
         if "lora_" in name
     }
-    save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
-    given = adapted.peft_config["default"]
-    given.base_model_name_or_path, given.inference_mode = str(base), True
-    given.save_pretrained(adapter)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    lora_config = adapted.peft_config["default"]
+    lora_config.base_model_name_or_path, lora_config.inference_mode = str(base), True
+    lora_config.save_pretrained(adapter)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"]
-    layers_of = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in linear]
+    names = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in linear]
     training = {
         "quantization": settings("nf4"),
-        "quantized_layers": sorted({n for n in layers_of if ".lora_" not in n}),
+        "quantized_layers": sorted({name for name in names if ".lora_" not in name}),
         "transposed_layers": [],
+        "data": {"rows": 0, "tokens": 0, "label_tokens": 0},
     }
     (adapter / "training.json").write_text(json.dumps(training))
     os.sync()
@@ -117,13 +118,13 @@ def merge(work: Path, way: str) -> None:
         for file in base.iterdir():
             shutil.copyfile(file, out / file.name)
     elif way in ("full", "dequantized"):
-        from stages.core.jsonl import read_json
-        from stages.merge.weights import LoraWeights, MergedWeights
-        from stages.model.quantize import Quantization
+        from stages.merge.lora_weights import LoraWeights
+        from stages.merge.training import read_training
+        from stages.merge.weights import MergedWeights
 
-        kind = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
-        started = time.monotonic()  # the others' libraries take as long to load, and are not counted either
-        MergedWeights(base, adapter, LoraWeights(adapter), kind, way).write(out)
+        started = time.monotonic()  # imports are not counted
+        training = read_training(adapter)
+        MergedWeights(base, LoraWeights(adapter), training=training, dequantized=way == "dequantized").write(out)
     else:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -138,7 +139,7 @@ def merge(work: Path, way: str) -> None:
 
 
 def wrong_share(work: Path) -> float:
-    """Of one layer's seven weights."""
+    """The share of weights that differ from the exact sum, rounded once; of four matrices of the first layer."""
 
     def read(folder: Path, name: str) -> torch.Tensor:
         for shard in sorted(folder.glob("*.safetensors")):
@@ -150,8 +151,8 @@ def wrong_share(work: Path) -> float:
     wrong = count = 0
     for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         stem = f"model.layers.0.{part}"
-        a, b = (read(work / "adapter", f"base_model.model.{stem}.lora_{f}.weight") for f in "AB")
-        exact = (read(work / "base", f"{stem}.weight").double() + 2.0 * b.double() @ a.double()).bfloat16()
+        lora_a, lora_b = (read(work / "adapter", f"base_model.model.{stem}.lora_{matrix}.weight") for matrix in "AB")
+        exact = (read(work / "base", f"{stem}.weight").double() + 2.0 * lora_b.double() @ lora_a.double()).bfloat16()
         wrong += int((read(work / "out", f"{stem}.weight") != exact).sum())
         count += exact.numel()
     return wrong / count
@@ -174,7 +175,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (work / "base").iterdir())
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         print(f"{size / 1e9:.1f} GB, {device}, torch {torch.__version__}")
-        print("| | seconds | peak GB | other bits than exact |")
+        print("| | seconds | peak GB | differ from exact |")
         print("|---|---:|---:|---:|")
         for way in [way for way in given.ways if way != "peft_gpu" or torch.cuda.is_available()]:
             found = run_row(__file__, way, WAYS[way], "--work", work)

@@ -1,4 +1,4 @@
-"""merge: the written model is the trained one, proven by measuring it; a damaged one is not let through."""
+"""merge: the merged model is the trained model, as the comparison shows; a wrong merge fails and writes nothing."""
 
 import json
 import re
@@ -7,27 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.core.provenance import verify
 from stages.core.tokens import read_tokens
 from stages.merge import merge as module
+from stages.merge.lora_weights import LoraWeights
 from stages.merge.merge import Params, merge
 from stages.merge.parity import ModelOutputs, compare, greedy_agreement
+from stages.merge.weights import MergedWeights
 from tests.tiny import Workspace
 
-PARAMS = {
-    "base": "dequantized",
-    "parity_rows": 8,
-    "max_mean_kl": 1e-3,
-    "min_top1_agreement": 0.9,
-    "min_greedy_agreement": 0.0,
-}
+PARAMS = {"base": "dequantized", "max_mean_kl": 1e-3, "min_top1_agreement": 0.9, "min_greedy_agreement": 0.0}
+ROWS = 8
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PARITY_ROWS", ROWS)
 
 
 class Merge:
@@ -36,38 +40,44 @@ class Merge:
     def __init__(self, workspace: Workspace, tmp_path: Path) -> None:
         self.root, self.out = workspace.root, tmp_path / "out"
         self.base = self.root / "models" / "base"
+        self.tokens = self.root / "data" / "tokens" / "validation.arrow"
         self.adapter = Path(shutil.copytree(self.root / "models" / "adapter", tmp_path / "adapter"))
 
-    def run(self, **given: Any) -> dict[str, Any]:
-        tokens = self.root / "data" / "tokens"
+    def run(self, **changed: Any) -> dict[str, Any]:
         merge(
-            Params(**PARAMS | given),
+            Params(**PARAMS | changed),
             base=self.base,
             adapter=self.adapter,
-            validation_tokens=tokens / "validation.arrow",
-            chat_template=tokens / "chat_template.jinja",
+            validation_tokens=self.tokens,
+            chat_template=self.root / "data" / "tokens" / "chat_template.jinja",
             merged=self.out / "merged",
             report=self.out / "report.json",
         )
         report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
         return report
 
-    def refused(self, **given: Any) -> str:
+    def message(self, **changed: Any) -> str:
+        """The message of a merge that fails; it must leave no file."""
         with pytest.raises(Problem) as caught:
-            self.run(**given)
+            self.run(**changed)
         assert not (self.out / "merged").exists()
         assert not list(self.out.glob("*"))
         return str(caught.value)
 
-    def edit_config(self, **given: Any) -> None:
-        path = self.adapter / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | given))
+    def edit(self, name: str, **changed: Any) -> None:
+        """Changes keys of a JSON file in the adapter's folder."""
+        path = self.adapter / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
     def edit_tensors(self, change: Any) -> None:
         path = self.adapter / "adapter_model.safetensors"
         tensors = load_file(path)
         change(tensors)
         save_file(tensors, path)
+
+    def training(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.adapter / "training.json").read_text())
+        return content
 
 
 @pytest.fixture
@@ -81,36 +91,36 @@ def test_the_merged_model_is_the_trained_one(merging: Merge) -> None:
     assert report["top1_agreement"] > 0.9
     assert report["merged_layers"] == 14
     assert report["trained_loss"] == pytest.approx(report["merged_loss"], abs=0.01)
-    assert report["greedy_rows"] == 8
+    assert report["greedy_rows"] == ROWS
     assert 0 <= report["greedy_agreement"] <= 1
 
 
 def test_the_dequantized_base_is_closer_than_the_full_one(merging: Merge) -> None:
-    close = merging.run()["mean_kl"]
+    dequantized_kl = merging.run()["mean_kl"]
     report = merging.run(base="full", max_mean_kl=100, min_top1_agreement=0)
-    assert report["mean_kl"] > 10 * close
-    # Each report has the figures of the other choice too, and they are the ones that it would have given.
+    assert report["mean_kl"] > 10 * dequantized_kl
+    # Each report also has the figures of the other choice, the same as if it had been made.
     assert report["other_base"]["base"] == "dequantized"
-    assert report["other_base"]["mean_kl"] == pytest.approx(close, rel=1e-3)
+    assert report["other_base"]["mean_kl"] == pytest.approx(dequantized_kl, rel=1e-3)
 
 
-def test_the_greedy_answers_of_the_trained_model_are_compared_token_for_token(
-    merging: Merge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "of the greedy answers are the same, merge.min_greedy_agreement is 1" in merging.refused(min_greedy_agreement=1)
+def test_greedy_answers_are_compared_token_for_token(merging: Merge) -> None:
+    assert "of the greedy answers are identical, below merge.min_greedy_agreement 1" in merging.message(
+        min_greedy_agreement=1
+    )
     model = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32).eval()
-    rows = read_tokens(merging.root / "data" / "tokens" / "validation.arrow").to_pylist()[:3]
-    said = ModelOutputs(model, rows, [2])
-    assert [prompt for prompt, _ in said.answers] == [
+    rows = read_tokens(merging.tokens).to_pylist()[:3]
+    outputs = ModelOutputs(model, rows, stops=[2])
+    assert [prompt for prompt, _ in outputs.answers] == [
         row["input_ids"][: next(n for n, label in enumerate(row["labels"]) if label != -100)] for row in rows
     ]
-    assert greedy_agreement(said, model) == 1.0
-    said.answers[0][1][-1] = (said.answers[0][1][-1] + 1) % 400
-    assert greedy_agreement(said, model) == pytest.approx(2 / 3)
-    assert compare(said, said)["mean_kl"] == 0
+    assert greedy_agreement(outputs, model) == 1.0
+    outputs.answers[0][1][-1] = (outputs.answers[0][1][-1] + 1) % 400
+    assert greedy_agreement(outputs, model) == pytest.approx(2 / 3)
+    assert compare(outputs, outputs)["mean_kl"] == 0
 
 
-def test_the_folder_says_what_made_it(workspace: Workspace) -> None:
+def test_provenance_and_manifest_name_every_file(workspace: Workspace) -> None:
     assert verify(workspace.root / "reports" / "provenance" / "merge.json", workspace.root) == []
     recorded = json.loads((workspace.root / "reports" / "provenance" / "merge.json").read_text())
     assert "models/adapter" in recorded["inputs"]
@@ -121,83 +131,149 @@ def test_the_folder_says_what_made_it(workspace: Workspace) -> None:
     }
 
 
-def test_the_weights_are_pefts_own_on_an_unquantized_base(merging: Merge) -> None:
-    training = json.loads((merging.adapter / "training.json").read_text())
-    training["quantization"]["quantization"], training["quantized_layers"] = "none", []
-    (merging.adapter / "training.json").write_text(json.dumps(training))
+def test_rows_without_labelled_tokens_are_not_compared(merging: Merge, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table = read_tokens(merging.tokens)
+    rows = table.to_pylist()
+    merging.tokens = tmp_path / "validation.arrow"
+
+    def write() -> None:
+        with pa.OSFile(str(merging.tokens), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    write()
+    assert merging.run()["rows"] == ROWS - 1
+    shutil.rmtree(merging.out)
+    for row in rows:
+        row["labels"] = [-100] * len(row["labels"])
+    write()
+    assert "no row has labelled tokens to compare the models on" in merging.message()
+
+
+# Weights
+
+
+def test_the_weights_are_those_of_peft_on_an_unquantized_base(merging: Merge) -> None:
+    quantization = merging.training()["quantization"] | {"quantization": "none"}
+    merging.edit("training.json", quantization=quantization, quantized_layers=[])
     merging.run(base="full", min_top1_agreement=0.5, max_mean_kl=1)
-    ours = load_file(merging.out / "merged" / "model.safetensors")
+    merged = load_file(merging.out / "merged" / "model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(base, str(merging.adapter)).merge_and_unload().state_dict()
+    expected = PeftModel.from_pretrained(base, str(merging.adapter)).merge_and_unload().state_dict()
     original = load_file(merging.base / "model.safetensors")
-    assert set(ours) == set(original)
-    for name, weight in ours.items():
+    assert set(merged) == set(original)
+    for name, weight in merged.items():
         assert weight.dtype == original[name].dtype
-        assert torch.equal(weight, theirs[name].to(weight.dtype)), name
-    changed = [name for name in ours if not torch.equal(ours[name], original[name])]
+        assert torch.equal(weight, expected[name].to(weight.dtype)), name
+    changed = [name for name in merged if not torch.equal(merged[name], original[name])]
     assert len(changed) == 14
 
 
+def dequantize(weight: torch.Tensor) -> torch.Tensor:
+    """A weight quantized to NF4 with double quantization, and dequantized to float32 by the definition of the format."""
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()
+    blocks = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return (state.code[codes.int()].view(len(blocks), -1) * blocks[:, None]).view(weight.shape)
+
+
+def test_layers_summed_in_float32_in_training_are_merged_the_same_way(merging: Merge) -> None:
+    quantization = merging.training()["quantization"] | {"dtype": "bfloat16"}
+    layers = merging.training()["quantized_layers"]
+    summed = [layer for layer in layers if "layers.1" in layer]
+    assert len(summed) == 7
+    merging.edit("training.json", quantization=quantization, summed_in_float32=summed)
+    merging.run(max_mean_kl=1, min_top1_agreement=0)
+    merged, base = (load_file(folder / "model.safetensors") for folder in (merging.out / "merged", merging.base))
+    tensors = load_file(merging.adapter / "adapter_model.safetensors")
+    config = json.loads((merging.adapter / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    for layer in layers:
+        lora_a, lora_b = (tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] for matrix in "AB")
+        original = base[f"{layer}.weight"]
+        weight = dequantize(original.bfloat16())
+        rounded_twice = torch.addmm(weight.bfloat16().float(), lora_b, lora_a, alpha=scaling).to(original.dtype)
+        rounded_once = torch.addmm(weight, lora_b, lora_a, alpha=scaling).to(original.dtype)
+        assert not torch.equal(rounded_once, rounded_twice)
+        assert torch.equal(merged[f"{layer}.weight"], rounded_once if layer in summed else rounded_twice), layer
+
+
 @pytest.mark.parametrize("rslora", [True, False])
-def test_the_scale_is_pefts(merging: Merge, rslora: bool) -> None:
-    merging.edit_config(use_rslora=rslora, lora_alpha=8)
-    assert merging.run(max_mean_kl=2e-3)["mean_kl"] < 2e-3  # PEFT reads the same config for the trained side
+def test_the_scaling_is_that_of_peft(merging: Merge, rslora: bool) -> None:
+    merging.edit("adapter_config.json", use_rslora=rslora, lora_alpha=8)
+    assert merging.run(max_mean_kl=2e-3)["mean_kl"] < 2e-3  # PEFT reads the same config for the trained model
 
 
-def lose(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], object]) -> None:
-    """Lets every merge read the adapter as `wrong` leaves it."""
-    init = module._Lora.__init__
+# Wrong merges
+
+
+def break_lora(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]) -> None:
+    """Makes every merge use the adapter as `change` leaves it."""
+    init = LoraWeights.__init__
 
     def broken(self: Any, adapter: Path) -> None:
         init(self, adapter)
-        wrong(self)
+        change(self)
 
-    monkeypatch.setattr(module._Lora, "__init__", broken)
-
-
-def doubled(lora: Any) -> None:
-    lora.scales = {name: 2 * scale for name, scale in lora.scales.items()}
+    monkeypatch.setattr(LoraWeights, "__init__", broken)
 
 
-def damaged(lora: Any) -> None:
-    layer = lora.layers["model.layers.1.mlp.up_proj.weight"]
-    layer["B"] = torch.randn_like(layer["B"])
+def double_scaling(lora: Any) -> None:
+    lora.scaling = {name: 2 * scaling for name, scaling in lora.scaling.items()}
 
 
-def forgetful(lora: Any) -> None:
-    for name in [name for name in lora.layers if "mlp" in name]:
-        del lora.layers[name]
+def damage_one_layer(lora: Any) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    lora.pairs[name] = lora.pairs[name]._replace(lora_B=torch.randn_like(lora.pairs[name].lora_B))
+
+
+def forget_the_mlp(lora: Any) -> None:
+    for name in [name for name in lora.pairs if "mlp" in name]:
+        del lora.pairs[name]
 
 
 @pytest.mark.parametrize("layer", ["layers.0.self_attn.k_proj", "layers.1.mlp.gate_proj"])
-def test_a_single_missed_layer_is_named_whatever_the_logits_say(
+def test_a_single_missing_layer_is_named_even_if_the_logits_are_within_the_limits(
     merging: Merge, monkeypatch: pytest.MonkeyPatch, layer: str
 ) -> None:
     loose = {"max_mean_kl": 1000, "min_top1_agreement": 0}
     merging.run(**loose)
     shutil.rmtree(merging.out)
-    lose(monkeypatch, lambda lora: lora.layers.pop(f"model.{layer}.weight"))
-    said = merging.refused(**loose)
-    assert re.search(rf"model\.{layer} has -?0\.0\d times what training added to it", said)
-    assert said.count("times what training added") == 1
+    break_lora(monkeypatch, lambda lora: lora.pairs.pop(f"model.{layer}.weight"))
+    message = merging.message(**loose)
+    assert re.search(rf"model\.{layer}: has -?0\.0\d of the delta weight that was trained; wanted 1", message)
+    assert message.count("of the delta weight that was trained") == 1
 
 
-@pytest.mark.parametrize("wrong", [doubled, damaged, forgetful])
-def test_a_wrong_merge_would_not_pass(merging: Merge, monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    lose(monkeypatch, wrong)
-    said = merging.refused()
-    assert "is above merge.max_mean_kl" in said
-    assert "the merged model is not the trained one" in said
+@pytest.mark.parametrize("change", [double_scaling, damage_one_layer, forget_the_mlp])
+def test_a_wrong_merge_fails(merging: Merge, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    break_lora(monkeypatch, change)
+    message = merging.message()
+    assert "is above merge.max_mean_kl" in message
+    assert "the merged model is not the trained one" in message
 
 
-@pytest.mark.parametrize("of", ["the base", "another adapter"])
-def test_a_stale_shard_would_not_pass(merging: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
+def test_a_merge_that_fails_keeps_the_previous_outputs(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    merging.run()
+    before = {path: path.read_bytes() for path in merging.out.rglob("*") if path.is_file()}
+    with pytest.raises(Problem, match=r"below merge\.min_greedy_agreement"):
+        merging.run(min_greedy_agreement=1)
+    monkeypatch.setattr(module, "write_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merging.run()
+    assert {path: path.read_bytes() for path in merging.out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("stale_from", ["the base", "another adapter"])
+def test_a_stale_shard_fails(merging: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale_from: str) -> None:
     merging.base = Path(shutil.copytree(merging.base, tmp_path / "base"))
     AutoModelForCausalLM.from_pretrained(merging.base).save_pretrained(merging.base, max_shard_size="80KB")
     (merging.base / "model.safetensors").unlink(missing_ok=True)
     shard = sorted(merging.base.glob("*.safetensors"))[-1].name
     stale = merging.base / shard
-    if of == "another adapter":
+    if stale_from == "another adapter":
         before = (merging.adapter / "adapter_model.safetensors").read_bytes()
         merging.edit_tensors(lambda tensors: tensors.update({name: -tensors[name] for name in tensors if "_B." in name}))
         merging.run()
@@ -205,14 +281,14 @@ def test_a_stale_shard_would_not_pass(merging: Merge, tmp_path: Path, monkeypatc
         (merging.adapter / "adapter_model.safetensors").write_bytes(before)
     merging.run()
     shutil.rmtree(merging.out)
-    write = module._Weights.write
+    write = MergedWeights.write
 
     def keep_one(self: Any, folder: Path) -> None:
         write(self, folder)
         shutil.copy(stale, folder / shard)
 
-    monkeypatch.setattr(module._Weights, "write", keep_one)
-    assert "the merged model is not the trained one" in merging.refused()
+    monkeypatch.setattr(MergedWeights, "write", keep_one)
+    assert "the merged model is not the trained one" in merging.message()
 
 
 def test_a_layer_of_another_base_is_named(merging: Merge) -> None:
@@ -221,31 +297,48 @@ def test_a_layer_of_another_base_is_named(merging: Merge) -> None:
             tensors[name.replace("layers.1", "layers.7")] = tensors.pop(name)
 
     merging.edit_tensors(rename)
-    assert "trained model.layers.7.self_attn.q_proj.weight, which" in merging.refused()
+    assert "trained model.layers.7.self_attn.q_proj.weight, which" in merging.message()
 
 
-def test_half_a_pair_and_unknown_kinds_are_refused(merging: Merge) -> None:
-    merging.edit_config(use_dora=True)
-    assert "that are no LoRA pair" in merging.refused()
-    merging.edit_config(use_dora=False, peft_type="LOHA")
-    assert "cannot merge LOHA" in merging.refused()
-    merging.edit_config(peft_type="LORA", modules_to_save=["embed_tokens"])
-    assert "cannot merge LORA with modules_to_save" in merging.refused()
-    merging.edit_config(modules_to_save=None)
+def test_a_weight_in_another_dtype_is_named(merging: Merge, tmp_path: Path) -> None:
+    merging.base = Path(shutil.copytree(merging.base, tmp_path / "base"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(merging.base / "model.safetensors")
+    tensors[name] = tensors[name].double()
+    save_file(tensors, merging.base / "model.safetensors", {"format": "pt"})
+    assert f"{name} has the dtype F64; merge can only change BF16, F16, F32" in merging.message()
+
+
+def test_incomplete_layers_and_unknown_adapters_are_refused(merging: Merge) -> None:
+    merging.edit("adapter_config.json", use_dora=True)
+    assert re.search(r"adapter_model\.safetensors: model\.layers\.0.* has no magnitude; train again", merging.message())
+    merging.edit("adapter_config.json", use_dora=False, peft_type="LOHA")
+    assert "cannot merge LOHA" in merging.message()
+    merging.edit("adapter_config.json", peft_type="LORA", modules_to_save=["embed_tokens"])
+    assert "cannot merge LORA with modules_to_save" in merging.message()
+    merging.edit("adapter_config.json", modules_to_save=None)
     merging.edit_tensors(lambda tensors: tensors.__setitem__("stray", torch.zeros(1)))
-    assert "holds stray, which is no part of a LoRA" in merging.refused()
+    assert "stray is not a LoRA tensor" in merging.message()
 
 
-def test_the_folder_is_a_whole_model_with_the_template_and_stop_tokens_of_its_training(workspace: Workspace) -> None:
+def test_a_removed_parameter_is_explained() -> None:
+    with pytest.raises(Problem, match=r"^params\.yaml: merge\.parity_rows: removed; delete the line; 64 validation rows"):
+        parse_section("merge", Params, {**PARAMS, "parity_rows": 64})
+
+
+# The folder
+
+
+def test_the_folder_is_a_complete_model_with_the_template_and_stop_tokens_of_its_training(workspace: Workspace) -> None:
     merged = workspace.root / "models" / "merged"
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template == (workspace.root / "stages/templates/chatml.jinja").read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.generation_config.eos_token_id == 2
     card = (merged / "README.md").read_text()
-    assert "mean KL" in card
+    assert "the mean KL divergence is" in card
     train, validation = (read_tokens(workspace.root / f"data/tokens/{name}.arrow") for name in ("train", "validation"))
     tokens = sum(map(len, train["input_ids"].to_pylist()))
-    assert f"Trained on {train.num_rows} rows of {tokens:,} tokens, of which " in card
-    assert f"; {validation.num_rows} further rows for validation" in card
+    assert f"Trained on {train.num_rows} rows with {tokens:,} tokens, " in card
+    assert f"; validated on {validation.num_rows} other rows" in card
     assert str(workspace.root) not in "".join(path.read_text() for path in merged.glob("*.json"))

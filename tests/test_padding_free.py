@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from stages.model.collate import collate_padded, collate_padding_free
+from stages.model.logits import label_logits
 from stages.model.padding_free import RowLayout, enable_padding_free
 
 
@@ -41,6 +43,21 @@ def test_a_model_that_drops_the_row_layout_is_not_padding_free(kind: Any, reason
     logits = model(input_ids=ids).logits  # an ordinary batch, as trial runs of other modules are
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("window", [2, 4096])
+def test_a_sliding_window_ends_within_a_row(window: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=window, **sizes)
+    model = MistralForCausalLM(config).eval()
+    rows = [{"input_ids": list(range(5, 5 + length)), "labels": [-100, *range(6, 5 + length)]} for length in (9, 4, 7)]
+    alone = torch.cat([label_logits(model, collate_padded([row]))[0] for row in rows])
+    assert enable_padding_free(model) == ""
+    torch.testing.assert_close(label_logits(model, collate_padding_free(rows))[0], alone)
+    same_length = [rows[0], rows[0]]
+    logits = label_logits(model, collate_padding_free(same_length))[0]
+    torch.testing.assert_close(logits, torch.cat([alone[:8], alone[:8]]))
 
 
 def test_a_layout_turns_a_padding_free_batch_into_a_padded_one_and_back() -> None:

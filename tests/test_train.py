@@ -131,16 +131,16 @@ def test_padding_free_rows_have_the_gradients_of_padded_rows(model: Any, padding
 
 
 def test_a_model_with_another_kind_of_attention_is_unchanged(tiny_model: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=40, num_key_value_heads=2, sliding_window=2, **sizes)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
     torch.manual_seed(0)
-    narrow = MistralForCausalLM(config).eval()
-    assert enable_padding_free(narrow) == "its sliding window of 2 tokens is shorter than a row"
-    assert narrow.config._attn_implementation == "sdpa"
-    config.sliding_window = 4096
-    assert enable_padding_free(MistralForCausalLM(config).eval()) == ""
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=40, num_key_value_heads=2, attn_logit_softcapping=5.0, **sizes)
+    ).eval()
+    before = capped.config._attn_implementation
+    assert enable_padding_free(capped) == "its attention uses logit soft-capping"
+    assert capped.config._attn_implementation == before
     foreign = AutoModelForCausalLM.from_pretrained(tiny_model)
     type(foreign)._supports_attention_backend, kept = False, type(foreign)._supports_attention_backend
     try:

@@ -1,4 +1,4 @@
-"""What answers prompts, whatever computes it."""
+"""The interface of what answers prompts: Transformers or vLLM."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,9 +8,9 @@ from stages.model.device import DtypeName
 
 
 class GenerationSettings(NamedTuple):
-    """How answers are made; the names are those of generate's parameters."""
+    """What a backend needs of the stage's parameters; the names are theirs."""
 
-    choice: SamplingConfig
+    sampling: SamplingConfig
     max_new_tokens: int
     batch_size: int
     dtype: DtypeName
@@ -21,19 +21,19 @@ class Answer(NamedTuple):
     """The new tokens of one row."""
 
     tokens: list[int]
-    """With the token that ended it, if there is one."""
+    """Includes the stop token, if there is one."""
     stopped: bool
-    """Whether there is."""
+    """Whether the last token is a stop token; otherwise the answer was cut at max_new_tokens."""
 
 
 class Backend(Protocol):
-    """A loaded model that answers."""
+    """A loaded model that answers prompts."""
 
-    def answers(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
-        """The numbers of rows and their answers, as they are finished.
+    def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers all rows. Yields finished answers in groups, each answer with its row's index in `rows`.
 
         Args:
-            rows: {"id", "prompt_ids"} each, short prompts first.
+            rows: {"id", "prompt_ids"} each, sorted by length, shortest prompt first.
 
-        Raises Problem if the memory does not suffice for one row.
+        Raises Problem if the memory does not suffice for a single row.
         """

@@ -1,4 +1,4 @@
-"""Attention of one new token a row, over the keys and values that the row's slot holds, and no more."""
+"""Attention of a decode step: one new token in each slot attends to the keys and values that its slot holds."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU has no use for it
+except ImportError:  # PyTorch for CPUs comes without it
     triton = None
 
 
@@ -14,36 +14,48 @@ def slot_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    *,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     lengths: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """softmax(scaling · q kᵀ) v, (slots, heads, size). The new key and value are written to their place.
+    """Stores each slot's new key and value in the cache; returns softmax(scaling · q kᵀ) v over all of the slot's tokens.
+
+    On a GPU a Triton kernel reads no more of the cache than each slot's `lengths`.
 
     Args:
-        query: (slots, heads, size)
-        key: (slots, key heads, size), as value: of the new token; each for a group of the query's heads.
-        keys: (slots, places, key heads, size), as values: of those before it.
-        lengths: (slots,) How many there are, and so the new token's place.
+        query: (slots, heads, head dim).
+        key: (slots, key heads, head dim), of the new token; `heads` is a multiple of `key heads`.
+        value: As key.
+        key_cache: (slots, cache size, key heads, head dim). Written in place.
+        value_cache: As key_cache.
+        lengths: (slots,) in int64: the number of tokens in each slot, which is the new token's position.
+
+    Returns:
+        (slots, heads, head dim).
     """
-    slots, heads, size = query.shape
-    groups = heads // keys.shape[2]
+    slots, heads, head_dim = query.shape
+    key_heads = key_cache.shape[2]
+    group = heads // key_heads
     if triton is None or not query.is_cuda:
         rows = torch.arange(slots, device=query.device)
-        keys[rows, lengths], values[rows, lengths] = key, value
-        visible = torch.arange(keys.shape[1], device=query.device) <= lengths[:, None]
-        grouped = query.view(slots, keys.shape[2], groups, size)
+        key_cache[rows, lengths], value_cache[rows, lengths] = key, value
+        visible = torch.arange(key_cache.shape[1], device=query.device) <= lengths[:, None]
         out = scaled_dot_product_attention(
-            grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None], scale=scaling
+            query.view(slots, key_heads, group, head_dim),
+            key_cache.transpose(1, 2),
+            value_cache.transpose(1, 2),
+            attn_mask=visible[:, None, None],
+            scale=scaling,
         )
-        return out.reshape(slots, heads, size)
+        return out.reshape(slots, heads, head_dim)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _kernel[(slots, keys.shape[2])](
-        query, key, value, keys, values, lengths, out, scaling,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
-        HEADS=heads, GROUP=groups, WIDE_GROUP=max(16, triton.next_power_of_2(groups)),
-        SIZE=size, WIDE=triton.next_power_of_2(size), PLACES=64,
+    _kernel[(slots, key_heads)](
+        query, key, value, key_cache, value_cache, lengths, out, scaling,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
+        HEADS=heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim, PADDED_HEAD_DIM=triton.next_power_of_2(head_dim), BLOCK=64,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     return out
@@ -53,41 +65,48 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        query, key, value, keys, values, lengths, out, scaling, query_slot, query_head, key_slot, key_head, value_slot,
-        value_head, slot_stride, place_stride, head_stride,
-        HEADS: tl.constexpr, GROUP: tl.constexpr, WIDE_GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-        PLACES: tl.constexpr, PRECISION: tl.constexpr,
+        query, key, value, key_cache, value_cache, lengths, out, scaling,
+        query_slot_stride, query_head_stride, key_slot_stride, key_head_stride, value_slot_stride, value_head_stride,
+        cache_slot_stride, cache_token_stride, cache_head_stride,
+        HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr,
+        HEAD_DIM: tl.constexpr, PADDED_HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """The heads of one slot that share keys; PLACES keys at a time, by a running maximum (Milakov & Gimelshein 2018)."""
-        slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        group, size = tl.arange(0, WIDE_GROUP), tl.arange(0, WIDE)
-        mine = (group < GROUP)[:, None] & (size < SIZE)[None, :]
-        place_of = query + slot * query_slot + (head * GROUP + group)[:, None] * query_head + size[None, :]
-        q = tl.load(place_of, mask=mine, other=0)
+        """One program computes the GROUP query heads that share one key head of one slot.
+
+        It reads BLOCK cached tokens at a time, with the online softmax (Milakov & Gimelshein 2018). tl.dot needs at least 16
+        rows, and tl.arange a power of two: hence PADDED_GROUP and PADDED_HEAD_DIM.
+        """
+        slot, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_HEAD_DIM)
+        real_heads = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        query_at = query + slot * query_slot_stride + (key_head * GROUP + head)[:, None] * query_head_stride + dim[None, :]
+        q = tl.load(query_at, mask=real_heads, other=0)
         length = tl.load(lengths + slot).to(tl.int32)
-        start = slot * slot_stride + head * head_stride
-        # The new token is the first that is looked at, from where it came: what is written now is not to be read at once.
-        newest = tl.load(key + slot * key_slot + head * key_head + size, mask=size < SIZE, other=0)
-        told = tl.load(value + slot * value_slot + head * value_head + size, mask=size < SIZE, other=0)
-        end = start + length.to(tl.int64) * place_stride + size
-        tl.store(keys + end, newest, mask=size < SIZE)
-        tl.store(values + end, told, mask=size < SIZE)
-        top = tl.sum(q.to(tl.float32) * newest.to(tl.float32)[None, :], 1) * scaling
-        weight = tl.full((WIDE_GROUP,), 1.0, tl.float32)
-        total = tl.zeros((WIDE_GROUP, WIDE), tl.float32) + told.to(tl.float32)[None, :]
-        for first in range(0, length, PLACES):
-            place = first + tl.arange(0, PLACES)
-            real = (place < length)[:, None] & (size < SIZE)[None, :]
-            at = start + place.to(tl.int64)[:, None] * place_stride + size[None, :]
-            k = tl.load(keys + at, mask=real, other=0)
-            v = tl.load(values + at, mask=real, other=0)
+        start = slot * cache_slot_stride + key_head * cache_head_stride
+        # The new token comes first, and not from the cache: a program may not see at once what it has just stored there.
+        new_key = tl.load(key + slot * key_slot_stride + key_head * key_head_stride + dim, mask=dim < HEAD_DIM, other=0)
+        new_value = tl.load(
+            value + slot * value_slot_stride + key_head * value_head_stride + dim, mask=dim < HEAD_DIM, other=0
+        )
+        end = start + length.to(tl.int64) * cache_token_stride + dim
+        tl.store(key_cache + end, new_key, mask=dim < HEAD_DIM)
+        tl.store(value_cache + end, new_value, mask=dim < HEAD_DIM)
+        highest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scaling
+        weight = tl.full((PADDED_GROUP,), 1.0, tl.float32)
+        total = tl.zeros((PADDED_GROUP, PADDED_HEAD_DIM), tl.float32) + new_value.to(tl.float32)[None, :]
+        for first in range(0, length, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            real_tokens = (token < length)[:, None] & (dim < HEAD_DIM)[None, :]
+            at = start + token.to(tl.int64)[:, None] * cache_token_stride + dim[None, :]
+            k = tl.load(key_cache + at, mask=real_tokens, other=0)
+            v = tl.load(value_cache + at, mask=real_tokens, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
-            scores = tl.where((place < length)[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            shrink = tl.exp(top - higher)
-            p = tl.exp(scores - higher[:, None])
-            weight = weight * shrink + tl.sum(p, 1)
-            total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-            top = higher
-        to = out + slot * HEADS * SIZE + (head * GROUP + group)[:, None] * SIZE + size[None, :]
-        tl.store(to, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine)
+            scores = tl.where((token < length)[None, :], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            rescale = tl.exp(highest - new_highest)
+            p = tl.exp(scores - new_highest[:, None])
+            weight = weight * rescale + tl.sum(p, 1)
+            total = total * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            highest = new_highest
+        out_at = out + slot * HEADS * HEAD_DIM + (key_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out_at, (total / weight[:, None]).to(out.dtype.element_ty), mask=real_heads)

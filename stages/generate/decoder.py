@@ -1,171 +1,224 @@
-"""Answers on a GPU, many at a time: a finished row's place is taken by a waiting one, and a step is one CUDA graph.
+"""Answers on a GPU with continuous batching, a cache allocated once, and a CUDA graph for the decode step.
 
-Transformers' generate starts each of a step's thousand kernels from Python, and a batch lasts until its longest answer.
-Here a step is recorded once and replayed, the memory for keys and values is laid out once, and each row stands in a slot
-of it.
+Continuous batching: a batch has a fixed number of slots. Each slot holds one row; when its answer is finished, the slot is
+given to a row that waits, so a batch never waits for its longest answer. Two kinds of model call take turns:
+
+- Prefill reads the prompts of rows that enter slots, as one padding-free batch, and chooses the first token of each answer.
+- A decode step adds one token to every active slot. Its shapes never change, so it is captured once as a CUDA graph and
+  replayed. Transformers' generate launches each of the step's thousand kernels from Python.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import AttentionInterface
 
 from stages.core.tokens import IGNORE
 from stages.generate.decode_attention import slot_attention
-from stages.generate.sampling import SamplingConfig, draw, noise_of, penalize, seed_of
+from stages.generate.sampling import SamplingConfig, draw, gumbel_noise, penalize, row_seed
 from stages.model.collate import collate_padding_free
 from stages.model.logits import modify_head_input
-from stages.model.padding_free import expect, logits_match, padding_free_attention, require_plain_attention
+from stages.model.padding_free import RowLayout, logits_match, padding_free_attention, require_plain_attention
+from stages.model.probe import PROBE_ROWS
 
-SLOTS = "loratory_slots"
-"""The name under which Transformers knows the attention below."""
-AT_ONCE = 4
-"""Steps between two looks at which rows have finished; each look makes the GPU wait a little."""
-REFILL = 8
-"""A waiting row is let in when one slot in so many is free: reading prompts in groups costs less than one by one."""
-PROMPT_TOKENS = 8192
-"""The most that are read at once."""
+SLOT_ATTENTION = "loratory_slots"
+"""The name of this attention function in Transformers' AttentionInterface."""
+STEPS_PER_CHECK = 4
+"""Decode steps between two checks for finished rows. Each check makes the CPU wait for the GPU."""
+MIN_FREE_SHARE = 1 / 8
+"""Prompts are read once this share of the slots is free: one prefill of several prompts is faster than several of one."""
+MAX_PREFILL_TOKENS = 8192
+"""The most prompt tokens in one prefill, unless a single prompt is longer."""
+
+
+class SlotCache:
+    """The keys and values of every slot, for all layers.
+
+    It takes the place of Transformers' cache, and is passed to the model as the keyword argument `slot_cache`. Transformers
+    hands it on to every layer's attention function, which writes and reads it (`_attention` below). A Transformers cache
+    would have to return a layer's keys and values from its `update` as one tensor for the attention function to read.
+    """
+
+    def __init__(self, slots: int, size: int, *, device: torch.device) -> None:
+        """`size` is the number of tokens that a slot can hold."""
+        self.slots, self.size = slots, size
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        """(slots,) The number of tokens in each slot."""
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of one layer, each (slots, size, key heads, head dim).
+
+        Allocated at the layer's first call, in the shape and dtype of `like`: new keys (rows, key heads, tokens, head dim).
+        """
+        if index not in self._layers:
+            shape = (self.slots, self.size, like.shape[1], like.shape[3])
+            self._layers[index] = like.new_zeros(shape), like.new_zeros(shape)
+        return self._layers[index]
+
+
+class PromptTokens(NamedTuple):
+    """Where the tokens of a prefill belong in the cache; passed to the model as the keyword argument `prompt_tokens`."""
+
+    slots: torch.Tensor
+    """(tokens,) The slot of each token."""
+    positions: torch.Tensor
+    """(tokens,) Its position in the prompt."""
 
 
 class Decoder:
-    """A model with slots for rows."""
+    """Decodes with one model in a fixed number of slots."""
 
     def __init__(
         self,
         model: Any,
-        choice: SamplingConfig,
-        stops: Sequence[int],
-        slots: int,
-        longest: int,
-        new: int,
+        sampling: SamplingConfig,
         *,
-        recorded: bool,
+        stop_tokens: Sequence[int],
+        slots: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        cuda_graph: bool,
     ) -> None:
-        """Args:
-        slots: Rows at a time.
-        longest: Tokens of the longest prompt.
-        new: The most tokens of an answer.
-        recorded: Whether a step is a CUDA graph.
+        """Switches the model to slot attention, allocates the cache and runs a first decode step.
 
-        Raises NotImplementedError if the model wants attention of another kind, torch.OutOfMemoryError if the slots do not
-        fit.
+        Args:
+            model: One for which `can_decode` has found no reason against it.
+            stop_tokens: Those outside the model's vocabulary are ignored.
+            slots: The number of rows in a batch.
+            max_prompt_tokens: The length of the longest prompt.
+            cuda_graph: Whether the decode step is captured as a CUDA graph. Only on a GPU.
+
+        Raises NotImplementedError if the model needs another kind of attention, torch.OutOfMemoryError if the slots do not
+        fit into memory.
         """
-        self.model, self.choice, self.new, device = model, choice, new, model.device
-        model.set_attn_implementation(SLOTS)
-        self.cache = _Slots(model, slots, longest + new)
+        self.model, self.sampling, self.max_new_tokens, device = model, sampling, max_new_tokens, model.device
+        model.set_attn_implementation(SLOT_ATTENTION)
+        self.cache = SlotCache(slots, max_prompt_tokens + max_new_tokens, device=device)
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.stopping = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        known = [token for token in stops if token < vocabulary]
-        self.stopping[torch.tensor(known, dtype=torch.long, device=device)] = True
-        self.rows = torch.arange(slots, device=device)
-        self.token, self.count = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(2))
+        self.is_stop_token = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        known = [token for token in stop_tokens if token < vocabulary]
+        self.is_stop_token[torch.tensor(known, dtype=torch.long, device=device)] = True
+        self.all_slots = torch.arange(slots, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.out = torch.zeros(slots, new, dtype=torch.long, device=device)
+        """(slots,) Whether the answer in the slot goes on."""
+        self.token = torch.zeros(slots, dtype=torch.long, device=device)
+        """(slots,) The newest token of each answer. It is not in the cache yet."""
+        self.count = torch.zeros(slots, dtype=torch.long, device=device)
+        """(slots,) The number of tokens of each answer."""
+        self.answers = torch.zeros(slots, max_new_tokens, dtype=torch.long, device=device)
         self.seeds = torch.zeros(slots, dtype=torch.long, device=device)
-        self.seen = torch.zeros(slots, vocabulary if choice.penalizes else 0, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(slots, vocabulary if sampling.penalizes else 0, dtype=torch.bool, device=device)
+        """(slots, vocabulary) The tokens in each slot's prompt and answer; empty without a repetition penalty."""
         self.graph: torch.cuda.CUDAGraph | None = None
-        with torch.no_grad():
-            self._record() if recorded else self._step()  # no slot is active: it only shows whether the model can
+        with torch.no_grad():  # no slot is active yet: this allocates the cache and shows whether the model can decode
+            self._capture_step() if cuda_graph else self._step()
 
-    def answers(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> Iterator[list[tuple[int, list[int]]]]:
-        """Each prompt's number and its new tokens, the stop token included if there is one, as they are finished.
+    def decode(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Answers all prompts. Yields finished answers in groups: the index of the prompt, and the new tokens.
 
-        `names` are what the rows' random numbers follow from.
+        An answer includes its stop token, if there is one. The random numbers of a row follow from its id.
         """
         waiting = deque(range(len(prompts)))
-        standing: dict[int, int] = {}  # slot: number of the prompt
-        while waiting or standing:
-            free = [slot for slot in range(len(self.rows)) if slot not in standing]
-            if waiting and (not standing or len(free) * REFILL >= len(self.rows)):
-                entering = self._pick(waiting, len(free), prompts)
-                standing |= dict(zip(free, entering, strict=False))
-                self._read(free[: len(entering)], [prompts[n] for n in entering], [names[n] for n in entering])
+        occupied: dict[int, int] = {}  # slot: index of the prompt
+        while waiting or occupied:
+            free = [slot for slot in range(self.cache.slots) if slot not in occupied]
+            if waiting and (not occupied or len(free) >= MIN_FREE_SHARE * self.cache.slots):
+                entering = self._next_prompts(waiting, prompts, at_most=len(free))
+                occupied |= dict(zip(free, entering, strict=False))
+                self._prefill(
+                    free[: len(entering)],
+                    prompts=[prompts[index] for index in entering],
+                    row_ids=[row_ids[index] for index in entering],
+                )
             else:
                 with torch.no_grad():
-                    for _ in range(AT_ONCE):
+                    for _ in range(STEPS_PER_CHECK):
                         self.graph.replay() if self.graph else self._step()
             active = self.active.tolist()
-            done = [slot for slot in standing if not active[slot]]
-            if done:
-                counts, out = self.count.tolist(), self.out[done].tolist()
-                yield [(standing.pop(slot), out[row][: counts[slot]]) for row, slot in enumerate(done)]
+            finished = [slot for slot in occupied if not active[slot]]
+            if finished:
+                counts, answers = self.count.tolist(), self.answers[finished].tolist()
+                yield [(occupied.pop(slot), answer[: counts[slot]]) for slot, answer in zip(finished, answers, strict=True)]
 
     @staticmethod
-    def _pick(waiting: deque[int], places: int, prompts: Sequence[Sequence[int]]) -> list[int]:
-        picked: list[int] = []
+    def _next_prompts(waiting: deque[int], prompts: Sequence[Sequence[int]], *, at_most: int) -> list[int]:
+        """Takes the indices of the next prompts to read from `waiting`."""
+        taken: list[int] = []
         tokens = 0
-        while waiting and len(picked) < places and (not picked or tokens + len(prompts[waiting[0]]) <= PROMPT_TOKENS):
+        while waiting and len(taken) < at_most:
             tokens += len(prompts[waiting[0]])
-            picked.append(waiting.popleft())
-        return picked
+            if taken and tokens > MAX_PREFILL_TOKENS:
+                break
+            taken.append(waiting.popleft())
+        return taken
 
-    def _read(self, slots: list[int], prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-        """Puts prompts into slots, and chooses the first token of each answer."""
+    def _prefill(self, slots: list[int], *, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> None:
+        """Reads prompts into slots, and chooses the first token of each answer."""
         device = self.model.device
-        places = torch.tensor(slots, device=device)
+        slot_index = torch.tensor(slots, device=device)
         batch = collate_padding_free([{"input_ids": prompt, "labels": [IGNORE] * len(prompt)} for prompt in prompts])
         ids, positions = batch["input_ids"].to(device), batch["position_ids"].to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        slot_of_token = places.repeat_interleave(lengths)
-        expect(positions, batch["row_lengths"])
+        row_lengths = [len(prompt) for prompt in prompts]
+        lengths = torch.tensor(row_lengths, device=device)
         last = lengths.cumsum(0) - 1
-        self.cache.reading = (slot_of_token, positions[0])
-        try:
-            with torch.no_grad(), modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last]):
-                logits = self._call(ids, positions)[0]
-        finally:
-            self.cache.reading = None
+        prompt_tokens = PromptTokens(slot_index.repeat_interleave(lengths), positions[0])
+        with torch.no_grad(), modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last]):
+            logits = self._call_model(ids, positions, row_layout=RowLayout(row_lengths), prompt_tokens=prompt_tokens)[0]
         with torch.no_grad():
-            self.cache.lengths[places] = lengths
-            self.count[places] = 0
-            self.active[places] = True
-            self.seeds[places] = torch.tensor([seed_of(self.choice.seed, name) for name in names], device=device)
-            if self.choice.penalizes:
-                self.seen[places] = False
-                self.seen[slot_of_token, ids[0]] = True
-            self._take(logits, places)
+            self.cache.lengths[slot_index] = lengths
+            self.count[slot_index] = 0
+            self.active[slot_index] = True
+            seeds = [row_seed(self.sampling.seed, row_id) for row_id in row_ids]
+            self.seeds[slot_index] = torch.tensor(seeds, device=device)
+            if self.sampling.penalizes:
+                self.seen[slot_index] = False
+                self.seen[prompt_tokens.slots, ids[0]] = True
+            self._append_tokens(logits, slot_index)
 
     def _step(self) -> None:
-        """One more token for every active slot; the others compute too, and change nothing."""
-        logits = self._logits()
+        """Adds a token to the answer in every active slot. The other slots compute too, but their answers do not change."""
+        logits = self._step_logits()
         self.cache.lengths.add_(self.active)
-        self._take(logits, self.rows)
+        self._append_tokens(logits, self.all_slots)
 
-    def _logits(self) -> torch.Tensor:
-        """(slots, vocabulary), for the token behind each slot's last."""
-        return self._call(self.token.unsqueeze(1), self.cache.lengths.unsqueeze(1))[:, -1]
+    def _step_logits(self) -> torch.Tensor:
+        """The logits (slots, vocabulary) after each slot's newest token, which they add to the cache."""
+        return self._call_model(self.token.unsqueeze(1), self.cache.lengths.unsqueeze(1))[:, -1]
 
-    def _call(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _call_model(self, ids: torch.Tensor, positions: torch.Tensor, **for_attention: Any) -> torch.Tensor:
+        """Logits (rows, tokens, vocabulary). `use_cache` is Transformers' own cache, which is not used."""
         logits: torch.Tensor = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids, position_ids=positions, use_cache=False, slot_cache=self.cache, **for_attention
         ).logits
         return logits
 
-    def _take(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        """Chooses and notes a token for each of the slots, by its logits (slots, vocabulary)."""
+    def _append_tokens(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
+        """Chooses the next token of some slots from their logits (slots, vocabulary), and appends it to active answers."""
         scores = logits
-        if self.choice.penalizes:
-            scores = penalize(scores.float(), self.seen[slots], self.choice.repetition_penalty)
+        if self.sampling.penalizes:
+            scores = penalize(scores.float(), self.seen[slots], penalty=self.sampling.repetition_penalty)
         active, count = self.active[slots], self.count[slots]
-        place = count.clamp_max(self.new - 1)
-        if self.choice.do_sample:
-            chosen = draw(scores, noise_of(self.seeds[slots], count, scores.shape[1]), self.choice)
+        position = count.clamp_max(self.max_new_tokens - 1)
+        if self.sampling.do_sample:
+            noise = gumbel_noise(self.seeds[slots], count, vocabulary=scores.shape[1])
+            chosen = draw(scores, noise, sampling=self.sampling)
         else:
             chosen = scores.argmax(-1)
-        self.out[slots, place] = torch.where(active, chosen, self.out[slots, place])
-        if self.choice.penalizes:
-            self.seen[slots, chosen] = torch.ones_like(active)  # a mere True would be copied from main memory
+        self.answers[slots, position] = torch.where(active, chosen, self.answers[slots, position])
+        if self.sampling.penalizes:
+            self.seen[slots, chosen] = torch.ones_like(active)  # a plain True would be copied from the CPU at every step
         self.token[slots] = chosen
         self.count[slots] = count + active
-        self.active[slots] = active & ~self.stopping[chosen] & (count + 1 < self.new)
+        self.active[slots] = active & ~self.is_stop_token[chosen] & (count + 1 < self.max_new_tokens)
 
-    def _record(self) -> None:
+    def _capture_step(self) -> None:
+        """Captures the decode step as a CUDA graph, after a warm-up on a side stream, which PyTorch asks for."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries woken before the recording
+        with torch.cuda.stream(stream):  # compiles kernels and initializes libraries, which cannot happen in a capture
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -173,95 +226,41 @@ class Decoder:
             self._step()
 
 
-def can_decode(model: Any) -> bool:
-    """Whether the model's logits, slot by slot, are those that it gives for whole rows; if not it is left as it was.
+def can_decode(model: Any) -> str:
+    """Tries whether `Decoder` computes the model's logits. The model is left as it was.
 
-    Tried as it is for flat rows: models that bring attention or a cache of their own do not fit.
+    Some models have their own attention code or cache, drop the keyword arguments for the attention function, or need more
+    than plain causal attention. A prefill of two short rows and one decode step must give the logits of each whole row.
+
+    Returns:
+        "" if it does, otherwise the reason why not.
     """
-    own = getattr(model.config, "_attn_implementation", None)
-    prompts = [[5, 6, 7, 8], [9, 5]]
+    own_attention = getattr(model.config, "_attn_implementation", None)
+    rows = [list(row) for row in PROBE_ROWS]
     with torch.no_grad():
-        wanted = [model(input_ids=torch.tensor([[*p, 7]], device=model.device)).logits[0, -1] for p in prompts]
+        expected = torch.stack([model(input_ids=torch.tensor([row], device=model.device)).logits[0, -1] for row in rows])
     try:
-        decoder = Decoder(model, SamplingConfig(False, 1.0, 1.0, 1.0, 0), [], 2, 4, 2, recorded=False)
-        decoder._read([0, 1], prompts, ["", ""])
-        decoder.token.fill_(7)
-        with torch.no_grad():
-            found = decoder._logits()
-    except (AttributeError, TypeError, ValueError, NotImplementedError):
-        found = None
-    if found is not None and logits_match(found, torch.stack(wanted)):
-        return True
-    if own is not None:
-        model.set_attn_implementation(own)
-    return False
+        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits in slots differ from generate's"
+    except NotImplementedError as error:
+        reason = str(error)
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if own_attention is not None:
+        model.set_attn_implementation(own_attention)
+    return reason.partition("\n")[0]
 
 
-class _Slots(Cache):  # type: ignore[misc]
-    """Keys and values of all slots, as Transformers' models ask for them."""
-
-    def __init__(self, model: Any, slots: int, length: int) -> None:
-        config = model.config.get_text_config()
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
-        """(slots,) Tokens in each."""
-        self.reading: tuple[torch.Tensor, torch.Tensor] | None = None
-        """While prompts are read: the slot and the position of each of their tokens."""
-        super().__init__(layers=[_Layer(self, slots, length) for _ in range(config.num_hidden_layers)])
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One block's keys and values, (slots, length, heads, size) each."""
-
-    is_sliding = False
-
-    def __init__(self, owner: _Slots, slots: int, length: int) -> None:
-        super().__init__()
-        self.owner, self.slots, self.length = owner, slots, length
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes the memory, when the first keys tell its shape."""
-        self.keys, self.values = (
-            states.new_zeros(self.slots, self.length, states.shape[1], states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Notes the keys and values (rows, heads, tokens, size) of prompts, and returns what attention is to be called with.
-
-        They are the same: while prompts are read, attention is among them, and afterwards it looks for the others itself.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        _Now.layer = self
-        if self.owner.reading:
-            slots, positions = self.owner.reading
-            self.keys[slots, positions] = key_states[0].transpose(0, 1)
-            self.values[slots, positions] = value_states[0].transpose(0, 1)
-            _Now.layer = None
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Models ask for it to find positions, which they are given here."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """For a mask that is not made."""
-        return self.length, 0
-
-    def get_max_length(self) -> int:
-        """Tokens that a slot holds."""
-        return self.length
-
-    get_max_cache_shape = get_max_length
-
-
-class _Now:
-    """The block whose attention is called next; None while prompts are read."""
-
-    layer: _Layer | None = None
+def _probe_logits(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
+    """The logits (rows, vocabulary) after each row: all tokens but the last are read in a prefill, the last in a step."""
+    greedy = SamplingConfig(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=0)
+    longest = max(map(len, rows))
+    decoder = Decoder(
+        model, greedy, stop_tokens=[], slots=len(rows), max_prompt_tokens=longest, max_new_tokens=1, cuda_graph=False
+    )
+    decoder._prefill(list(range(len(rows))), prompts=[row[:-1] for row in rows], row_ids=[""] * len(rows))
+    decoder.token.copy_(torch.tensor([row[-1] for row in rows]))
+    with torch.no_grad():
+        return decoder._step_logits()
 
 
 def _attention(
@@ -272,19 +271,45 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **wanted: Any,
+    *,
+    slot_cache: SlotCache | None = None,
+    prompt_tokens: PromptTokens | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Flat attention while prompts are read; afterwards each slot's query, (slots, heads, 1, size), over what it holds."""
-    layer, _Now.layer = _Now.layer, None  # what is not used again is not to be held
-    if layer is None:
-        return padding_free_attention(module, query, key, value, attention_mask, dropout, scaling, **wanted)
-    require_plain_attention(attention_mask, wanted)
-    window = wanted.get("sliding_window")
-    if window and window < layer.length:
-        raise NotImplementedError("a window")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (tensor[:, :, 0] for tensor in (query, key, value))
-    return slot_attention(query, key, value, layer.keys, layer.values, layer.owner.lengths, scaling).unsqueeze(1), None
+    """Called by every attention layer, with the layer itself as `module`. Writes the new keys and values to the slot cache.
+
+    In a prefill (with `prompt_tokens`), padding-free attention within each prompt; the batch is one row of all tokens. In a
+    decode step, attention of each slot's new token to all tokens of its slot.
+
+    Args:
+        query: (rows, heads, tokens, head dim); in a prefill 1 row, in a decode step (slots, heads, 1, head dim).
+        key: As query, perhaps with fewer heads, each for a group of the query's. value: As key.
+
+    Returns:
+        (rows, tokens, heads, head dim), and no attention weights.
+    """
+    index = getattr(module, "layer_idx", None)
+    if slot_cache is None or index is None:
+        raise NotImplementedError("its attention layers drop the keyword argument slot_cache, or have no layer_idx")
+    keys, values = slot_cache.layer(index, key)
+    if prompt_tokens is not None:
+        keys[prompt_tokens.slots, prompt_tokens.positions] = key[0].transpose(0, 1)
+        values[prompt_tokens.slots, prompt_tokens.positions] = value[0].transpose(0, 1)
+        return padding_free_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
+    require_plain_attention(attention_mask, options)
+    window = options.get("sliding_window")
+    if window and window < slot_cache.size:
+        raise NotImplementedError(f"its attention is limited to a sliding window of {window} tokens")
+    out = slot_attention(
+        query[:, :, 0],
+        key[:, :, 0],
+        value[:, :, 0],
+        key_cache=keys,
+        value_cache=values,
+        lengths=slot_cache.lengths,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    return out.unsqueeze(1), None
 
 
-AttentionInterface.register(SLOTS, _attention)
+AttentionInterface.register(SLOT_ATTENTION, _attention)

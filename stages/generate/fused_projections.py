@@ -1,4 +1,4 @@
-"""One product for linear layers that read the same input."""
+"""Fuses linear layers that share an input, as q, k and v do, into one matrix product."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,38 +6,47 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from stages.model.probe import probe_ids
 from stages.model.shared_inputs import group_by_input, share_computation
 
 
-def fuse_projections(model: Any) -> None:
-    """Lays the weights of linear layers that read the same end to end, so that one product does for all of them.
+def fuse_projections(model: Any) -> str:
+    """Concatenates the weights of linear layers that share an input, in place; the layers' own weights become views.
 
-    The layers keep their weights, as views of the whole. For few tokens at a time, where a product is as fast as its
-    weights are read, small weights are read at a fraction of the rate of large ones. Outputs are parts of the whole too; a
-    model that cannot go on with those is left as it was.
+    With few tokens a matrix product takes as long as reading its weights, and small matrices are read at a fraction of
+    the bandwidth of large ones. Each layer's output becomes a slice of the fused output. Some models cannot use such a
+    slice, because they call `view` on it; a trial run shows it, and the layers then compute by themselves again.
+
+    Returns:
+        "" if the projections are fused, otherwise the reason why not.
     """
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
-    joined: list[torch.nn.Module] = []
-    for names in group_by_input(model, layers):
-        group = [layers[name] for name in names]
-        biases = [layer.bias for layer in group]
-        if len(group) > 1 and (None not in biases or not any(bias is not None for bias in biases)):
-            share_computation(group, _joined(group))
-            joined += group
+    groups = [[layers[name] for name in names] for names in group_by_input(model, layers)]
+    fused = [group for group in groups if len(group) > 1 and _same_bias(group)]
+    for group in fused:
+        share_computation(group, _fused_linear(group))
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([[5, 6, 7]], device=model.device), use_cache=False)
-    except RuntimeError:
-        for layer in joined:
-            del layer.forward
+            model(input_ids=probe_ids(model), use_cache=False)
+    except RuntimeError as error:
+        for layer in (layer for group in fused for layer in group):
+            del layer.forward  # set by share_computation; the class's own forward is in effect again
+        return str(error).partition("\n")[0]
+    return ""
 
 
-def _joined(layers: Sequence[torch.nn.Linear]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+def _same_bias(layers: Sequence[torch.nn.Linear]) -> bool:
+    """Whether all of the layers have a bias, or none has."""
+    return len({layer.bias is None for layer in layers}) == 1
+
+
+def _fused_linear(layers: Sequence[torch.nn.Linear]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """A function from the layers' input (..., in features) to the output of each, (..., out features)."""
     sizes = [layer.out_features for layer in layers]
     weight = torch.cat([layer.weight.data for layer in layers])
     bias = torch.cat([layer.bias.data for layer in layers]) if layers[0].bias is not None else None
     for layer, part in zip(layers, torch.split(weight, sizes), strict=True):
-        layer.weight.data = part
+        layer.weight.data = part  # frees the layer's former weight
 
     def compute(x: torch.Tensor) -> Sequence[torch.Tensor]:
         outputs: Sequence[torch.Tensor] = torch.split(linear(x, weight, bias), sizes, -1)

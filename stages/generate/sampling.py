@@ -1,4 +1,4 @@
-"""Choosing the next token so that a row's answer depends on that row alone, whatever stands beside it in a batch."""
+"""Chooses the next token of each row from its logits. The choice depends on the row alone, not on the rest of the batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,128 +11,160 @@ from stages.model.compile import compiled
 
 
 class SamplingConfig(NamedTuple):
-    """How a token is chosen. GenerationConfig's names."""
+    """How a token is chosen. The names are those of Transformers' GenerationConfig."""
 
     do_sample: bool
+    """False: greedy; temperature, top_p and seed are then unused."""
     temperature: float
     top_p: float
     repetition_penalty: float
+    """Applies to greedy answers too; 1 is no penalty."""
     seed: int
 
     @property
     def penalizes(self) -> bool:
-        """Whether it matters which tokens a row has."""
+        """Whether the tokens of a row so far change its scores."""
         return self.repetition_penalty != 1
 
 
-def penalize(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Scores (rows, vocabulary), those of the tokens in `seen` (the same shape) made less likely (Keskar et al. 2019).
+def penalize(scores: torch.Tensor, seen: torch.Tensor, *, penalty: float) -> torch.Tensor:
+    """The repetition penalty (Keskar et al. 2019, CTRL): lowers the scores of tokens that the row already contains.
 
-    Transformers' own counts the padding of a batch among a row's tokens.
+    Transformers' own also penalizes the padding token of a padded row.
+
+    Args:
+        scores: (rows, vocabulary).
+        seen: (rows, vocabulary), bool: the tokens in the row's prompt and answer so far.
+
+    Returns:
+        (rows, vocabulary).
     """
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def draw(scores: torch.Tensor, noise: torch.Tensor, choice: SamplingConfig) -> torch.Tensor:
-    """Tokens (rows,) drawn from the likeliest that together have top_p.
+def draw(scores: torch.Tensor, noise: torch.Tensor, *, sampling: SamplingConfig) -> torch.Tensor:
+    """Draws a token for each row by temperature and top-p (nucleus) sampling (Holtzman et al. 2020).
 
-    The Gumbel-max trick (Gumbel 1954): the place of the largest of log p + Gumbel noise is distributed as p. So a score that
-    is rounded otherwise, as in a batch of another size, changes a draw hardly ever.
+    It is drawn with the Gumbel-max trick (Gumbel 1954): argmax(log p + Gumbel noise) is distributed as p. A small rounding
+    difference in the scores, as between batch sizes, therefore hardly ever changes the token that is drawn.
 
     Args:
-        scores: (rows, vocabulary), the logarithms of something in proportion to the probabilities.
-        noise: Of the same shape.
+        scores: (rows, vocabulary), logits.
+        noise: (rows, vocabulary), from `gumbel_noise`.
+
+    Returns:
+        (rows,) in int64.
     """
-    scores = scores.float() / choice.temperature
-    if choice.top_p < 1:
+    scores = scores.float() / sampling.temperature
+    if sampling.top_p < 1:
         p = scores.softmax(-1)
-        scores = scores.masked_fill(p < _least(p, choice.top_p), -torch.inf)
+        scores = scores.masked_fill(p < _top_p_threshold(p, sampling.top_p), -torch.inf)
     return (scores + noise).argmax(-1)
 
 
-def _least(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest probability (rows, 1) that is kept: the larger ones are less than top_p together.
+def _top_p_threshold(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest probability in the nucleus, (rows, 1): all larger probabilities sum to less than top_p.
 
-    Found by halving, on the bits of the numbers, which have the order of the positive numbers themselves; sorting a
-    vocabulary takes far longer.
+    Found by bisection on the bits of the float32 numbers: read as integers, positive floats have the same order. Sorting the
+    vocabulary would take far longer.
     """
     high = p.amax(-1, keepdim=True).view(torch.int32)
     low = torch.zeros_like(high)
-    halve = compiled(_halve)
-    for _ in range(30):  # 1.0 is below 2^30
-        low, high = halve(p, low, high, top_p)
+    bisect = compiled(_bisect)
+    for _ in range(30):  # the bits of 1.0, the largest probability, are below 2^30
+        low, high = bisect(p, low, high, top_p)
     return high.view(torch.float32)
 
 
-def _halve(p: torch.Tensor, low: torch.Tensor, high: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _bisect(p: torch.Tensor, low: torch.Tensor, high: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Halves the interval (low, high]; both (rows, 1) in int32, the bits of a float32."""
     middle = low + (high - low) // 2
-    # In 64 bits, so that the order in which a device sums tells nothing.
+    # Summed in float64: the order of the summation, which depends on the device, then does not change the comparison.
     above = torch.where(p > middle.view(torch.float32), p, 0).sum(-1, keepdim=True, dtype=torch.float64)
     enough = above >= top_p
     return torch.where(enough, middle, low), torch.where(enough, high, middle)
 
 
-def seed_of(seed: int, row: str) -> int:
-    """What a row's random numbers follow from, and nothing else; 63 bits."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8]) >> 1
+def row_seed(seed: int, row_id: str) -> int:
+    """The seed of one row's random numbers, 63 bits: a hash of `generate.seed` and the row's id."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row_id}".encode()).digest()[:8]) >> 1
 
 
-def noise_of(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Gumbel noise (rows, vocabulary) in float32, for each row's token number `steps`; the same on every device.
+def gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, *, vocabulary: int) -> torch.Tensor:
+    """Gumbel noise for the next token of each row; the same on every device.
 
-    A counter that is hashed by SplitMix64 (Steele et al. 2014), since no generator can be recorded for each row of a batch.
+    A counter-based generator: position `step * vocabulary + token` of the SplitMix64 sequence of the row's seed (Steele, Lea
+    & Flood 2014). torch.Generator has one state for a whole batch, and CUDA graphs need a function without any state.
 
     Args:
-        seeds: (rows,) in int64, from `seed_of`.
-        steps: (rows,) in int64.
+        seeds: (rows,) in int64, from `row_seed`.
+        steps: (rows,) in int64: how many tokens each row's answer has so far.
+
+    Returns:
+        (rows, vocabulary) in float32.
     """
-    noise: torch.Tensor = compiled(_noise)(seeds, steps, vocabulary)
+    noise: torch.Tensor = compiled(_gumbel_noise)(seeds, steps, vocabulary)
     return noise
 
 
-def _noise(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    place = steps.unsqueeze(1) * vocabulary + torch.arange(vocabulary, device=seeds.device)
-    x = seeds.unsqueeze(1) + place * -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed number
-    x = (x ^ _right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _right(x, 27)) * -0x6B2FB644ECCEEE15
-    uniform = (_right(x ^ _right(x, 31), 11).double() + 0.5) * 2**-53  # neither 0 nor 1
+def _gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    counter = steps.unsqueeze(1) * vocabulary + torch.arange(vocabulary, device=seeds.device)
+    # SplitMix64's constants as signed 64-bit integers: PyTorch has no unsigned multiplication, and both wrap the same way.
+    x = seeds.unsqueeze(1) + counter * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15: 2^64 / golden ratio
+    x = (x ^ _logical_shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ _logical_shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    bits = _logical_shift_right(x ^ _logical_shift_right(x, 31), 11)  # the 53 bits that a float64 holds
+    uniform = (bits.double() + 0.5) * 2**-53  # never exactly 0 or 1
     return -torch.log(-torch.log(uniform)).float()
 
 
-def _right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """A shift that brings in zeros, which PyTorch's own does for negative numbers not."""
+def _logical_shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shifts in zeros; PyTorch's >> shifts in the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """For Transformers' generate: leaves each row the token of its choice."""
+    """For Transformers' generate in greedy mode: applies the repetition penalty and, if sampling, draws each row's token.
+
+    A drawn token gets the score 0 and every other token -inf, so that greedy generate takes the drawn one.
+    """
 
     def __init__(
-        self, choice: SamplingConfig, rows: Sequence[str], prompts: Sequence[Sequence[int]], device: torch.device
+        self, sampling: SamplingConfig, row_ids: Sequence[str], *, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> None:
-        """`rows` are the ids of the batch, `prompts` their tokens."""
-        self._choice = choice
-        self._seeds = torch.tensor([seed_of(choice.seed, row) for row in rows], device=device)
+        """`row_ids` and `prompts` (tokens) are those of one batch. Use a new sampler for each batch."""
+        self._sampling = sampling
+        self._seeds = torch.tensor([row_seed(sampling.seed, row_id) for row_id in row_ids], device=device)
         self._steps = torch.zeros_like(self._seeds)
-        self._prompts, self._seen = prompts, torch.zeros(0, device=device)
+        self._prompts = prompts
+        self._seen: torch.Tensor | None = None  # made at the first call, which knows the size of the vocabulary
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) in, the same with a chosen token's alone out."""
-        if self._choice.penalizes:
-            if not len(self._seen):
-                self._seen = mark(self._prompts, scores)
+        """Called by `generate` once for each new token.
+
+        Args:
+            input_ids: (rows, tokens): padding, prompt and answer so far.
+            scores: (rows, vocabulary).
+
+        Returns:
+            (rows, vocabulary).
+        """
+        if self._sampling.penalizes:
+            if self._seen is None:
+                self._seen = tokens_in(self._prompts, scores)
             else:
                 self._seen.scatter_(1, input_ids[:, -1:], True)
-            scores = penalize(scores, self._seen, self._choice.repetition_penalty)
-        if self._choice.do_sample:
-            tokens = draw(scores, noise_of(self._seeds, self._steps, scores.shape[1]), self._choice)
+            scores = penalize(scores, self._seen, penalty=self._sampling.repetition_penalty)
+        if self._sampling.do_sample:
+            noise = gumbel_noise(self._seeds, self._steps, vocabulary=scores.shape[1])
+            tokens = draw(scores, noise, sampling=self._sampling)
             scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
         self._steps += 1
         return scores
 
 
-def mark(prompts: Sequence[Sequence[int]], scores: torch.Tensor) -> torch.Tensor:
-    """Which tokens stand in which prompt, in the shape of `scores`."""
+def tokens_in(prompts: Sequence[Sequence[int]], scores: torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary), bool, in the shape of `scores`: which tokens each prompt contains."""
     seen = torch.zeros_like(scores, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor(prompt, device=scores.device)] = True

@@ -1,4 +1,4 @@
-"""Answers from Transformers' models."""
+"""Answers from a model in Transformers: with the continuous-batching decoder on a GPU, otherwise with `generate`."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -14,88 +14,120 @@ from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
 from stages.generate.sampling import RowSampler
+from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
 
 
-class TransformersAnswers:
-    """On a GPU with lib/decode.py where the model fits it, otherwise with Transformers' generate."""
+class TransformersBackend:
+    """A loaded model. Uses `Decoder` on a GPU if the model fits it, otherwise Transformers' generate."""
 
-    def __init__(self, folder: Path, settings: GenerationSettings, stops: Sequence[int]) -> None:
-        """`stops` are the tokens that end an answer by the template; the model's own do so too."""
+    def __init__(self, folder: Path, settings: GenerationSettings, *, template_stops: Sequence[int]) -> None:
+        """Loads the model, and prints a line if it has to use Transformers' generate.
+
+        `template_stops` are the tokens that end an answer in the chat template. The model's own stop tokens end one too.
+        """
         self.model = load_model(folder, settings.dtype)
-        # Virtual tokens stand before the padding, and PEFT then counts the padding as positions.
-        self.padded = not isinstance(self.model, PeftModel)
-        self.stops = stop_tokens(folder, stops)
+        # Virtual tokens would stand before the padding, and PEFT then counts the padding as positions.
+        self.can_pad = not isinstance(self.model, PeftModel)
+        self.stops = stop_tokens(folder, template_stops)
         self.settings = settings
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
-            do_sample=False,  # RowSampler leaves each row one token to choose
+            do_sample=False,  # RowSampler draws the tokens
             eos_token_id=self.stops or None,
             pad_token_id=0,
         )
-        # What the folder's own generation config says about sampling must not mix with params.yaml.
+        # The sampling values in the folder's generation_config.json must not mix with those in params.yaml.
         self.model.generation_config = self.config
-        self.decodes = self.model.device.type == "cuda" and self.padded and can_decode(self.model)
-        if self.decodes:
-            fuse_projections(self.model)
-            compile_elementwise(self.model)
+        self.uses_decoder = self._prepare_decoder()
+        self._reported_sizes: set[int] = set()
 
-    def answers(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
-        """As in `Backend`."""
-        for found in self._decoded(rows) if self.decodes else self._generated(rows):
-            yield [(number, self._cut(tokens)) for number, tokens in found]
+    def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
+        """See `Backend`."""
+        for group in self._decode(rows) if self.uses_decoder else self._generate(rows):
+            yield [(index, self._to_answer(tokens)) for index, tokens in group]
 
-    def _decoded(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With lib/decode.py; in half as many slots where the memory does not suffice."""
+    def _prepare_decoder(self) -> bool:
+        """Optimizes the model for `Decoder` if it fits; otherwise says why not, and leaves the model as it was."""
+        if self.model.device.type != "cuda":
+            if distributed.is_main():
+                print("generate: no GPU: using Transformers' generate", flush=True)
+            return False
+        process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
+        reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
+        if reason:
+            print(
+                f"generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
+                f"{reason}{process}",
+                flush=True,
+            )
+            return False
+        reason = fuse_projections(self.model)
+        if reason:
+            print(f"generate: projections are not fused, which is slower: {reason}{process}", flush=True)
+        compile_elementwise(self.model)
+        return True
+
+    def _decode(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """With `Decoder`. If the memory does not suffice, the rows without an answer get half as many slots."""
         left, slots = list(range(len(rows))), self.settings.batch_size
         while left:
             slots, finished = min(slots, len(left)), set()
             try:
-                for found in self._in_slots([rows[number] for number in left], slots):
-                    finished |= {left[place] for place, _ in found}
-                    yield [(left[place], tokens) for place, tokens in found]
+                for group in self._decode_in_slots([rows[index] for index in left], slots):
+                    finished |= {left[place] for place, _ in group}
+                    yield [(left[place], tokens) for place, tokens in group]
             except torch.OutOfMemoryError:
                 if slots == 1:
-                    raise Problem(_too_little(rows[left[-1]])) from None
+                    raise Problem(_out_of_memory(rows[left[-1]])) from None
+                self._report_halving(slots)
                 slots //= 2
             torch.cuda.empty_cache()
-            left = [number for number in left if number not in finished]
+            left = [index for index in left if index not in finished]
 
-    def _in_slots(self, rows: Sequence[dict[str, Any]], slots: int) -> Iterator[list[tuple[int, list[int]]]]:
-        prompts, new = [row["prompt_ids"] for row in rows], self.settings.max_new_tokens
-        recorded = self.model.device.type == "cuda"
-        longest = max(map(len, prompts))
-        decoder = Decoder(self.model, self.settings.choice, self.stops, slots, longest, new, recorded=recorded)
-        yield from decoder.answers(prompts, [row["id"] for row in rows])
+    def _decode_in_slots(self, rows: Sequence[dict[str, Any]], slots: int) -> Iterator[list[tuple[int, list[int]]]]:
+        prompts = [row["prompt_ids"] for row in rows]
+        decoder = Decoder(
+            self.model,
+            self.settings.sampling,
+            stop_tokens=self.stops,
+            slots=slots,
+            max_prompt_tokens=max(map(len, prompts)),
+            max_new_tokens=self.settings.max_new_tokens,
+            cuda_graph=self.model.device.type == "cuda",
+        )
+        yield from decoder.decode(prompts, [row["id"] for row in rows])
 
-    def _generated(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With Transformers' generate, in batches of like length: little padding, or none where a model takes none."""
+    def _generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
+        """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
         lengths = [len(row["prompt_ids"]) for row in rows]
-        for _, group in groupby(range(len(rows)), key=lambda number: 0 if self.padded else lengths[number]):
-            numbers = list(group)
-            for start in range(0, len(numbers), self.settings.batch_size):
-                batch = numbers[start : start + self.settings.batch_size]
-                yield list(zip(batch, self._batch([rows[number] for number in batch]), strict=True))
+        for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else lengths[index]):
+            indices = list(group)
+            for start in range(0, len(indices), self.settings.batch_size):
+                batch = indices[start : start + self.settings.batch_size]
+                yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
 
-    def _batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    def _generate_halving(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The new tokens of a batch. It is split in two if the memory does not suffice."""
         try:
-            return self._generate(rows)
+            return self._generate_batch(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                raise Problem(_too_little(rows[0])) from None
-        torch.cuda.empty_cache()
+                raise Problem(_out_of_memory(rows[0])) from None
+        self._report_halving(len(rows))
+        torch.cuda.empty_cache()  # after the except block, which holds the failed call's tensors
         half = len(rows) // 2
-        return [*self._batch(rows[:half]), *self._batch(rows[half:])]
+        return [*self._generate_halving(rows[:half]), *self._generate_halving(rows[half:])]
 
-    def _generate(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    def _generate_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """The new tokens of each row, padded after a stop token."""
         prompts = [row["prompt_ids"] for row in rows]
         width = max(map(len, prompts))
-        # Padded on the left: generation goes on from the last position.
+        # Padded on the left, so that every prompt ends in the last position.
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        names = [row["id"] for row in rows]
-        sampler = RowSampler(self.settings.choice, names, prompts, self.model.device)
+        sampler = RowSampler(self.settings.sampling, [row["id"] for row in rows], prompts=prompts, device=self.model.device)
         with torch.no_grad():
             output = self.model.generate(
                 input_ids=ids,
@@ -103,16 +135,22 @@ class TransformersAnswers:
                 generation_config=self.config,
                 logits_processor=LogitsProcessorList([sampler]),
             )
-        found: list[list[int]] = output[:, width:].tolist()
-        return found
+        new_tokens: list[list[int]] = output[:, width:].tolist()
+        return new_tokens
 
-    def _cut(self, new: list[int]) -> Answer:
-        """Up to and with the first stop token; behind it there is only padding."""
-        end = next((number for number, token in enumerate(new) if token in self.stops), None)
-        return Answer(new if end is None else new[: end + 1], end is not None)
+    def _report_halving(self, size: int) -> None:
+        """Prints a line, once for each size of a batch."""
+        if size not in self._reported_sizes:
+            self._reported_sizes.add(size)
+            print(f"generate: out of memory with a batch of {size} prompts; continuing with {size // 2}", flush=True)
+
+    def _to_answer(self, tokens: list[int]) -> Answer:
+        """Cuts the new tokens after the first stop token; only padding follows it."""
+        end = next((index for index, token in enumerate(tokens) if token in self.stops), None)
+        return Answer(tokens if end is None else tokens[: end + 1], stopped=end is not None)
 
 
-def _too_little(row: dict[str, Any]) -> str:
+def _out_of_memory(row: dict[str, Any]) -> str:
     return (
         f"out of memory on a single prompt, {row['id']} with {len(row['prompt_ids'])} tokens; "
         "lower generate.max_new_tokens, or use a GPU with more memory"

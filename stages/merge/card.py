@@ -1,37 +1,55 @@
-"""The README of the merged folder."""
+"""The README.md of models/merged."""
 
 from pathlib import Path
 from typing import Any
 
 from stages.core.jsonl import read_json
+from stages.core.provenance import MANIFEST
+from stages.merge.training import Training
 from stages.model.load import ADAPTER
 
 
-def write_card(folder: Path, base: Path, adapter: Path, validation_rows: int, figures: dict[str, Any]) -> None:
-    manifest = read_json(base / "manifest.json")
-    training = read_json(adapter / "training.json")
+def write_card(
+    folder: Path, base: Path, *, adapter: Path, training: Training, validation_rows: int, figures: dict[str, Any]
+) -> None:
+    """Writes README.md: the base, the adapter, the training data, and how close the merged model is to the trained one.
+
+    Args:
+        folder: The merged model's folder.
+        base: The base model's folder.
+        adapter: The adapter's folder.
+        training: How it was trained.
+        validation_rows: The number of validation rows.
+        figures: The stage's report.
+    """
+    manifest = read_json(base / MANIFEST)
     config = read_json(adapter / "adapter_config.json")
-    quantization, data = training["quantization"]["quantization"], training["data"]
-    if figures["method"] == "lora":
-        how = (
-            f"LoRA with r={config['r']} and lora_alpha={config['lora_alpha']}"
-            + " (some layers have others)" * bool(config["rank_pattern"] or config["alpha_pattern"])
-            + f", trained on the base in {quantization} and merged into its {figures['base']} weights."
-        )
-    else:
-        how = (
-            f"{figures['method']} with {config['num_virtual_tokens']} virtual tokens, trained on {quantization} weights. "
-            f"It cannot be merged into weights: load this folder's {figures['base']} weights with Transformers, then "
-            f'PeftModel.from_pretrained(model, "{ADAPTER}") from the folder inside it.'
-        )
-    scores = f"greedy answers that are the same: {100 * figures['greedy_agreement']:.0f} % of {figures['greedy_rows']}"
     (folder / "README.md").write_text(
         f"# {manifest['model']}, fine-tuned\n\n"
-        f"Base: {manifest['model']} at {manifest['revision']}. {how}\n\n"
-        f"Trained on {data['rows']:,} rows of {data['tokens']:,} tokens, of which {data['label_tokens']:,} were learned; "
-        f"{validation_rows:,} further rows for validation.\n\n"
-        f"Measured against the trained model on {figures['tokens']} tokens: mean KL {figures['mean_kl']:.2e} nats, the "
-        f"likeliest token agrees at {100 * figures['top1_agreement']:.2f} %, {scores}.\n",
+        f"Base model: {manifest['model']}, revision {manifest['revision']}. "
+        f"{_describe_adapter(config, training, figures)}\n\n"
+        f"Trained on {training.rows:,} rows with {training.tokens:,} tokens, {training.label_tokens:,} of them in the loss; "
+        f"validated on {validation_rows:,} other rows.\n\n"
+        f"Compared with the model as it was trained, on {figures['tokens']:,} tokens: the mean KL divergence is "
+        f"{figures['mean_kl']:.2e} nats, the most likely token agrees at {100 * figures['top1_agreement']:.2f} % of the "
+        f"positions, and {100 * figures['greedy_agreement']:.0f} % of {figures['greedy_rows']} greedy answers are "
+        "identical.\n",
         encoding="utf-8",
         newline="\n",
+    )
+
+
+def _describe_adapter(config: dict[str, Any], training: Training, figures: dict[str, Any]) -> str:
+    quantization = training.settings.quantization
+    trained_on = "the unquantized base" if quantization == "none" else f"the base quantized to {quantization}"
+    if figures["method"] == "lora":
+        others = " (other values in some layers)" * bool(config["rank_pattern"] or config["alpha_pattern"])
+        return (
+            f"Adapter: LoRA with r={config['r']} and lora_alpha={config['lora_alpha']}{others}, trained on {trained_on} and "
+            f"merged into its {figures['base']} weights."
+        )
+    return (
+        f"Adapter: {figures['method']} with {config['num_virtual_tokens']} virtual tokens, trained on {trained_on}. It "
+        f"cannot be merged into weights. This folder has the {figures['base']} weights of the base: load them with "
+        f'Transformers, then the adapter with PeftModel.from_pretrained(model, "{ADAPTER}"); {ADAPTER} is a folder in it.'
     )

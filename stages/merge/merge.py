@@ -1,10 +1,12 @@
-"""Streams the adapter into the base's weights, and proves that the merged model is the model that was trained."""
+"""Merges the adapter into the base's weights, and compares the merged model with the trained one."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import pyarrow as pa
+from peft import PeftModel
 from pydantic import Field
 from transformers.utils import logging
 
@@ -13,33 +15,38 @@ from stages.core.output import Done, fresh_file, fresh_folder
 from stages.core.params import Section
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST, file_hashes
-from stages.core.tokens import read_tokens, stop_token_ids
+from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
 from stages.merge.card import write_card
+from stages.merge.lora_weights import LoraWeights
 from stages.merge.parity import LayerDeltas, ModelOutputs, compare, greedy_agreement
-from stages.merge.weights import LoraWeights, MergedWeights
+from stages.merge.training import Training, read_training
+from stages.merge.weights import MergedWeights
 from stages.model.adapter import load_adapter
 from stages.model.load import ADAPTER, load_model
-from stages.model.quantize import Quantization, load_quantized
+from stages.model.quantize import load_quantized
 
-MAX_SHARE_ERROR = 0.1
-"""A layer that has a tenth less or more of what training added to it is not the trained one."""
-NAMED = 3
+PARITY_ROWS = 64
+"""Validation rows on which the merged model is compared with the trained one."""
+MAX_DELTA_ERROR = 0.1
+"""The stage fails if a merged layer has 10 % less or more of its delta weight than the trained one."""
+NAMED_LAYERS = 3
 """Layers that a message names."""
 
 
 class Params(Section):
-    """What the adapter is added to, and how close the result must be."""
+    """What the adapter is merged into, and how close the merged model must be to the trained one."""
+
+    removed: ClassVar[Mapping[str, str]] = {"parity_rows": f"delete the line; {PARITY_ROWS} validation rows are compared"}
 
     base: Literal["dequantized", "full"]
-    """dequantized: the rounded weights that training saw; full: the original ones, which the adapter never met."""
-    parity_rows: int = Field(gt=0)
-    """Validation rows on which the two models are compared."""
+    """dequantized: the base's weights quantized and dequantized, with which the adapter was trained; full: its original
+    weights."""
     max_mean_kl: float = Field(gt=0)
-    """The stage fails above this mean Kullback-Leibler divergence, in nats a token, from the trained model."""
+    """The stage fails if the mean Kullback-Leibler divergence from the trained model is higher, in nats per token."""
     min_top1_agreement: float = Field(ge=0, le=1)
-    """The stage fails if the likeliest token agrees at a smaller share of the positions."""
+    """The stage fails if the most likely token agrees for a smaller share of the labelled tokens."""
     min_greedy_agreement: float = Field(ge=0, le=1)
-    """The stage fails if a smaller share of greedy answers is the same, token for token."""
+    """The stage fails if a smaller share of the greedy answers is identical, token for token."""
 
 
 def merge(
@@ -52,132 +59,163 @@ def merge(
     merged: Path,
     report: Path,
 ) -> Done:
-    """Writes `base` + `adapter` as an ordinary Hugging Face folder, loads it again and measures it.
+    """Merges an adapter into its base model, and proves that the result is the model that was trained.
 
-    Tensor by tensor, in float32, written in the base's types and sharding; no model is built for it. The folder gets the
-    tokenizer, the chat `template` it was trained with, a generation config with the right stop tokens, and a README.
-    `report` gets the comparison with the adapter on the quantized base, over the labelled tokens of `validation`.
+    Args:
+        params: What to merge into, and the limits of the comparison.
+        base: The base model's folder.
+        adapter: The adapter's folder, from `train`.
+        validation_tokens: The rows to compare on, and the stop tokens.
+        chat_template: The template that the adapter was trained with.
+        merged: Gets an ordinary Hugging Face folder: safetensors files with the dtypes and sharding of the base, the
+            tokenizer with the chat template, a generation config with the stop tokens, README.md and manifest.json.
+        report: Gets the comparison with the adapter on the quantized base, over the labelled tokens of the rows.
 
-    Raises Problem if a tensor of the adapter has no place in the base, or if the merged model is not the trained one: by
-    what it says, or by what any layer has of its training.
+    Raises Problem if the adapter does not fit the base, or if the merged model is not the trained one: if its logits or
+    greedy answers differ by more than the limits, or if any layer lacks its delta weight. Then nothing is written.
     """
     logging.disable_progress_bar()
-    settings = Quantization.model_validate(read_json(adapter / "training.json")["quantization"])
+    training, lora = read_training(adapter), LoraWeights(adapter)
+    weights = MergedWeights(base, lora, training=training, dequantized=params.base == "dequantized")
     table = read_tokens(validation_tokens)
-    rows = table.slice(0, params.parity_rows).to_pylist()
-    stops = stop_token_ids(table)
-    lora = LoraWeights(adapter)
-    weights = MergedWeights(base, adapter, lora, settings, params.base)
-    adapted = load_adapter(load_quantized(base, settings).model, base, settings, adapter)
-    trained, additions = ModelOutputs(adapted, rows, stops), LayerDeltas(adapted, lora.first_products())
-    del adapted  # its memory is for the merged model
-    with fresh_folder(merged) as folder:
-        weights.write(folder)
-        if not lora.layers:
-            _keep_beside(adapter, folder)
-        _copy_the_rest(base, chat_template, stops, folder)
-        write_json(folder / MANIFEST, read_json(base / MANIFEST))  # load_model reads it
-        model = load_model(folder, settings.dtype)
+    rows, stops = _parity_rows(table, validation_tokens), stop_token_ids(table)
+    trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops)
+    with fresh_folder(merged) as folder, fresh_file(report) as file:
+        _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
+        model = load_model(folder, training.settings.dtype)
         figures = {
-            "model": read_json(base / "manifest.json")["model"],
+            "model": read_json(base / MANIFEST)["model"],
             "base": params.base,
-            "method": lora.kind.lower(),
-            "merged_layers": len(lora.layers),
+            "method": lora.method,
+            "merged_layers": len(lora.pairs),
             "rows": len(rows),
             "tokens": len(trained.labels),
             **compare(trained, ModelOutputs(model, rows)),
             "greedy_rows": len(trained.answers),
             "greedy_agreement": greedy_agreement(trained, model),
         }
-        _check_parity(params, figures, additions.shares_in(model))
-        if weights.rounded_layers:
-            # What the other choice of merge.base would have given.
-            other = MergedWeights(base, adapter, lora, settings, _other_base(params))
-            _put_weights(
-                model.get_base_model() if hasattr(model, "get_base_model") else model, other, weights.rounded_layers
-            )
-            figures["other_base"] = {"base": _other_base(params), **compare(trained, ModelOutputs(model, rows))}
-        write_card(folder, base, adapter, table.num_rows, figures)
-        _write_manifest(base, folder)
-    with fresh_file(report) as file:
+        _check_parity(params, figures, deltas.shares_in(model))
+        if training.quantized:
+            other = "full" if params.base == "dequantized" else "dequantized"
+            other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
+            _replace_quantized(model, other_weights)
+            figures["other_base"] = {"base": other, **compare(trained, ModelOutputs(model, rows))}
+        write_card(folder, base, adapter=adapter, training=training, validation_rows=table.num_rows, figures=figures)
+        _write_manifest(folder, base)
         write_json(file, figures)
-    kept = f"{len(lora.layers)} layers" if lora.layers else f"{lora.kind.lower()}, kept beside the weights,"
-    return Done(
-        f"{kept} into {merged}; mean KL {figures['mean_kl']:.2e}, the likeliest token agrees at "
-        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} positions"
+    return Done(_summary(merged, figures))
+
+
+def _parity_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
+    """The first rows that have labelled tokens. Raises Problem if there is none."""
+    rows: list[dict[str, Any]] = table.slice(0, PARITY_ROWS).to_pylist()
+    rows = [row for row in rows if any(label != IGNORE for label in row["labels"])]
+    if not rows:
+        raise Problem(f"{path}: no row has labelled tokens to compare the models on; raise ingest.validation_percent")
+    return rows
+
+
+def _run_trained_model(
+    base: Path, lora: LoraWeights, *, training: Training, rows: list[dict[str, Any]], stops: list[int]
+) -> tuple[ModelOutputs, LayerDeltas]:
+    """The outputs of the adapter on the quantized base. The model's memory is free again afterwards."""
+    model = load_adapter(load_quantized(base, training.settings).model, lora.adapter, base=base, settings=training.settings)
+    return ModelOutputs(model, rows, stops=stops), LayerDeltas(model, lora.initial_deltas())
+
+
+def _summary(merged: Path, figures: dict[str, Any]) -> str:
+    how = f"{figures['merged_layers']} layers merged"
+    if not figures["merged_layers"]:
+        how = f"{figures['method']} cannot be merged, so the adapter is in {merged / ADAPTER}"
+    return (
+        f"{merged}: {how}; mean KL {figures['mean_kl']:.2e}, the most likely token agrees for "
+        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} tokens"
     )
 
 
-# Weights
+# The merged model's folder
 
 
-def _keep_beside(adapter: Path, folder: Path) -> None:
-    """Virtual tokens and prefixes are no part of any weight: the adapter goes along, and `generate` loads it."""
-    (folder / ADAPTER).mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(adapter / name, folder / ADAPTER / name)
-
-
-def _copy_the_rest(base: Path, template: Path, stops: list[int], folder: Path) -> None:
-    """Config and tokenizer as they are; the chat template and the stop tokens as they were trained."""
+def _write_model(folder: Path, base: Path, *, weights: MergedWeights, chat_template: Path, stops: list[int]) -> None:
+    """Writes everything that `load_model` needs. Virtual tokens are no part of a weight: their adapter is copied."""
+    weights.write(folder)
+    if not weights.lora.pairs:
+        (folder / ADAPTER).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(weights.lora.adapter / name, folder / ADAPTER / name)
     for file in base.iterdir():
-        if file.suffix != ".safetensors" and file.name != "manifest.json":
+        if file.is_file() and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(template, folder / "chat_template.jinja")
-    settings = folder / "tokenizer_config.json"
-    if settings.exists():
-        config = read_json(settings)
+    _set_chat_template(folder, chat_template)
+    _set_stop_tokens(folder, stops)
+
+
+def _set_chat_template(folder: Path, chat_template: Path) -> None:
+    """Writes chat_template.jinja, and removes the base's template from tokenizer_config.json."""
+    shutil.copyfile(chat_template, folder / "chat_template.jinja")
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        config = read_json(path)
         if config.pop("chat_template", None) is not None:
-            write_json(settings, config)
+            write_json(path, config)
+
+
+def _set_stop_tokens(folder: Path, stops: list[int]) -> None:
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
+    config = read_json(path) if path.exists() else {}
     if stops:
-        generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    write_json(path, generation)
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    write_json(path, config)
 
 
-def _write_manifest(base: Path, folder: Path) -> None:
-    known = read_json(base / MANIFEST)
-    kept = {key: known[key] for key in ("model", "revision", "trust_remote_code")}
+def _write_manifest(folder: Path, base: Path) -> None:
+    """The base's manifest.json, with the hashes of the merged files."""
+    manifest = read_json(base / MANIFEST)
+    kept = {key: manifest[key] for key in ("model", "revision", "trust_remote_code")}
     write_json(folder / MANIFEST, {**kept, "files": file_hashes(folder)})
 
 
-# Proof
+# Comparison
 
 
-def _other_base(params: Params) -> str:
-    return "full" if params.base == "dequantized" else "dequantized"
-
-
-def _put_weights(model: Any, weights: "MergedWeights", names: Iterable[str]) -> None:
-    """Gives a loaded model the merged weights of these names, one at a time, in the type that a folder would hold."""
-    for name in sorted(names):
-        original = weights.base[name]
-        model.get_parameter(name).data.copy_(weights.merged(name, original).to(original.dtype))
+def _replace_quantized(model: Any, weights: MergedWeights) -> None:
+    """Replaces the weights of the quantized layers in a loaded model, one at a time."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name in sorted(weights.training.quantized):
+        model.get_parameter(name).data.copy_(weights.read(name))
 
 
 def _check_parity(params: Params, figures: dict[str, Any], shares: dict[str, float]) -> None:
-    wrong = [name for name, share in shares.items() if abs(share - 1) > MAX_SHARE_ERROR]
-    problems = [f"{name} has {shares[name]:.2f} times what training added to it" for name in wrong[:NAMED]]
-    if len(wrong) > NAMED:
-        problems.append(f"and so have {len(wrong) - NAMED} more of {len(shares)} layers another share than 1")
+    """Raises Problem with all limits that are exceeded.
+
+    Args:
+        params: The limits.
+        figures: The stage's report.
+        shares: From LayerDeltas.shares_in.
+    """
+    wrong = [name for name, share in shares.items() if abs(share - 1) > MAX_DELTA_ERROR]
+    problems = [
+        f"{name}: has {shares[name]:.2f} of the delta weight that was trained; wanted 1" for name in wrong[:NAMED_LAYERS]
+    ]
+    if len(wrong) > NAMED_LAYERS:
+        problems.append(f"{len(wrong) - NAMED_LAYERS} more of {len(shares)} layers have a wrong delta weight")
     if not figures["mean_kl"] <= params.max_mean_kl:
         problems.append(f"mean KL {figures['mean_kl']:.3e} is above merge.max_mean_kl {params.max_mean_kl:.3e}")
     if not figures["top1_agreement"] >= params.min_top1_agreement:
         problems.append(
-            f"the likeliest token agrees at {figures['top1_agreement']:.4f} of the positions, merge.min_top1_agreement is "
-            f"{params.min_top1_agreement}"
+            f"the most likely token agrees for {figures['top1_agreement']:.4f} of the labelled tokens, below "
+            f"merge.min_top1_agreement {params.min_top1_agreement}"
         )
     if not figures["greedy_agreement"] >= params.min_greedy_agreement:
         problems.append(
-            f"{figures['greedy_agreement']:.4f} of the greedy answers are the same, merge.min_greedy_agreement is "
+            f"{figures['greedy_agreement']:.4f} of the greedy answers are identical, below merge.min_greedy_agreement "
             f"{params.min_greedy_agreement}"
         )
     if problems:
+        remedy = "set merge.base to dequantized, which is closer" if params.base == "full" else "train again"
         problems.append(
-            f"the merged model is not the trained one (loss {figures['merged_loss']:.4f} against "
-            f"{figures['trained_loss']:.4f}, largest logit difference {figures['max_abs_logit_difference']:.3f}), "
-            "and was not kept. "
-            + ("merge.base: dequantized is closer" if params.base == "full" else "Train again, and compare the weights")
+            f"the merged model is not the trained one (loss {figures['merged_loss']:.4f}, trained "
+            f"{figures['trained_loss']:.4f}, largest logit difference {figures['max_abs_logit_difference']:.3f}) and was "
+            f"not written; {remedy}"
         )
         raise Problem(*problems)

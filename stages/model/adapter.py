@@ -1,4 +1,4 @@
-"""The adapter: which layers it stands in, its first weights, and how it is put on the base and saved."""
+"""Adds an adapter to the base model, initializes it, saves it and loads it again (PEFT)."""
 
 import json
 import re
@@ -15,57 +15,73 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.jsonl import read_json
-from stages.core.params import Section
+from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.model.lora import lora_scaling, subtract_lora
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
 
 INITIAL = "initial.safetensors"
-"""In an adapter's folder: the first factors, where they were taken out of the base's weights (PiSSA, OLoRA)."""
+"""In an adapter's folder, for PiSSA and OLoRA: the initial lora_A and lora_B, which were subtracted from the base."""
+PEFT_PREFIX = "base_model.model."
+"""PEFT's prefix of a layer's name in an adapter file."""
 
 
 class Adapter(Section):
-    """What is learned. PEFT's names."""
+    """The adapter to train. The names are those of PEFT's LoraConfig, PromptEncoderConfig and PrefixTuningConfig."""
 
     method: Literal["lora", "p_tuning", "prefix_tuning"]
-    """lora: low-rank products beside linear layers; p_tuning: virtual tokens before the prompt, made by a small network;
-    prefix_tuning: learned keys and values before each layer's own."""
+    """lora: low-rank matrices for linear layers; p_tuning: virtual tokens before the prompt, from a small prompt encoder;
+    prefix_tuning: trained keys and values before those of the prompt, in every layer."""
     r: int = Field(gt=0)
-    """lora: rank of the products: their size, and how much they can learn."""
+    """lora: rank of lora_A and lora_B. A higher rank can learn more and makes a larger adapter."""
     lora_alpha: float = Field(gt=0)
-    """lora: the product is scaled by lora_alpha / r; usually one or two times r."""
+    """lora: the delta weight is scaled by lora_alpha / r; usually one or two times r."""
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]]
-    """lora: another r for layers whose name, or its end after a dot, a regular expression fits; the first fit counts."""
+    """lora: layer name or regular expression to r, for layers with another rank; it must match the full name, or its end
+    after a dot. The first match counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
-    """lora: another lora_alpha, likewise."""
+    """lora: the same for lora_alpha."""
     lora_dropout: float = Field(ge=0, lt=1)
-    """lora: share of the inputs that are left out at random."""
+    """lora: dropout probability of the inputs of lora_A."""
     use_rslora: bool
-    """lora: scale by lora_alpha / sqrt(r), which keeps large ranks learning (Kalajdzievski 2023)."""
+    """lora: scale by lora_alpha / sqrt(r), which trains better at high ranks (Kalajdzievski 2023)."""
     use_dora: bool
-    """lora: learn the length of each row of a weight apart from its direction (Liu et al. 2024); slower."""
+    """lora: train the magnitude of each row of a weight apart from its direction (DoRA, Liu et al. 2024); slower."""
     init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|olora|loftq|pissa(_niter_[0-9]+)?)$")]
-    """lora: true: A at random, B zero; gaussian: A normal; pissa, olora: the largest part of the weights is taken out of
-    the base and trained; loftq: the product begins as what rounding cost. pissa_niter_16: a quicker, nearly equal SVD."""
+    """lora: how lora_A and lora_B are initialized. true: lora_A random (Kaiming uniform), lora_B zero; gaussian: lora_A
+    normal; pissa, olora: with the principal part of the weights, which is subtracted from the base; loftq: with the
+    quantization error. pissa_niter_16: a fast approximate SVD with 16 iterations."""
     target_modules: str | list[str]
-    """lora: all-linear (all linear layers but the output head), a list of names, or a regular expression for whole names."""
+    """lora: all-linear (all linear layers except the output head), a list of names, or a regular expression that matches
+    full names."""
     num_virtual_tokens: int = Field(gt=0)
-    """p_tuning, prefix_tuning: how many; they count against the model's longest row."""
+    """p_tuning, prefix_tuning: number of virtual tokens; they take up part of the model's context."""
     encoder_hidden_size: int = Field(gt=0)
-    """p_tuning, prefix_tuning with prefix_projection: width of the network that makes them."""
+    """p_tuning, prefix_tuning with prefix_projection: hidden size of the prompt encoder."""
     prefix_projection: bool
-    """prefix_tuning: whether a network makes the prefix, which trains steadier, or it is learned itself."""
+    """prefix_tuning: make the prefix with a prompt encoder, which trains more steadily, instead of training it directly."""
 
 
-def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter) -> Any:
-    """The quantized `model` with a fresh adapter in float32 that alone can be trained; the seed is the caller's.
+def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapter) -> Any:
+    """Adds a new adapter in float32, the only trainable part. Its random weights come from PyTorch's global generator.
 
-    Raises Problem if `wanted` does not fit the model, or could not be merged into it.
+    Args:
+        model: The quantized base model. PiSSA and OLoRA change its weights.
+        base: The base model's folder.
+        settings: How the model is quantized.
+        wanted: The adapter's parameters.
+
+    Returns:
+        The PEFT model.
+
+    Raises Problem if `wanted` does not fit the model, or if `merge` could not merge the adapter.
     """
     if wanted.method != "lora":
         return get_peft_model(model, _prompt_config(wanted))
     if wanted.use_dora and settings.quantization == "int8" and model.device.type == "cpu":
-        raise Problem("params.yaml: train.use_dora: not with int8 on the CPU, where PEFT loses the scales; nf4 works")
+        raise Problem(
+            bad_param("train.use_dora", "must be false with int8 on the CPU, where PEFT loses the scales; nf4 works")
+        )
     computed = isinstance(wanted.init_lora_weights, str) and wanted.init_lora_weights != "gaussian"
     targets = find_targets(model, wanted.target_modules)
     config = LoraConfig(
@@ -77,18 +93,18 @@ def add_adapter(model: Any, base: Path, settings: Quantization, wanted: Adapter)
         use_dora=wanted.use_dora,
         init_lora_weights=True if computed else wanted.init_lora_weights,
         target_modules=targets,
-        **_patterns(wanted, targets),
+        **_full_name_patterns(wanted, targets),
     )
     adapted, weights = get_peft_model(model, config), BaseWeights(base)
     absent = [name for name in targets if f"{name}.weight" not in weights]
     if absent:
         raise Problem(
-            f"{base}: has no tensor {absent[0]}.weight, to which merge would add what is learned; name other layers in "
+            f"{base}: has no tensor {absent[0]}.weight, into which merge would merge the adapter; choose other layers in "
             "train.target_modules"
         )
     if computed:
-        _initialize(adapted, weights, settings, str(wanted.init_lora_weights))
-    config.init_lora_weights = True  # PEFT would take the factors out of the base once more when it loads the adapter
+        _initialize(adapted, weights, settings=settings, how=str(wanted.init_lora_weights))
+    config.init_lora_weights = True  # otherwise PEFT would initialize and subtract again when it loads the adapter
     return adapted
 
 
@@ -111,63 +127,84 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     """The full names of the layers that get an adapter.
 
     Args:
+        model: The base model.
         wanted: As in `Adapter.target_modules`.
 
-    Raises Problem with the names of the model's linear layers if a name, or the expression, fits none; and if a layer is a
-    head that shares its weight with the input embeddings, which merging would change too.
+    Raises Problem with the names of the model's linear layers if a name or the regular expression matches none; and if an
+    output head shares its weight with the input embeddings, which merging would change too.
     """
-    found = _find(model, wanted)
+    found = _match_layers(model, wanted)
     tied = model.get_input_embeddings().weight
     shared = [name for name in found if model.get_submodule(name).weight is tied]
     if shared:
         raise Problem(
-            f"params.yaml: train.target_modules: {shared[0]} has its weight in common with the input embeddings "
-            "(tie_word_embeddings), which merging would change too; leave it out, or fetch a copy of the base with "
-            "tie_word_embeddings false and a weight for each"
+            bad_param(
+                "train.target_modules",
+                f"{shared[0]} shares its weight with the input embeddings (tie_word_embeddings), which merging would change "
+                "too; leave it out, or fetch a copy of the base with tie_word_embeddings false and a weight for each",
+            )
         )
     return found
 
 
-def _find(model: Any, wanted: str | Sequence[str]) -> list[str]:
+def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
     head = model.get_output_embeddings()
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     if wanted == "all-linear":
         return [name for name in linear if model.get_submodule(name) is not head]
-    there = f"linear layers here: {', '.join(ends_of(linear))}"
+    names = f"linear layers here: {', '.join(ends_of(linear))}"
     if isinstance(wanted, str):
-        try:
-            found = [name for name in linear if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise Problem(f"params.yaml: train.target_modules: {wanted!r} is no regular expression: {error}") from None
-        if not found:
-            raise Problem(
-                f"params.yaml: train.target_modules: the expression {wanted!r} fits no whole name, as "
-                f"{linear[0]!r}; {there}. For names, write a list"
-            )
-        return found
+        return _match_expression(linear, wanted, names)
+    if not wanted:
+        raise Problem(bad_param("train.target_modules", f"the list is empty; {names}"))
     by_name = {name: [full for full in linear if full == name or full.endswith(f".{name}")] for name in wanted}
     missing = [name for name, found in by_name.items() if not found]
-    if missing or not wanted:
-        raise Problem(f"params.yaml: train.target_modules: {', '.join(missing) or 'nothing'} is not in the model; {there}")
+    if missing:
+        raise Problem(bad_param("train.target_modules", f"{', '.join(missing)} is not in the model; {names}"))
     chosen = {full for found in by_name.values() for full in found}
     return [name for name in linear if name in chosen]
 
 
-def _patterns(wanted: Adapter, targets: Sequence[str]) -> dict[str, dict[str, float]]:
-    """rank_pattern and alpha_pattern by whole names: PEFT takes the first that fits, but saves them in another order.
+def _match_expression(linear: Sequence[str], expression: str, names: str) -> list[str]:
+    """The full names that match. Raises Problem, with `names` for the user to choose from, if none does."""
+    try:
+        found = [name for name in linear if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise Problem(
+            bad_param("train.target_modules", f"{expression!r} is not a valid regular expression: {error}; {names}")
+        ) from None
+    if not found:
+        raise Problem(
+            bad_param(
+                "train.target_modules",
+                f"the regular expression {expression!r} matches no full name such as {linear[0]!r}; {names}. To give names, "
+                "write a list",
+            )
+        )
+    return found
 
-    Raises Problem with the patterns that decide about no layer.
+
+def _full_name_patterns(wanted: Adapter, targets: Sequence[str]) -> dict[str, dict[str, float]]:
+    """rank_pattern and alpha_pattern with the layers' full names as keys.
+
+    PEFT takes the first pattern that matches, but saves the patterns sorted, so that another could be the first.
+
+    Raises Problem with all patterns that apply to no layer.
     """
     problems, found = [], {}
     for parameter, patterns in (("rank_pattern", wanted.rank_pattern), ("alpha_pattern", wanted.alpha_pattern)):
         try:
-            chosen = {name: get_pattern_key(patterns, name) for name in targets}  # the name itself where none fits
+            chosen = {name: get_pattern_key(patterns, name) for name in targets}  # the name itself if no pattern matches
         except re.error as error:
-            problems.append(f"params.yaml: train.{parameter}: {error.pattern!r} is no regular expression: {error}")
+            message = f"{error.pattern!r} is not a valid regular expression: {error}"
+            problems.append(bad_param(f"train.{parameter}", message))
             continue
         problems += [
-            f"params.yaml: train.{parameter}: {pattern!r} fits none of the layers in train.target_modules, or none that an "
-            f"earlier pattern leaves to it; their names end in {', '.join(ends_of(targets))}"
+            bad_param(
+                f"train.{parameter}",
+                f"{pattern!r} matches none of the layers in train.target_modules, or only layers that an earlier pattern "
+                f"matches; the last parts of their names are {', '.join(ends_of(targets))}",
+            )
             for pattern in patterns
             if pattern not in chosen.values()
         ]
@@ -194,52 +231,69 @@ class BaseWeights:
             tensor: torch.Tensor = file.get_tensor(name)
             return tensor
 
-    def of(self, name: str, layer: Any, device: torch.device) -> torch.Tensor:
-        """The weight (out, in) in float32 of the layer `name`, which is `layer` where the base was loaded."""
+    def read_linear(self, name: str, *, layer: Any, device: torch.device) -> torch.Tensor:
+        """The weight (out, in) of a linear layer in float32.
+
+        Args:
+            name: The layer's full name.
+            layer: The layer in the loaded base model, which may be a Conv1D.
+            device: Where to put the weight.
+        """
         weight = self[f"{name}.weight"].to(device, torch.float32)
         return weight.T if is_transposed(layer) else weight
 
 
-def _initialize(adapted: Any, weights: BaseWeights, settings: Quantization, how: str) -> None:
-    """Sets the first factors of every layer from the base's own weights, and takes them out of it where that is meant."""
+def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, how: str) -> None:
+    """Sets lora_A and lora_B of every layer from the base's weights; PiSSA and OLoRA subtract them from the base."""
     model = adapted.get_base_model()
     for name, layer in _adapted_layers(model).items():
-        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if len(down) > min(down.shape[1], len(up)):
+        lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        r, out_features, in_features = len(lora_a), len(lora_b), lora_a.shape[1]
+        if r > min(in_features, out_features):
             raise Problem(
-                f"params.yaml: train.r: {len(down)} is more than {name}, {len(up)} by {down.shape[1]}, can be parted into; "
-                f"lower it there by train.rank_pattern, or set train.init_lora_weights to true instead of {how}"
+                bad_param(
+                    "train.r",
+                    f"{r} is more than the rank of {name}, which is {out_features} x {in_features}, and {how} needs as many "
+                    "singular values or columns; lower it for this layer in train.rank_pattern, or set "
+                    "train.init_lora_weights to true",
+                )
             )
-        weight, scale = weights.of(name, layer.get_base_layer(), down.device), layer.scaling["default"]
-        a, b = initial_lora_from(weight, len(down), scale, how, settings)
-        down.data, up.data = a.contiguous(), b.contiguous()
+        weight = weights.read_linear(name, layer=layer.get_base_layer(), device=lora_a.device)
+        scaling = layer.scaling["default"]
+        initial_a, initial_b = initial_lora_from(weight, r, scaling=scaling, how=how, settings=settings)
+        lora_a.data, lora_b.data = initial_a.contiguous(), initial_b.contiguous()
         if how != "loftq":
-            set_weight(model, f"{name}.base_layer", subtract_lora(weight, a, b, scale), settings)
+            rest = subtract_lora(weight, initial_a, initial_b, scaling)
+            set_weight(model, f"{name}.base_layer", weight=rest, settings=settings)
 
 
 def initial_lora_from(
-    weight: torch.Tensor, r: int, scale: float, how: str, settings: Quantization
+    weight: torch.Tensor, r: int, *, scaling: float, how: str, settings: Quantization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors A (r, in) and B (out, r) with which a layer begins, so that scale · B A is a part of its weight.
+    """The initial lora_A (r, in) and lora_B (out, r) of a layer, of which scaling · lora_B lora_A is a part of its weight.
 
-    pissa: the r largest singular values and vectors (Meng et al. 2024). olora: the first columns of its QR decomposition
-    (Büyükakyüz 2024). loftq: the same as pissa, of what rounding takes away (Li et al. 2023, with one iteration).
+    pissa: the r largest singular values with their vectors (Meng et al. 2024). olora: the first r columns of Q and rows of
+    R of the weight's QR decomposition (Büyükakyüz 2024). loftq: as pissa, but of the quantization error (Li et al. 2023,
+    with one iteration).
 
     Args:
         weight: (out, in) in float32.
-        how: Adapter.init_lora_weights.
+        r: The rank.
+        scaling: Of the layer's delta weight.
+        how: As in `Adapter.init_lora_weights`.
+        settings: How the model is quantized, for loftq.
     """
     if how == "olora":
         q, upper = torch.linalg.qr(weight)
         return upper[:r], q[:, :r]
     target = weight - round_trip(weight, settings) if how == "loftq" else weight
-    _, _, steps = how.partition("_niter_")
-    if steps:
-        u, s, v = torch.svd_lowrank(target, r, niter=int(steps))
+    _, _, iterations = how.partition("_niter_")
+    if iterations:
+        u, s, v = torch.svd_lowrank(target, r, niter=int(iterations))
         vh = v.T
     else:
         u, s, vh = torch.linalg.svd(target, full_matrices=False)
-    root = (s[:r] / scale).sqrt()
+    root = (s[:r] / scaling).sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
@@ -247,13 +301,19 @@ def initial_lora_from(
 
 
 def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]) -> None:
-    """PEFT's two files, the same bytes for the same adapter, and the first factors where they were taken out of the base."""
-    adapted.save_pretrained(folder, save_embedding_layers=False)  # else PEFT puts the head's own weight beside its adapter
+    """Saves PEFT's adapter_config.json and adapter_model.safetensors; the same adapter gives the same bytes.
+
+    Args:
+        adapted: The PEFT model.
+        folder: An existing folder.
+        initial: From `initial_lora`; saved as INITIAL if not empty.
+    """
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # otherwise PEFT saves the output head with its adapter
     (folder / "README.md").unlink(missing_ok=True)
     config = read_json(folder / "adapter_config.json")
     for key, value in config.items():
         if isinstance(value, list):
-            config[key] = sorted(value)  # PEFT writes sets, in an order that changes from run to run
+            config[key] = sorted(value)  # PEFT writes sets, whose order differs from run to run
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if initial:
         save_file(dict(initial), folder / INITIAL)
@@ -264,26 +324,41 @@ def _adapted_layers(model: Any) -> dict[str, Any]:
 
 
 def initial_lora(adapted: Any, wanted: Adapter) -> dict[str, torch.Tensor]:
-    """The factors of a fresh adapter that were taken out of the base, by their names in adapter_model.safetensors."""
+    """Copies lora_A and lora_B of a new PiSSA or OLoRA adapter to the CPU; empty for all other adapters.
+
+    The keys are the names in adapter_model.safetensors.
+    """
     if wanted.method != "lora" or not str(wanted.init_lora_weights).startswith(("pissa", "olora")):
         return {}
     return {
-        f"base_model.model.{name}.{factor}.weight": getattr(layer, factor)["default"].weight.detach().to("cpu", copy=True)
+        f"{PEFT_PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)["default"].weight.detach().to("cpu", copy=True)
         for name, layer in _adapted_layers(adapted.get_base_model()).items()
-        for factor in ("lora_A", "lora_B")
+        for matrix in ("lora_A", "lora_B")
     }
 
 
-def load_adapter(model: Any, base: Path, settings: Quantization, adapter: Path) -> Any:
-    """The quantized `model` with a trained adapter on it, as it was when it was trained."""
+def load_adapter(model: Any, adapter: Path, *, base: Path, settings: Quantization) -> Any:
+    """Loads a trained adapter onto the base model, and restores the model that was trained.
+
+    Args:
+        model: The base model, quantized as in training. If the adapter was initialized with PiSSA or OLoRA, the initial
+            delta weights are subtracted from its weights.
+        adapter: The adapter's folder.
+        base: The base model's folder.
+        settings: How the model is quantized.
+
+    Returns:
+        The PEFT model in evaluation mode.
+    """
     if (adapter / INITIAL).exists():
-        config, factors = read_json(adapter / "adapter_config.json"), load_file(adapter / INITIAL)
+        config, tensors = read_json(adapter / "adapter_config.json"), load_file(adapter / INITIAL)
         weights = BaseWeights(base)
-        for key in factors:
+        for key in tensors:
             if key.endswith(".lora_A.weight"):
                 stem = key.removesuffix(".lora_A.weight")
-                a, b = (factors[f"{stem}.{factor}.weight"].to(model.device) for factor in ("lora_A", "lora_B"))
-                name = stem.removeprefix("base_model.model.")
-                weight = weights.of(name, model.get_submodule(name), model.device)
-                set_weight(model, name, subtract_lora(weight, a, b, lora_scaling(config, name)), settings)
+                name = stem.removeprefix(PEFT_PREFIX)
+                lora_a, lora_b = (tensors[f"{stem}.{matrix}.weight"].to(model.device) for matrix in ("lora_A", "lora_B"))
+                weight = weights.read_linear(name, layer=model.get_submodule(name), device=model.device)
+                rest = subtract_lora(weight, lora_a, lora_b, lora_scaling(config, name))
+                set_weight(model, name, weight=rest, settings=settings)
     return PeftModel.from_pretrained(model, str(adapter)).eval()

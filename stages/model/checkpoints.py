@@ -1,8 +1,8 @@
-"""A folder for what an interrupted run leaves to the next one, held against a second run of the same.
+"""The folder for the checkpoints of a run, locked so that two runs cannot use it at the same time.
 
-It lies outside every output, since DVC deletes those before a stage runs, and below DVC_ROOT, which in a run of
-`dvc exp run --temp` or of the queue is still the project's own folder. Its name is a fingerprint of all that the run reads,
-so nothing made from other data, code or parameters is ever resumed from.
+It is outside all outputs, because DVC deletes those before a stage runs. It is inside DVC_ROOT, which is the project's
+folder also for `dvc exp run --temp` and `--queue`. Its name has a fingerprint of everything that the run reads, so a run
+resumes only from checkpoints made with the same data, code and parameters.
 """
 
 import os
@@ -15,19 +15,26 @@ from stages.core.problem import Problem
 
 
 def checkpoint_root() -> Path:
-    """The folder that holds all of them."""
+    """The folder that holds the checkpoint folders of all runs."""
     return Path(os.environ.get("DVC_ROOT", ".")).absolute() / ".checkpoints"
 
 
 class CheckpointFolder:
-    """The folder of one run. Use it as a context manager: the lock is released if the block raises.
+    """The checkpoint folder of one run, as a context manager.
 
-    If the block ends well the lock stays held until `remove` is called, so that no other run finds the folder while it is
-    being removed.
+    If the block raises, the lock is released and the folder stays. Otherwise the lock is held until `remove` is called, so
+    that no other run uses the folder while it is being removed.
     """
 
     def __init__(self, stage: str, fingerprint: str) -> None:
-        """Creates and locks the folder. Raises Problem if another process holds it."""
+        """Creates and locks the folder.
+
+        Args:
+            stage: The stage's name, for the folder's name and messages.
+            fingerprint: 16 hex digits, from `stages.core.provenance.fingerprint`.
+
+        Raises Problem if another process has locked it.
+        """
         self.path = checkpoint_root() / f"{stage}-{fingerprint}"
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.with_suffix(".lock"), timeout=0)
@@ -36,11 +43,11 @@ class CheckpointFolder:
             self._lock.acquire()
         except Timeout:
             raise Problem(
-                f"{_process(pid)} is running {stage} on the same data, base, code and parameters. Wait for it: its work is "
-                f"kept in {self.path}, and this run can then resume from it. If it is a run that you no longer want, end it "
-                f"{_how_to_end(pid)}; it stops after saving what it has"
+                f"{_process(pid)} is running {stage} on the same data, base, code and parameters. Wait until it has "
+                f"finished, or end it {_how_to_end(pid)}; it saves a checkpoint in {self.path}, from which this run then "
+                "resumes"
             ) from None
-        self.path.mkdir(parents=True, exist_ok=True)  # the process that held the lock may have removed it
+        self.path.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
         pid.write_text(str(os.getpid()))
 
     def __enter__(self) -> "CheckpointFolder":
@@ -51,11 +58,11 @@ class CheckpointFolder:
             self.release()
 
     def release(self) -> None:
-        """Lets the next run have the folder."""
+        """Releases the lock and keeps the folder."""
         self._lock.release()
 
     def remove(self) -> None:
-        """Removes the folder: the run's result is safe."""
+        """Removes the folder and releases the lock. Call it when the outputs of the run are written."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.with_suffix(".pid").unlink(missing_ok=True)
         self.release()

@@ -1,62 +1,90 @@
-"""Several processes on one machine, one a GPU, started by torchrun's own launcher; torchrun itself starts more machines."""
+"""Several processes on one machine, one for each GPU, started by torch.distributed's launcher or by torchrun."""
 
 import logging
 import os
 import signal
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from stages.core.params import bad_param
 from stages.core.problem import Problem
 
 
 def world_size() -> int:
-    """How many processes work together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that work together."""
+    return _read_variable("WORLD_SIZE", default=1)
 
 
 def rank() -> int:
-    """Which of them this is."""
-    return int(os.environ.get("RANK", "0"))
+    """The number of this process, from 0."""
+    return _read_variable("RANK", default=0)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process writes the outputs and prints."""
     return rank() == 0
 
 
+def _read_variable(name: str, *, default: int) -> int:
+    """One of the environment variables that torchrun sets.
+
+    Raises Problem if it is set without MASTER_ADDR: torchrun did not start this process, and a process of another rank
+    than 0 would write nothing.
+    """
+    if name not in os.environ:
+        return default
+    if "MASTER_ADDR" not in os.environ:
+        raise Problem(
+            f"the environment variable {name} is set, but MASTER_ADDR is not, so torchrun did not start this process; run "
+            "`unset RANK WORLD_SIZE LOCAL_RANK` and start again"
+        )
+    return int(os.environ[name])
+
+
 def select_gpu() -> None:
-    """Makes this process's GPU the one that it computes on."""
+    """Makes the GPU of this process the current CUDA device."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def init_processes(*, cpu: bool) -> None:
-    """Meets the other processes, and takes this one's GPU."""
+    """Initializes the process group, with gloo if `cpu`, and makes the GPU of this process the current CUDA device."""
     if world_size() > 1:
         PartialState(cpu=cpu)
 
 
 def require_gpus(processes: int, name: str) -> None:
-    """Raises Problem if there are GPUs, but not one for each process; `name` is the parameter's."""
+    """Raises Problem if this machine has GPUs, but fewer than `processes`; `name` is the parameter's, for the message."""
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
-        raise Problem(f"params.yaml: {name}: {processes}, but there are {torch.cuda.device_count()} GPUs")
+        raise Problem(
+            bad_param(name, f"wanted at most {torch.cuda.device_count()}, the GPUs of this machine; found {processes}")
+        )
 
 
 def launch(function: Callable[..., object], processes: int, *arguments: object) -> None:
-    """Calls a function of a module in so many processes of this machine, and waits for all of them.
+    """Calls function(*arguments) in each of several processes of this machine, and waits until all have returned.
 
-    Raises Problem with the first message of a process that fails, or if one is killed; the others are ended.
+    Args:
+        function: A function of a module, importable in the processes.
+        processes: How many to start.
+        arguments: Picklable.
+
+    Raises Problem if a process raises one, or if one is killed; KeyboardInterrupt on Ctrl-C or SIGTERM. The other processes
+    are then stopped. Any other exception in a process is raised as ChildFailedError.
     """
-    # NVLink's multicast is not to be had on every machine, and for an adapter's gradients it gains nothing.
+    # NVLink multicast is missing on some machines, and for the small gradients of an adapter it gains nothing.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs tracebacks of what is told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs the tracebacks of Problems too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,23 +97,46 @@ def launch(function: Callable[..., object], processes: int, *arguments: object) 
         start_method="spawn",
     )
     try:
-        elastic_launch(config, _child)(function, Path.cwd(), *arguments)
+        with _restored_signals():
+            elastic_launch(config, _run)(function, Path.cwd(), *arguments)
+    except SignalException:
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise Problem(
-                f"process {rank} of {processes} was killed ({name}), and the others were ended. If it was for memory, lower "
-                "the batch size; dvc repro goes on with what was finished"
-            ) from None
-        found = failure.error_file_data["message"]
-        kind, _, text = str(found["message"] if isinstance(found, dict) else found).partition(": ")
-        if kind == "Problem":
-            raise Problem(*text.split("\n")) from None
-        raise
+        problem = _find_problem(error, processes)
+        if problem is None:
+            raise
+        raise problem from None
 
 
 @record
-def _child(function: Callable[..., object], root: Path, *arguments: object) -> None:
+def _run(function: Callable[..., object], root: Path, *arguments: object) -> None:
     os.chdir(root)
     function(*arguments)
+
+
+@contextmanager
+def _restored_signals() -> Iterator[None]:
+    """Puts the signal handlers back that the launcher replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _find_problem(error: ChildFailedError, processes: int) -> Problem | None:
+    """The first failure as a Problem, None if it is a defect of Loratory."""
+    failed, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return Problem(
+            f"process {failed} of {processes} was killed ({name}), and the others were stopped. If the machine ran out of "
+            "memory, lower the batch size; dvc repro resumes from what was finished"
+        )
+    recorded = failure.error_file_data["message"]
+    kind, _, text = str(recorded["message"] if isinstance(recorded, dict) else recorded).partition(": ")
+    return Problem(*text.split("\n")) if kind == "Problem" else None

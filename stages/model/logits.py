@@ -1,4 +1,4 @@
-"""Logits at the labelled positions alone: at all others the output head computes nothing."""
+"""Logits for the labelled tokens only; the output head skips all other positions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Padding-free attention: the rows of a batch are concatenated, each row attends to itself alone, and nothing is padded."""
+"""Padding-free attention: the rows of a batch are concatenated without padding, and each row attends only to itself."""
 
 import inspect
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ def logits_match(logits: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def require_plain_attention(attention_mask: torch.Tensor | None, options: dict[str, Any]) -> None:
-    """Raises NotImplementedError, which names the reason, if a model's attention is not softmax(q·k)·v alone.
+    """Raises NotImplementedError with the reason if a model's attention is more than softmax(q·k)·v.
 
     Args:
         options: The keyword arguments of an attention function in Transformers.
@@ -137,40 +137,38 @@ def padding_free_attention(
     """
     require_plain_attention(attention_mask, options)
     dropout = dropout if module.training else 0.0
-    longest = row_layout.longest if row_layout else query.shape[2]
-    window = options.get("sliding_window")
-    window = window if window and window < longest else None
+    window: int | None = options.get("sliding_window")
     if row_layout is None:
-        _refuse_window(window)
-        return _causal_attention(query, key, value, dropout=dropout, scaling=scaling), None
+        return _causal_attention(query, key, value, dropout=dropout, scaling=scaling, window=window), None
+    window = window if window and window < row_layout.longest else None
     # Not tensor[0]: its gradient is a tensor of zeros with a copy in it.
     heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, size)
     half = query.is_cuda and query.dtype != torch.float32
-    if row_layout.ragged and half and not dropout and not torch.are_deterministic_algorithms_enabled():
+    flash = half and not dropout and not torch.are_deterministic_algorithms_enabled()
+    if flash and (row_layout.ragged or window):
         q, k, v = (tensor.transpose(0, 1) for tensor in heads)  # (tokens, heads, size)
         return _ragged_attention(q, k, v, layout=row_layout, scaling=scaling, window=window).unsqueeze(0), None
-    _refuse_window(window)
     if row_layout.ragged:
-        # Padded on the right, where causal attention never looks: no mask is needed.
+        # Padded on the right, where causal attention never looks, so the padding needs no mask.
         positions, real = row_layout.padded(query.device)
         q, k, v = (tensor[:, positions].transpose(0, 1) for tensor in heads)  # (rows, heads, longest, size)
-        return _causal_attention(q, k, v, dropout=dropout, scaling=scaling)[real].unsqueeze(0), None
+        return _causal_attention(q, k, v, dropout=dropout, scaling=scaling, window=window)[real].unsqueeze(0), None
     # For rows of one length PyTorch's dense kernel is nearly twice as fast as its kernel for ragged rows.
-    q, k, v = (torch.unflatten(tensor, 1, (-1, longest)).transpose(0, 1) for tensor in heads)
-    return _causal_attention(q, k, v, dropout=dropout, scaling=scaling).flatten(0, 1).unsqueeze(0), None
-
-
-def _refuse_window(window: int | None) -> None:
-    if window:
-        raise NotImplementedError(f"its sliding window of {window} tokens is shorter than a row")
+    q, k, v = (torch.unflatten(tensor, 1, (-1, row_layout.longest)).transpose(0, 1) for tensor in heads)
+    return _causal_attention(q, k, v, dropout=dropout, scaling=scaling, window=window).flatten(0, 1).unsqueeze(0), None
 
 
 def _causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float, scaling: float | None, window: int | None
 ) -> torch.Tensor:
     """(rows, heads, tokens, size) each, to (rows, tokens, heads, size)."""
+    mask = None
+    if window and window < q.shape[2]:
+        positions = torch.arange(q.shape[2], device=q.device)
+        distance = positions.unsqueeze(1) - positions
+        mask = (distance >= 0) & (distance < window)
     return scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     ).transpose(1, 2)
 
 

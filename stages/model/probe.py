@@ -1,4 +1,4 @@
-"""A few fixed tokens for trial runs of a model: which layers share an input, and which attention it computes."""
+"""Fixed tokens for trial runs of a model, which show what its code does."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The base model as it is trained: its linear layers rounded to 4 or 8 bits by bitsandbytes."""
+"""Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,88 +11,115 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from stages.core.jsonl import read_json
-from stages.core.params import Section
+from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+from stages.core.provenance import MANIFEST
 from stages.model.device import DtypeName, pick_device, pick_dtype
 
 
 class Quantization(Section):
-    """How the frozen weights are held. bitsandbytes' names."""
+    """How the frozen weights are stored. The names are those of Transformers' BitsAndBytesConfig."""
 
     quantization: Literal["nf4", "fp4", "int8", "none"]
-    """nf4 and fp4: 4 bits a weight; int8: 8 bits (LLM.int8); none: as they are."""
+    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is."""
     bnb_4bit_use_double_quant: bool
-    """Whether the 4-bit scales are quantized too: 0.4 bits less a weight, for hardly any error."""
+    """4 bits: quantize the scales too, which saves 0.4 bits per weight at hardly any error."""
     llm_int8_threshold: float
-    """int8: inputs larger than this are multiplied in 16 bits."""
+    """int8: input values above this are multiplied in 16 bits."""
     llm_int8_skip_modules: list[str]
-    """Linear layers, by name or its end, that stay as they are, in 4 bits too; the output head always does."""
+    """Linear layers that are not quantized, by name or last part of the name; 4 bits too. The output head never is."""
     dtype: DtypeName
-    """The type of products and of all that is not quantized."""
+    """The dtype of matrix products and of all weights that are not quantized."""
 
 
 class Quantized(NamedTuple):
-    """A loaded model, and the names of the linear layers whose weights are rounded."""
+    """A quantized model, and what `merge` has to know of its layers."""
 
     model: Any
     layers: list[str]
+    """The names of the quantized linear layers, sorted."""
     transposed: list[str]
-    """Layers, rounded or not, whose weights the base's files have as (in, out)."""
+    """The names of all layers, quantized or not, whose weights the base's files store as (in, out): GPT-2's Conv1D."""
 
 
-def load_quantized(base: Path, settings: Quantization, *, in_main_memory: bool = False) -> Quantized:
-    """The base model on this machine's device, quantized as `settings` say, in evaluation mode, all weights frozen.
+class DequantizedLinear(torch.nn.Linear):
+    """A linear layer whose 4-bit weight was dequantized when the model was loaded; see `_dequantize_4bit_layers`."""
 
-    `in_main_memory`: it stays there, packed, for a GPU that would not hold it.
+    source_cls: type[torch.nn.Module]
+    """The layer's class in the model without quantization, under the name that Transformers gives it."""
+
+
+def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False) -> Quantized:
+    """Loads the base model in evaluation mode, quantized, with all weights frozen.
+
+    Args:
+        base: The model's folder, models/base.
+        settings: How to quantize it.
+        on_cpu: Keep the quantized weights in main memory, for a model that one GPU cannot hold (FSDP). Otherwise the model
+            is on this process's device.
+
+    Raises Problem if a layer of llm_int8_skip_modules is not in the model, or if the GPU has too little memory.
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
-    trust = read_json(base / "manifest.json")["trust_remote_code"]
-    skipped = _skipped(base, settings, trust_remote_code=trust)
-    config = None
-    if settings.quantization in ("nf4", "fp4"):
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=settings.quantization,
-            bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            # What FSDP parts and gathers is best of a floating-point type; the bits are the same.
-            bnb_4bit_quant_storage=dtype if in_main_memory else torch.uint8,
-            llm_int8_skip_modules=skipped,
+    trust = read_json(base / MANIFEST)["trust_remote_code"]
+    skipped = _find_skipped(base, settings, trust_remote_code=trust)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            device_map={"": "cpu" if on_cpu else device},
+            quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
+            trust_remote_code=trust,
+            use_safetensors=True,
         )
-    elif settings.quantization == "int8":
-        config = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=settings.llm_int8_threshold, llm_int8_skip_modules=skipped
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        device_map={"": "cpu" if in_main_memory else device},
-        quantization_config=config,
-        trust_remote_code=trust,
-        use_safetensors=True,
+    except torch.OutOfMemoryError:
+        raise Problem(
+            f"{base}: the model does not fit into the memory of {device} with train.quantization {settings.quantization}; "
+            "use nf4, train.fsdp with several GPUs, or a GPU with more memory"
+        ) from None
+    layers = sorted(
+        name for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     )
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    layers = sorted(name for name, layer in model.named_modules() if isinstance(layer, kinds))
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            # On a CPU with avx512_bf16 its first use would lay the weights out in a way that nothing else can read.
+            # On a CPU with avx512_bf16 its first call would repack the weights into a format that nothing else can read.
             layer.support_avx512bf16_for_cpu = False
-    if device.type == "cpu" and not in_main_memory:
-        _unpack_4bit(model)
+    if device.type == "cpu" and not on_cpu:
+        _dequantize_4bit_layers(model)
     model.requires_grad_(False)
     return Quantized(model.eval(), layers, sorted(name for name, layer in model.named_modules() if is_transposed(layer)))
 
 
+def _make_config(
+    settings: Quantization, dtype: torch.dtype, *, skipped: list[str] | None, on_cpu: bool
+) -> BitsAndBytesConfig | None:
+    if settings.quantization == "none":
+        return None
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=settings.llm_int8_threshold, llm_int8_skip_modules=skipped
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quantization,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP shards and gathers weights of a floating-point dtype; the bits are the same.
+        bnb_4bit_quant_storage=dtype if on_cpu else torch.uint8,
+        llm_int8_skip_modules=skipped,
+    )
+
+
 def is_transposed(layer: Any) -> bool:
-    """Whether the base's files have the layer's weight as (in, out): GPT-2's Conv1D, also where bitsandbytes turned it."""
+    """Whether the base's files store the layer's weight as (in, out), as GPT-2's Conv1D does, before quantization too."""
     return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
-def _skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> list[str] | None:
-    """The layers that are not quantized: those of the settings, and those that Transformers leaves out if none is named.
+def _find_skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> list[str] | None:
+    """llm_int8_skip_modules with the modules that Transformers always skips; None leaves the choice to Transformers.
 
-    Raises Problem if the model has no layer of a name.
+    Raises Problem with all names that the model does not have.
     """
     if not settings.llm_int8_skip_modules or settings.quantization == "none":
         return None
@@ -101,7 +128,10 @@ def _skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> 
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     problems = [
-        f"params.yaml: train.llm_int8_skip_modules: {wanted!r} is no linear layer; there are {', '.join(ends_of(linear))}"
+        bad_param(
+            "train.llm_int8_skip_modules",
+            f"the model has no linear layer {wanted!r}; its linear layers are {', '.join(ends_of(linear))}",
+        )
         for wanted in settings.llm_int8_skip_modules
         if not any(name == wanted or name.endswith(f".{wanted}") for name in linear)
     ]
@@ -111,14 +141,18 @@ def _skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> 
 
 
 def ends_of(names: Iterable[str]) -> list[str]:
-    """The last parts of the names, once each: what a person writes into target_modules."""
+    """The last parts of the names without duplicates, sorted: what a user writes into target_modules."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def set_weight(model: Any, name: str, weight: torch.Tensor, settings: Quantization) -> None:
-    """Gives the layer `name`, or the one inside its adapter (`.base_layer`), another weight, rounded as its own was.
+def set_weight(model: Any, name: str, *, weight: torch.Tensor, settings: Quantization) -> None:
+    """Replaces a layer's weight, and quantizes the new one as the old one was.
 
-    `weight` is (out, in), also for a Conv1D.
+    Args:
+        model: From `load_quantized`, with or without an adapter.
+        name: The layer's full name, with `.base_layer` at the end if it has an adapter.
+        weight: (out, in), also for a Conv1D.
+        settings: How the model is quantized.
     """
     layer = model.get_submodule(name)
     if isinstance(layer, bnb.nn.Linear4bit):
@@ -136,46 +170,53 @@ def set_weight(model: Any, name: str, weight: torch.Tensor, settings: Quantizati
         layer.weight = bnb.nn.Int8Params(weight.to("cpu", torch.float16), requires_grad=False, has_fp16_weights=False).to(
             device
         )
-    elif name.removesuffix(".base_layer") in getattr(model, "unpacked_layers", ()):
+    elif isinstance(layer, DequantizedLinear):
         layer.weight.data = round_trip(weight, settings).to(layer.weight)
     else:
         layer.weight.data = (weight.T if isinstance(layer, Conv1D) else weight).to(layer.weight)
 
 
-def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
-    """A linear layer's weight (out, in) as the quantized model multiplies with it, in float32 on this machine's device.
+def round_trip(weight: torch.Tensor, settings: Quantization, *, in_float32: bool = False) -> torch.Tensor:
+    """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as the quantized model does.
 
-    The same calls as bitsandbytes' layers make, on the same type and device, so the same rounding.
+    Args:
+        weight: (out, in)
+        settings: How the model is quantized.
+        in_float32: 4 bits only: dequantize to float32, as training on a GPU does before it adds the delta weight. Otherwise
+            the result is rounded to settings.dtype, as in a quantized layer without an adapter.
+
+    Returns:
+        (out, in) in float32, on this process's device.
     """
     device = pick_device()
     weight = weight.to(device, pick_dtype(settings.dtype, device))
     if settings.quantization == "none":
         return weight.float()
     if settings.quantization == "int8":
-        rounded, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        product: torch.Tensor = rounded.float() * scales.float().view(-1, 1) / 127
+        quantized, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
         return product
     packed, state = bnb.functional.quantize_4bit(
         weight, quant_type=settings.quantization, compress_statistics=settings.bnb_4bit_use_double_quant
     )
-    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
-    return unpacked.float()
+    if in_float32:
+        state.dtype = torch.float32
+    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
+    return dequantized.float()
 
 
-def _unpack_4bit(model: Any) -> None:
-    """Puts the rounded weights back into ordinary linear layers.
+def _dequantize_4bit_layers(model: Any) -> None:
+    """Replaces the 4-bit layers of a model on the CPU by ordinary linear layers with the dequantized weights.
 
-    On the CPU bitsandbytes unpacks a layer at every use and then multiplies as an ordinary layer does: unpacked once, the
-    numbers are the same to the bit, training is a fifth faster, and main memory has room for the weights.
+    On the CPU bitsandbytes dequantizes a layer's weight at every call, and then multiplies as an ordinary layer does. If it
+    is done once, the results are identical to the bit, training takes a fifth less time, and main memory has room for it.
     """
-    model.unpacked_layers = set()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, bnb.nn.Linear4bit):
-            model.unpacked_layers.add(name)
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            plain: Any = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.source_cls = layer.source_cls
-            plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
-            plain.bias = layer.bias
+            linear = DequantizedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.source_cls = layer.source_cls
+            linear.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+            linear.bias = layer.bias
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            setattr(model.get_submodule(parent), child, linear)

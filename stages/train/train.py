@@ -162,8 +162,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> Done:
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
-    quantized = load_quantized(paths.base, params, in_main_memory=params.fsdp)
-    model = add_adapter(quantized.model, paths.base, params, params)
+    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
     if params.fsdp:
         shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.

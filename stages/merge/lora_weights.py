@@ -1,0 +1,92 @@
+"""The LoRA matrices in an adapter's folder, and what they do to the base's weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from stages.core.jsonl import read_json
+from stages.core.problem import Problem
+from stages.model.adapter import INITIAL, PEFT_PREFIX
+from stages.model.lora import add_lora, lora_scaling, subtract_lora
+
+
+class LoraPair(NamedTuple):
+    """The tensors of one layer."""
+
+    lora_A: torch.Tensor  # noqa: N815
+    """(r, in)"""
+    lora_B: torch.Tensor  # noqa: N815
+    """(out, r)"""
+    magnitude: torch.Tensor | None = None
+    """(out,) With DoRA: the norm of each row of the merged weight."""
+
+
+ENDINGS = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+"""The end of a tensor's name in an adapter file, by the field of LoraPair."""
+
+
+class LoraWeights:
+    """An adapter's LoRA matrices by the names of the weights, "….q_proj.weight"; empty if the adapter is not a LoRA."""
+
+    def __init__(self, adapter: Path) -> None:
+        """Reads the adapter's folder.
+
+        Raises Problem if the adapter is of a kind that cannot be merged, or if its files are incomplete.
+        """
+        config = read_json(adapter / "adapter_config.json")
+        self.adapter = adapter
+        self.method: str = config["peft_type"].lower()
+        self.pairs: dict[str, LoraPair] = {}
+        self.initial: dict[str, LoraPair] = {}
+        """With PiSSA and OLoRA: the matrices at the start of training, which were subtracted from the base."""
+        if self.method in ("p_tuning", "prefix_tuning"):
+            return
+        unknown = [key for key in ("modules_to_save", "lora_bias") if config.get(key)]
+        if self.method != "lora" or config["bias"] != "none" or unknown:
+            raise Problem(f"{adapter}: cannot merge {config['peft_type']} with {', '.join(unknown) or 'bias'}")
+        self.pairs = _read_pairs(adapter / "adapter_model.safetensors", dora=config["use_dora"])
+        if (adapter / INITIAL).exists():
+            self.initial = _read_pairs(adapter / INITIAL, dora=False)
+        self.scaling = {name: lora_scaling(config, name.removesuffix(".weight")) for name in self.pairs}
+
+    def subtract_initial(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """The weight (out, in) as it was in the base at the start of training, before it was quantized."""
+        if name not in self.initial:
+            return weight
+        initial = self.initial[name]
+        return subtract_lora(weight, initial.lora_A.to(weight), initial.lora_B.to(weight), self.scaling[name])
+
+    def add_delta(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """The weight (out, in) with the delta weight of its layer added, and with DoRA rescaled row by row."""
+        pair = self.pairs[name]
+        weight = add_lora(weight, pair.lora_A.to(weight), pair.lora_B.to(weight), scaling=self.scaling[name])
+        if pair.magnitude is None:
+            return weight
+        factors: torch.Tensor = pair.magnitude.to(weight) / torch.linalg.norm(weight, dim=1)
+        return weight * factors.unsqueeze(1)
+
+    def initial_deltas(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """lora_A and scaling · lora_B at the start of training, by layer; empty unless PiSSA or OLoRA was used."""
+        return {
+            name.removesuffix(".weight"): (pair.lora_A, self.scaling[name] * pair.lora_B)
+            for name, pair in self.initial.items()
+        }
+
+
+def _read_pairs(path: Path, *, dora: bool) -> dict[str, LoraPair]:
+    """The matrices in a safetensors file. Raises Problem if a layer's are incomplete, or if there is anything else."""
+    wanted = {field: ending for field, ending in ENDINGS.items() if dora or field != "magnitude"}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        field = next((field for field, ending in wanted.items() if key.endswith(ending)), None)
+        if field is None:
+            raise Problem(f"{path}: {key} is not a LoRA tensor; train again")
+        name = key.removesuffix(wanted[field]).removeprefix(PEFT_PREFIX) + ".weight"
+        found.setdefault(name, {})[field] = tensor
+    for name in sorted(found):
+        missing = [field for field in wanted if field not in found[name]]
+        if missing:
+            raise Problem(f"{path}: {name} has no {' and no '.join(missing)}; train again")
+    return {name: LoraPair(**tensors) for name, tensors in found.items()}
