@@ -1,7 +1,8 @@
-"""generate: an answer depends on its prompt alone, and says why it ended."""
+"""generate: an answer depends only on its own prompt, and says why it ended."""
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,19 +14,20 @@ import pyarrow as pa
 import pytest
 import torch
 
+from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.core.tokens import PROMPTS, open_tokens, read_tokens
-from stages.generate.backend import GenerationSettings
+from stages.generate import decoder
+from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
-from stages.generate.generate import TUTORIAL, Params, answer_share, generate
-from stages.generate.sampling import RowSampler, SamplingConfig, draw, noise_of, seed_of
-from stages.generate.transformers_backend import TransformersAnswers
-from stages.generate.vllm_backend import VllmAnswers
+from stages.generate.generate import KeptAnswers, Params, answer_share, generate
+from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
+from stages.generate.transformers_backend import TransformersBackend
+from stages.generate.vllm_backend import VllmBackend
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
-    "preset": "own",
     "max_new_tokens": 8,
     "do_sample": False,
     "temperature": 0.5,
@@ -39,8 +41,11 @@ PARAMS: dict[str, Any] = {
 }
 
 
+GREEDY = SamplingConfig(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=0)
+
+
 def answer(
-    workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = None, stops: Sequence[int] = (2,), **given: Any
+    workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = None, *, stops: Sequence[int] = (2,), **given: Any
 ) -> list[dict[str, Any]]:
     tokens = workspace.root / "data" / "tokens"
     prompts = tokens / "test.arrow"
@@ -61,7 +66,7 @@ def answer(
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def test_batch_size_and_order_change_no_answer(workspace: Workspace, tmp_path: Path) -> None:
+def test_batch_size_and_row_order_do_not_change_answers(workspace: Workspace, tmp_path: Path) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     assert len({len(row["prompt_ids"]) for row in rows}) > 3
     together = answer(workspace, tmp_path / "a.jsonl", rows, batch_size=16)
@@ -72,7 +77,7 @@ def test_batch_size_and_order_change_no_answer(workspace: Workspace, tmp_path: P
     assert len({row["answer"] for row in together}) > 1
 
 
-def test_an_answer_is_the_greedy_continuation_token_by_token(workspace: Workspace, tmp_path: Path) -> None:
+def test_greedy_answer_is_the_most_likely_token_at_every_position(workspace: Workspace, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = workspace.root / "models" / "merged"
@@ -91,14 +96,14 @@ def test_an_answer_is_the_greedy_continuation_token_by_token(workspace: Workspac
         assert (found["prompt"], found["reference"]) == (row["prompt"], row["reference"])
 
 
-def test_sampling_is_repeatable_and_follows_its_seed(workspace: Workspace, tmp_path: Path) -> None:
+def test_sampling_is_reproducible_and_depends_on_the_seed(workspace: Workspace, tmp_path: Path) -> None:
     given = {"do_sample": True, "temperature": 5.0, "top_p": 1.0}
     first = answer(workspace, tmp_path / "a.jsonl", **given)
     assert answer(workspace, tmp_path / "b.jsonl", **given) == first
     assert answer(workspace, tmp_path / "c.jsonl", **given, seed=1) != first
 
 
-def test_a_drawn_answer_does_not_depend_on_its_neighbours(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_sampled_answer_does_not_depend_on_the_rest_of_the_batch(workspace: Workspace, tmp_path: Path) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     given = {"do_sample": True, "temperature": 2.0, "top_p": 0.95}
     together = answer(workspace, tmp_path / "a.jsonl", rows, batch_size=16, **given)
@@ -107,58 +112,60 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(workspace: Workspace, 
     assert len({row["answer"] for row in together}) > len(rows) // 2
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_tokens_are_drawn_with_their_probabilities() -> None:
     scores = torch.tensor([[1.0, 2.0, -1.0, 0.0]]).expand(20_000, 4)
-    choice = SamplingConfig(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
-    noise = noise_of(torch.full((20_000,), seed_of(0, "x")), torch.arange(20_000), 4)
-    wanted = torch.nn.functional.softmax(scores[0] / 0.7, -1)
-    torch.testing.assert_close(torch.bincount(draw(scores, noise, choice)) / 20_000, wanted, atol=0.015, rtol=0)
-    assert set(draw(scores, noise, choice._replace(top_p=0.85)).tolist()) == {0, 1}, "they have 0.77, and 0.95 together"
-    assert set(draw(scores, noise, choice._replace(top_p=0.5)).tolist()) == {1}
+    sampling = SamplingConfig(do_sample=True, temperature=0.7, top_p=1.0, repetition_penalty=1.0, seed=0)
+    noise = gumbel_noise(torch.full((20_000,), row_seed(0, "x")), torch.arange(20_000), vocabulary=4)
+    expected = torch.nn.functional.softmax(scores[0] / 0.7, -1)
+    frequencies = torch.bincount(draw(scores, noise, sampling=sampling)) / 20_000
+    torch.testing.assert_close(frequencies, expected, atol=0.015, rtol=0)
+    drawn = draw(scores, noise, sampling=sampling._replace(top_p=0.85))
+    assert set(drawn.tolist()) == {0, 1}, "token 1 has the probability 0.77, tokens 0 and 1 together 0.95"
+    assert set(draw(scores, noise, sampling=sampling._replace(top_p=0.5)).tolist()) == {1}
 
 
-def test_noise_is_gumbels_and_each_rows_own() -> None:
-    noise = noise_of(torch.tensor([seed_of(0, "x"), seed_of(0, "y"), seed_of(1, "x")]), torch.tensor([0, 0, 0]), 50_000)
+def test_noise_has_the_gumbel_distribution_and_differs_between_rows_and_steps() -> None:
+    seeds = torch.tensor([row_seed(0, "x"), row_seed(0, "y"), row_seed(1, "x")])
+    noise = gumbel_noise(seeds, torch.tensor([0, 0, 0]), vocabulary=50_000)
     assert noise.mean(1).tolist() == pytest.approx([0.5772] * 3, abs=0.02)  # Euler's constant
-    assert noise.var(1).tolist() == pytest.approx([1.6449] * 3, abs=0.06)  # pi squared by 6
+    assert noise.var(1).tolist() == pytest.approx([1.6449] * 3, abs=0.06)  # pi squared / 6
     assert torch.corrcoef(noise).triu(1).abs().max() < 0.02
-    later = noise_of(torch.tensor([seed_of(0, "x")]), torch.tensor([1]), 50_000)
+    later = gumbel_noise(torch.tensor([row_seed(0, "x")]), torch.tensor([1]), vocabulary=50_000)
     assert abs(float(torch.corrcoef(torch.cat([noise[:1], later]))[0, 1])) < 0.02
-    assert noise[0, :3].tolist() == pytest.approx([_by_hand(seed_of(0, "x"), place) for place in range(3)], abs=1e-6)
+    assert noise[0, :3].tolist() == pytest.approx([_gumbel_number(row_seed(0, "x"), n) for n in range(3)], abs=1e-6)
 
 
-def _by_hand(seed: int, place: int) -> float:
-    """SplitMix64 on Python's own numbers."""
-    x = (seed + place * 0x9E3779B97F4A7C15) % 2**64
+def _gumbel_number(seed: int, number: int) -> float:
+    """SplitMix64 with Python's integers."""
+    x = (seed + number * 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return -math.log(-math.log((((x ^ (x >> 31)) >> 11) + 0.5) * 2**-53))
 
 
-def test_the_repetition_penalty_is_transformers_own_but_for_padding() -> None:
+def test_the_repetition_penalty_is_that_of_transformers_but_ignores_padding() -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
     scores, prompt = torch.tensor([[3.0, -2.0, 1.0, 0.5]]), [1, 2]
-    choice = SamplingConfig(do_sample=False, temperature=1.0, top_p=1.0, repetition_penalty=2.0, seed=0)
-    ours = RowSampler(choice, ["x"], [prompt], torch.device("cpu"))
+    ours = RowSampler(GREEDY._replace(repetition_penalty=2.0), ["x"], prompts=[prompt], device=torch.device("cpu"))
     assert torch.equal(
         ours(torch.tensor([[0, 0, 1, 2]]), scores), RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([prompt]), scores)
     )
     assert ours(torch.tensor([[0, 0, 1, 2, 3]]), scores).tolist() == [[3.0, -4.0, 0.5, 0.25]]
 
 
-def test_padding_changes_no_answer_under_a_repetition_penalty(workspace: Workspace, tmp_path: Path) -> None:
+def test_padding_does_not_change_answers_with_a_repetition_penalty(workspace: Workspace, tmp_path: Path) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     together = answer(workspace, tmp_path / "a.jsonl", rows, batch_size=16, repetition_penalty=2.0)
     assert answer(workspace, tmp_path / "b.jsonl", rows, batch_size=1, repetition_penalty=2.0) == together
     assert together != answer(workspace, tmp_path / "c.jsonl", rows, batch_size=16)
 
 
-# Slots, as on a GPU
+# Continuous batching, as on a GPU
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "sampling",
     [
         {},
         {"repetition_penalty": 2.0},
@@ -166,62 +173,114 @@ def test_padding_changes_no_answer_under_a_repetition_penalty(workspace: Workspa
     ],
 )
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_rows_in_slots_get_the_answers_of_generate(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any], slots: int
+def test_the_decoder_gives_the_answers_of_transformers_generate(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any], slots: int
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    stops = range(0, 800, 5)  # also some that the model does not know
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops, **choice)
-    monkeypatch.setattr(TransformersAnswers, "_generated", _in_slots)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=slots, **choice) == wanted
-    assert len({row["answer_tokens"] for row in wanted}) > 1, "some end early, and their slots are taken by others"
+    stops = range(0, 800, 5)  # including some outside the model's vocabulary
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops, **sampling)
+    monkeypatch.setattr(TransformersBackend, "_generate", _decode)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=slots, **sampling) == expected
+    assert len({row["answer_tokens"] for row in expected}) > 1, "some answers end early, and other rows get their slots"
 
 
-def _in_slots(answers: TransformersAnswers, rows: Any) -> Any:
-    assert can_decode(answers.model)
-    fuse_projections(answers.model)
-    return answers._decoded(rows)
+def _decode(backend: TransformersBackend, rows: Any) -> Any:
+    assert can_decode(backend.model) == ""
+    assert fuse_projections(backend.model) == ""
+    return backend._decode(rows)
 
 
-def test_what_slots_do_not_fit_is_left_to_generate() -> None:
+def test_a_model_that_the_decoder_does_not_fit_is_left_as_it_was() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     torch.manual_seed(0)
     windowed = MistralForCausalLM(MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=3, **sizes)).eval()
     wide = MistralForCausalLM(MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=64, **sizes)).eval()
-    assert can_decode(wide)
-    assert not can_decode(windowed)
-    assert windowed.config._attn_implementation != "loratory_slots"
-    foreign = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).eval()
-    before = foreign.config._attn_implementation
-    assert can_decode(foreign) or foreign.config._attn_implementation == before
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).eval()
+    before = [model.config._attn_implementation for model in (windowed, wide, gpt2)]
+    assert can_decode(wide) == ""
+    assert can_decode(windowed) == "its attention is limited to a sliding window of 3 tokens"
+    can_decode(gpt2)
+    assert [model.config._attn_implementation for model in (windowed, wide, gpt2)] == before
 
 
-def test_the_tutorials_settings_have_a_name(workspace: Workspace, tmp_path: Path) -> None:
-    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()[:2]
-    given = TUTORIAL | {"max_new_tokens": 1024}
-    assert TUTORIAL == {
-        "do_sample": True,
-        "temperature": 0.5,
-        "top_p": 0.85,
-        "repetition_penalty": 2.0,
-        "max_new_tokens": 1024,
-    }
+def test_a_model_with_other_logits_in_slots_or_its_own_attention_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).eval()
+    assert can_decode(model) == ""
+    real = decoder.slot_attention
+    monkeypatch.setattr(decoder, "slot_attention", lambda *args, **given: 2 * real(*args, **given))
+    assert can_decode(model) == "its logits with a slot cache differ"
+    monkeypatch.setattr(decoder, "slot_attention", real)
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def forward_without_slot_cache(*args: Any, **given: Any) -> Any:
+        given.pop("slot_cache", None)
+        return forward(*args, **given)
+
+    monkeypatch.setattr(attention, "forward", forward_without_slot_cache)
+    assert can_decode(model) == "its attention layers drop the keyword argument slot_cache, or have no layer_idx"
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 100), "it still works without slots"
+
+
+def test_without_a_gpu_a_line_says_what_answers(
+    workspace: Workspace, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer(workspace, tmp_path / "a.jsonl")
+    assert capfd.readouterr().out.splitlines() == ["generate: no GPU: using Transformers' generate"]
+
+
+def test_the_reason_for_the_slower_generate_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend: Any = TransformersBackend.__new__(TransformersBackend)  # without a model: there is no GPU to load it on
+    backend.model, backend.can_pad = SimpleNamespace(device=torch.device("cuda")), False
+    line = "generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
+    assert not backend._prepare_decoder()
+    assert capsys.readouterr().out == f"{line}its adapter is not merged\n"
+    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda _: "its attention needs a mask")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    backend.can_pad = True
+    assert not backend._prepare_decoder()
+    assert capsys.readouterr().out == f"{line}its attention needs a mask (process 1)\n"
+
+
+def test_the_tutorials_values_are_ordinary_parameters(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()[:1]
     prompt = {name: value[-1:] if name == "prompt_ids" else value for name, value in rows[0].items()}
-    named = answer(workspace, tmp_path / "a.jsonl", [prompt], preset="tutorial")
-    assert named == answer(workspace, tmp_path / "b.jsonl", [prompt], **given)
+    tutorial = {"do_sample": True, "temperature": 0.5, "top_p": 0.85, "repetition_penalty": 2.0, "max_new_tokens": 1024}
+    (found,) = answer(workspace, tmp_path / "a.jsonl", [prompt], **tutorial)
+    assert 0 < found["answer_tokens"] <= 1024
+    assert found["finish_reason"] == "stop" or found["answer_tokens"] == 1024
+    assert [found] == answer(workspace, tmp_path / "b.jsonl", [prompt], **tutorial)
+    (greedy,) = answer(workspace, tmp_path / "c.jsonl", [prompt], **tutorial | {"do_sample": False})
+    assert greedy["answer"] != found["answer"]
 
 
-# Interrupted, and short of memory
+def test_the_removed_preset_names_the_values_to_write() -> None:
+    with pytest.raises(Problem) as problem:
+        parse_section("generate", Params, PARAMS | {"preset": "tutorial"})
+    assert problem.value.messages == (
+        "params.yaml: generate.preset: removed; write the tutorial's values instead: do_sample: true, temperature: 0.5, "
+        "top_p: 0.85, repetition_penalty: 2.0, max_new_tokens: 1024",
+    )
 
 
-def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
+# Interrupted runs, and too little memory
+
+
+def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_bytes(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer(workspace, scratch / "whole.jsonl")
     calls: list[int] = []
-    batch = TransformersAnswers._batch
+    batch = TransformersBackend._generate_batch
 
     def killed(self: Any, rows: Any) -> Any:
         calls.append(len(rows))
@@ -229,34 +288,66 @@ def test_a_killed_run_goes_on_behind_the_last_batch_and_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         return batch(self, rows)
 
-    monkeypatch.setattr(TransformersAnswers, "_batch", killed)
+    monkeypatch.setattr(TransformersBackend, "_generate_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()
-    (kept,) = (scratch / ".checkpoints").glob("generate-*.jsonl")
+    (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/0.jsonl")
     assert len(kept.read_bytes().splitlines()) == 2
     with kept.open("ab") as file:
-        file.write(b"[[0, [1, 2")  # a batch that was being written
+        file.write(b"[[0, [1, 2")  # killed while it wrote a batch
     calls.clear()
-    with pytest.raises(KeyboardInterrupt):  # other parameters begin anew
+    with pytest.raises(KeyboardInterrupt):  # a run with other parameters starts from the beginning
         answer(workspace, scratch / "other.jsonl", max_new_tokens=7)
     calls.extend([0] * 9)
     first = len(calls)
     answer(workspace, scratch / "out.jsonl")
-    assert len(calls) - first == len(set(_numbers(kept, workspace)))
+    prompts = len(read_tokens(workspace.root / "data" / "tokens" / "test.arrow")) + 3
+    assert len(calls) - first == math.ceil(prompts / 4) - 2, "all batches but the two that were finished"
     assert (scratch / "out.jsonl").read_bytes() == (scratch / "whole.jsonl").read_bytes()
-    assert not kept.exists()
+    assert not kept.parent.exists()
 
 
-def _numbers(kept: Path, workspace: Workspace) -> range:
-    """The batches that were left: all but two."""
-    count = len(read_tokens(workspace.root / "data" / "tokens" / "test.arrow")) + 3
-    return range(-(-count // 4) - 2)
+def test_an_incomplete_last_line_of_kept_answers_is_dropped(tmp_path: Path) -> None:
+    first, second = [(3, Answer([5, 6], stopped=True))], [(0, Answer([7], stopped=False)), (1, Answer([8], stopped=False))]
+    kept = KeptAnswers(tmp_path, 1)
+    kept.add(first)
+    with (tmp_path / "1.jsonl").open("ab") as file:
+        file.write(b"[[0, [[7")
+    kept = KeptAnswers(tmp_path, 1)
+    assert kept.answers == dict(first)
+    kept.add(second)
+    assert KeptAnswers(tmp_path, 1).answers == dict(first + second)
+    assert KeptAnswers(tmp_path, 0).answers == {}
 
 
-def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = answer(workspace, tmp_path / "a.jsonl")
-    sizes, real = [], TransformersAnswers._generate
+def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(workspace: Workspace, scratch: Path) -> None:
+    tokens = workspace.root / "data" / "tokens"
+
+    def run() -> Any:
+        return generate(
+            Params(**PARAMS),
+            model=workspace.root / "models" / "merged",
+            test_prompts=tokens / "prompts.arrow",
+            extra_prompts=tokens / "prompts.arrow",
+            predictions=scratch / "out.jsonl",
+            extra_predictions=scratch / "extra.jsonl",
+        )
+
+    done = run()  # python -m stages has yet to call its clean_up
+    with pytest.raises(Problem, match=rf"process {os.getpid()} is running generate-merged on the same "):
+        run()
+    done.clean_up()
+    run().clean_up()
+    assert not [path for path in (scratch / ".checkpoints").iterdir() if path.is_dir()]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = answer(workspace, tmp_path / "a.jsonl")
+    sizes, real = [], TransformersBackend._generate_batch
+    capfd.readouterr()
 
     def small(self: Any, rows: Any) -> Any:
         sizes.append(len(rows))
@@ -264,83 +355,89 @@ def test_a_batch_that_is_too_large_is_halved(workspace: Workspace, tmp_path: Pat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, rows)
 
-    monkeypatch.setattr(TransformersAnswers, "_generate", small)
-    assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == wanted
+    monkeypatch.setattr(TransformersBackend, "_generate_batch", small)
+    assert answer(workspace, tmp_path / "b.jsonl", batch_size=8) == expected
     assert {8, 4, 2} <= set(sizes)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if "batch of 8" in line] == [
+        "generate: out of memory with a batch of 8 prompts; continuing with 4"
+    ]
 
     def none(self: Any, rows: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TransformersAnswers, "_generate", none)
+    monkeypatch.setattr(TransformersBackend, "_generate_batch", none)
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
         answer(workspace, tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("field", ["max_new_tokens", "batch_size", "temperature", "top_p"])
-def test_senseless_settings_are_refused(field: str) -> None:
+def test_parameters_out_of_range_are_refused(field: str) -> None:
     with pytest.raises(ValueError, match=field):
         Params(**PARAMS | {field: 0})
 
 
-class _Merging(torch.nn.Module):
-    """Two layers that read the same; a view over tokens and features together, which a part of a tensor does not allow."""
+class _SharedInput(torch.nn.Module):
+    """Two layers that share an input. `flat_view`: it views their outputs as one dimension, which a slice does not allow."""
 
     device = torch.device("cpu")
 
-    def __init__(self, *, merging: bool) -> None:
+    def __init__(self, *, flat_view: bool) -> None:
         super().__init__()
-        self.a, self.b, self.merging = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), merging
+        self.a, self.b, self.flat_view = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), flat_view
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         x = input_ids.unsqueeze(-1).float().expand(-1, -1, 4).clone()
         a, b = self.a(x), self.b(x)
-        return (a.view(-1) + b.view(-1)) if self.merging else (a + b).flatten()
+        return (a.view(-1) + b.view(-1)) if self.flat_view else (a + b).flatten()
 
 
-@pytest.mark.parametrize("merging", [False, True])
-def test_layers_whose_outputs_must_be_whole_are_not_joined(merging: bool) -> None:
-    model, ids = _Merging(merging=merging), torch.tensor([[5, 6, 7]])
-    wanted = model(ids)
-    fuse_projections(model)
-    assert ("forward" in vars(model.a)) != merging
-    torch.testing.assert_close(model(ids), wanted)
+@pytest.mark.parametrize("flat_view", [False, True])
+def test_projections_are_fused_only_if_the_model_can_use_slices(flat_view: bool) -> None:
+    model, ids = _SharedInput(flat_view=flat_view), torch.tensor([[5, 6, 7]])
+    expected = model(ids)
+    reason = fuse_projections(model)
+    assert reason.startswith("view size is not compatible") if flat_view else reason == ""
+    assert ("forward" in vars(model.a)) != flat_view
+    torch.testing.assert_close(model(ids), expected)
 
 
-def test_rows_that_do_not_fit_into_slots_get_fewer_of_them(
+def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = [2, *range(20, 800, 40)]
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops)
-    most, read, seen = 3, Decoder._read, []
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
+    most, prefill, seen = 3, Decoder._prefill, []
 
-    def small(self: Any, slots: Any, prompts: Any, names: Any) -> None:
-        if len(self.rows) > most and len(seen) >= 2 and names[0]:  # some rows are answered before; the trial's have no name
+    def small(self: Any, slots: Any, *, prompts: Any, row_ids: Any) -> None:
+        # The first prefills succeed, so that some rows are answered before. The rows of can_decode have no id.
+        if self.cache.slots > most and len(seen) >= 2 and row_ids[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        seen.append((len(self.rows), names[0]))
-        read(self, slots, prompts, names)
+        seen.append((self.cache.slots, row_ids[0]))
+        prefill(self, slots, prompts=prompts, row_ids=row_ids)
 
-    monkeypatch.setattr(TransformersAnswers, "_generated", _in_slots)
-    monkeypatch.setattr(Decoder, "_read", small)
-    monkeypatch.setattr("stages.generate.decoder.PROMPT_TOKENS", 60)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, batch_size=8) == wanted
-    assert {slots for slots, name in seen if name} == {8, 2}
+    monkeypatch.setattr(TransformersBackend, "_generate", _decode)
+    monkeypatch.setattr(Decoder, "_prefill", small)
+    monkeypatch.setattr("stages.generate.decoder.MAX_PREFILL_TOKENS", 60)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, batch_size=8) == expected
+    assert {slots for slots, row_id in seen if row_id} == {8, 2}
     most = 0
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
-        answer(workspace, tmp_path / "c.jsonl", rows, stops, batch_size=8)
+        answer(workspace, tmp_path / "c.jsonl", rows, stops=stops, batch_size=8)
 
 
 # Several processes
 
 
-def test_two_processes_give_the_answers_of_one_and_take_up_what_is_kept(
+def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    wanted = answer(workspace, scratch / "one.jsonl", rows)
-    assert answer(workspace, scratch / "two.jsonl", rows, num_processes=2) == wanted
+    expected = answer(workspace, scratch / "one.jsonl", rows)
+    assert answer(workspace, scratch / "two.jsonl", rows, num_processes=2) == expected
 
-    def second_alone(function: Any, processes: int, *given: Any) -> None:
+    def only_rank_1(function: Any, processes: int, *given: Any) -> None:
         with monkeypatch.context() as patched:
             patched.setenv("WORLD_SIZE", "2")
             patched.setenv("RANK", "1")
@@ -348,19 +445,21 @@ def test_two_processes_give_the_answers_of_one_and_take_up_what_is_kept(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("stages.generate.distributed.launch", second_alone)
+        patched.setattr("stages.model.distributed.launch", only_rank_1)
         with pytest.raises(KeyboardInterrupt):
             answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
-    (kept,) = (file for file in (scratch / ".checkpoints").glob("generate-*-1.jsonl") if file.stat().st_size)
+    (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/1.jsonl")
     number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])[0]
-    kept.write_text(kept.read_text().replace(json.dumps(tokens), "[5]", 1))  # to be told from one that is made again
+    kept.write_text(
+        kept.read_text().replace(json.dumps(tokens), "[5]", 1)
+    )  # a mark that shows that it is not answered again
     found = answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
     assert found[number]["answer_tokens"] == 1
-    assert found[:number] + found[number + 1 :] == wanted[:number] + wanted[number + 1 :]
-    assert not kept.exists()
+    assert found[:number] + found[number + 1 :] == expected[:number] + expected[number + 1 :]
+    assert not kept.parent.exists()
 
 
-# vLLM, which is not installed here: a stand-in with the parts of its interface that are used
+# vLLM is not installed here: a fake with the parts of its interface that are used
 
 
 class _SamplingParams(SimpleNamespace):
@@ -405,15 +504,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[_Engine]:
     return _Engine
 
 
-def test_vllm_gets_tokens_stops_and_seeds_and_its_answers_become_the_same_rows(
+def test_vllm_gets_the_tokens_stop_tokens_and_seeds_and_its_answers_are_written_alike(
     workspace: Workspace, tmp_path: Path, engine: type[_Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     stops = [2, *range(20, 800, 40)]
-    wanted = answer(workspace, tmp_path / "a.jsonl", rows, stops)
-    monkeypatch.setattr("stages.generate.vllm_backend.AT_ONCE", 4)
-    assert answer(workspace, tmp_path / "b.jsonl", rows, stops, use_vllm=True, num_processes=2) == wanted
-    assert {row["finish_reason"] for row in wanted} == {"stop", "length"}
+    expected = answer(workspace, tmp_path / "a.jsonl", rows, stops=stops)
+    monkeypatch.setattr("stages.generate.vllm_backend.ROWS_PER_CALL", 4)
+    assert answer(workspace, tmp_path / "b.jsonl", rows, stops=stops, use_vllm=True, num_processes=2) == expected
+    assert {row["finish_reason"] for row in expected} == {"stop", "length"}
     (made,) = engine.made
     assert made.given == {
         "dtype": "float32",
@@ -427,27 +526,31 @@ def test_vllm_gets_tokens_stops_and_seeds_and_its_answers_become_the_same_rows(
     answer(workspace, tmp_path / "c.jsonl", rows, **drawn)
     seen = engine.made[1].seen
     assert {(params.temperature, params.top_p, params.repetition_penalty) for params in seen} == {(0.5, 0.85, 1.5)}
-    assert {params.seed for params in seen} >= {seed_of(0, row["id"]) for row in rows}
+    assert {params.seed for params in seen} >= {row_seed(0, row["id"]) for row in rows}
     assert len({params.seed for params in seen}) == len(seen)
 
 
-def test_without_vllm_or_for_what_it_cannot_load_there_is_one_message(
+def test_if_vllm_is_not_installed_a_message_says_so(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(Problem, match=r"generate\.use_vllm: vLLM is not installed: pip install vllm, or false"):
+    with pytest.raises(
+        Problem, match=r"params\.yaml: generate\.use_vllm: true, but vLLM is not installed; pip install vllm, or "
+    ):
         answer(workspace, tmp_path / "a.jsonl", use_vllm=True)
 
 
-def test_what_vllm_says_is_passed_on(workspace: Workspace, tmp_path: Path, engine: type[_Engine]) -> None:
+def test_errors_of_vllm_are_reported(workspace: Workspace, tmp_path: Path, engine: type[_Engine]) -> None:
     folder = tmp_path / "error"
     shutil.copytree(workspace.root / "models" / "merged", folder)
-    settings = GenerationSettings(SamplingConfig(False, 1.0, 1.0, 1.0, 0), 8, 4, "float32", 1)
+    settings = GenerationSettings(sampling=GREEDY, max_new_tokens=8, batch_size=4, dtype="float32", num_processes=1)
     with pytest.raises(Problem, match=r"vLLM cannot load .*error: no such architecture"):
-        VllmAnswers(folder, settings, [2])
+        VllmBackend(folder, settings, template_stops=[2])
     long = {"id": "long", "prompt": "", "prompt_ids": [5] * 501, "reference": ""}
     with pytest.raises(Problem, match="vLLM: the prompt is too long"):
         answer(workspace, tmp_path / "a.jsonl", [long], use_vllm=True)
     (folder / "adapter").mkdir()
-    with pytest.raises(Problem, match="vLLM does not read the adapter in"):
-        VllmAnswers(folder, settings, [2])
+    with pytest.raises(
+        Problem, match=r"params\.yaml: generate\.use_vllm: true, but vLLM does not read the adapter in .*; set it to false"
+    ):
+        VllmBackend(folder, settings, template_stops=[2])

@@ -12,23 +12,23 @@ PROGRAM = """
 import bitsandbytes as bnb, torch, triton
 from stages.train import four_bit
 from stages.train import fp8
-from stages.generate import decode_attention as slot_attention
+from stages.generate import decode_attention
 torch.manual_seed(0)
-slots, places, heads, group, size = 3, 150, 2, 4, 48
-query, key = torch.randn(slots, heads * group, size), torch.randn(slots, heads, size)
-value = torch.randn(slots, 3 * heads, size)[:, heads : 2 * heads]  # a part of a joined product
-keys, values = torch.randn(2, slots, places, heads, size)
+slots, cache_size, key_heads, group, head_dim = 3, 150, 2, 4, 48
+query, key = torch.randn(slots, key_heads * group, head_dim), torch.randn(slots, key_heads, head_dim)
+value = torch.randn(slots, 3 * key_heads, head_dim)[:, key_heads : 2 * key_heads]  # a slice, as of fused projections
+keys, values = torch.randn(2, slots, cache_size, key_heads, head_dim)
 lengths = torch.tensor([0, 77, 149])
-noted = keys.clone(), values.clone()
-wanted = slot_attention.slot_attention(query, key, value, *noted, lengths, 0.2)
+caches = {"key_cache": keys.clone(), "value_cache": values.clone()}
+wanted = decode_attention.slot_attention(query, key, value, **caches, lengths=lengths, scaling=0.2)
 found = torch.full_like(query, float("nan"))
-slot_attention._kernel[(slots, heads)](
+decode_attention._kernel[(slots, key_heads)](
     query, key, value, keys, values, lengths, found, 0.2,
     *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
-    HEADS=heads * group, GROUP=group, WIDE_GROUP=16, SIZE=size, WIDE=64, PLACES=64, PRECISION="ieee",
+    HEADS=key_heads * group, GROUP=group, PADDED_GROUP=16, HEAD_DIM=head_dim, PADDED_HEAD_DIM=64, BLOCK=64, PRECISION="ieee",
 )
 torch.testing.assert_close(found, wanted)
-assert torch.equal(keys, noted[0]) and torch.equal(values, noted[1])
+assert torch.equal(keys, caches["key_cache"]) and torch.equal(values, caches["value_cache"])
 for rows, columns, r in ((96, 256, 4), (100, 128, 16)):
     layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=True)
     layer.load_state_dict({"weight": 0.02 * torch.randn(rows, columns)})

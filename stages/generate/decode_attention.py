@@ -83,7 +83,7 @@ if triton is not None:
         q = tl.load(query_at, mask=real_heads, other=0)
         length = tl.load(lengths + slot).to(tl.int32)
         start = slot * cache_slot_stride + key_head * cache_head_stride
-        # The new token comes first, and not from the cache: a program may not see at once what it has just stored there.
+        # The new token is used directly, not read back: a load may not yet see what the same program has just stored.
         new_key = tl.load(key + slot * key_slot_stride + key_head * key_head_stride + dim, mask=dim < HEAD_DIM, other=0)
         new_value = tl.load(
             value + slot * value_slot_stride + key_head * value_head_stride + dim, mask=dim < HEAD_DIM, other=0

@@ -36,9 +36,9 @@ MAX_PREFILL_TOKENS = 8192
 class SlotCache:
     """The keys and values of every slot, for all layers.
 
-    It takes the place of Transformers' cache, and is passed to the model as the keyword argument `slot_cache`. Transformers
-    hands it on to every layer's attention function, which writes and reads it (`_attention` below). A Transformers cache
-    would have to return a layer's keys and values from its `update` as one tensor for the attention function to read.
+    It is passed to the model as the keyword argument `slot_cache`, which Transformers hands on to every layer's attention
+    function. That function writes and reads it (`_attention` below). Transformers' own cache is not used: its `update`
+    returns all keys and values as tensors, while slot attention reads only the filled part of each slot.
     """
 
     def __init__(self, slots: int, size: int, *, device: torch.device) -> None:
@@ -103,7 +103,7 @@ class Decoder:
         self.is_stop_token[torch.tensor(known, dtype=torch.long, device=device)] = True
         self.all_slots = torch.arange(slots, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
-        """(slots,) Whether the answer in the slot goes on."""
+        """(slots,) Whether the slot holds an unfinished answer."""
         self.token = torch.zeros(slots, dtype=torch.long, device=device)
         """(slots,) The newest token of each answer. It is not in the cache yet."""
         self.count = torch.zeros(slots, dtype=torch.long, device=device)
@@ -189,7 +189,7 @@ class Decoder:
         return self._call_model(self.token.unsqueeze(1), self.cache.lengths.unsqueeze(1))[:, -1]
 
     def _call_model(self, ids: torch.Tensor, positions: torch.Tensor, **for_attention: Any) -> torch.Tensor:
-        """Logits (rows, tokens, vocabulary). `use_cache` is Transformers' own cache, which is not used."""
+        """Logits (rows, tokens, vocabulary). Arguments that the model does not know reach its attention functions."""
         logits: torch.Tensor = self.model(
             input_ids=ids, position_ids=positions, use_cache=False, slot_cache=self.cache, **for_attention
         ).logits
@@ -215,7 +215,7 @@ class Decoder:
         self.active[slots] = active & ~self.is_stop_token[chosen] & (count + 1 < self.max_new_tokens)
 
     def _capture_step(self) -> None:
-        """Captures the decode step as a CUDA graph, after a warm-up on a side stream, which PyTorch asks for."""
+        """Captures the decode step as a CUDA graph, after a warm-up on a side stream, as PyTorch requires."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and initializes libraries, which cannot happen in a capture
@@ -240,7 +240,7 @@ def can_decode(model: Any) -> str:
     with torch.no_grad():
         expected = torch.stack([model(input_ids=torch.tensor([row], device=model.device)).logits[0, -1] for row in rows])
     try:
-        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits in slots differ from generate's"
+        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits with a slot cache differ"
     except NotImplementedError as error:
         reason = str(error)
     except (AttributeError, TypeError, ValueError) as error:

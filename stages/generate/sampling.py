@@ -1,4 +1,4 @@
-"""Chooses the next token of each row from its logits. The choice depends on the row alone, not on the rest of the batch."""
+"""Chooses the next token of each row from its logits. The choice depends only on the row, not on the rest of the batch."""
 
 import hashlib
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ class TransformersBackend:
         `template_stops` are the tokens that end an answer in the chat template. The model's own stop tokens end one too.
         """
         self.model = load_model(folder, settings.dtype)
-        # Virtual tokens would stand before the padding, and PEFT then counts the padding as positions.
+        # PEFT puts an adapter's virtual tokens before the padding, and then counts the padding as positions.
         self.can_pad = not isinstance(self.model, PeftModel)
         self.stops = stop_tokens(folder, template_stops)
         self.settings = settings

@@ -20,7 +20,7 @@ ROWS_PER_CALL = 1024
 
 
 class VllmBackend:
-    """A model loaded by vLLM. A sampled answer depends on its row and the seed alone, but differs from Transformers'."""
+    """A model loaded by vLLM. A sampled answer depends only on its row and the seed, but differs from Transformers'."""
 
     def __init__(self, folder: Path, settings: GenerationSettings, *, template_stops: Sequence[int]) -> None:
         """Arguments as for `TransformersBackend`. Raises Problem if vLLM is not installed or cannot load the model."""
