@@ -1,10 +1,10 @@
-"""What the weights of a 7B model take in 16, 8 and 4 bits.
+"""Memory of the weights of a 7B model in 16, 8 and 4 bits.
 
     python benchmarks/memory.py
 
-Prints, for baichuan-7B's shape (its W_pack holds what query, key and value do elsewhere), the bytes of all weights, scales
-included: reckoned from the shapes alone, which needs no memory, and measured on the GPU where there is one. On any machine
-the reckoning is also compared with a two-layer model that is really quantized.
+Prints, for the shape of baichuan-7B (its W_pack is query, key and value in one layer), the bytes of all weights including
+quantization scales: computed from the shapes, and measured on the GPU if there is one. On any machine the computed size is
+also compared with a two-layer model that is really quantized.
 """
 
 import gc
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 BAICHUAN_7B = {"vocab_size": 64000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 SMALL = {"vocab_size": 640, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
 BLOCK, SCALES_A_BLOCK = 64, 256
-"""bitsandbytes: weights that share a scale in 4 bits, and scales that share one when they are quantized too."""
+"""bitsandbytes: 4-bit weights per scale, and scales per second-level scale with double quantization."""
 KINDS = {
     "float16": "16 bits",
     "int8": "8 bits (LLM.int8)",
@@ -33,12 +33,12 @@ def make(shape: dict[str, int], device: str) -> LlamaForCausalLM:
 
 
 def linear_layers(model: LlamaForCausalLM) -> dict[str, torch.nn.Linear]:
-    """Those that are quantized: all but the output head."""
+    """The layers that are quantized: all but the output head."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"}
 
 
-def reckon(model: LlamaForCausalLM, kind: str) -> int:
-    """Bytes of all weights, from their shapes."""
+def computed_bytes(model: LlamaForCausalLM, kind: str) -> int:
+    """Bytes of all weights, computed from their shapes."""
     total = sum(2 * parameter.numel() for parameter in model.parameters())
     if kind == "float16":
         return total
@@ -47,17 +47,17 @@ def reckon(model: LlamaForCausalLM, kind: str) -> int:
         blocks = -(-weights // BLOCK)
         total -= 2 * weights
         if kind == "int8":
-            total += weights + 4 * layer.out_features  # a float32 scale a row
+            total += weights + 4 * layer.out_features  # one float32 scale per row
         elif kind == "nf4":
-            total += -(-weights // 2) + 4 * blocks + 4 * 16  # the 16 values that 4 bits stand for
+            total += -(-weights // 2) + 4 * blocks + 4 * 16  # the 16 values of the 4-bit codes
         else:
-            # One byte a scale, a float32 for each 256 of them and their mean, and the 256 values that a byte stands for.
+            # One byte per scale, a float32 for each 256 of them and for their mean, and the 256 values of the 8-bit codes.
             total += -(-weights // 2) + blocks + 4 * -(-blocks // SCALES_A_BLOCK) + 4 + 4 * 16 + 4 * 256
     return total
 
 
 def quantize(model: LlamaForCausalLM, kind: str, device: str) -> int:
-    """Really quantizes the model, layer by layer, and returns the bytes of all tensors that it then holds."""
+    """Quantizes the model, layer by layer, and returns the bytes of all its tensors."""
     for layer in linear_layers(model).values():
         torch.nn.init.normal_(layer.weight, std=0.02)
         weight = layer.weight.data
@@ -87,12 +87,12 @@ def quantize(model: LlamaForCausalLM, kind: str, device: str) -> int:
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else "no GPU: reckoned alone"
+    device = torch.cuda.get_device_name() if gpu else "no GPU: only computed"
     print(f"baichuan-7B's shape, {device}; torch {torch.__version__}, bitsandbytes {bnb.__version__}")
-    print("| | reckoned GiB | held GiB | allocated GiB | two layers: reckoned / held |")
+    print("| | computed GiB | tensors GiB | allocated GiB | two layers: computed / tensors |")
     print("|---|---:|---:|---:|---:|")
     for kind, name in KINDS.items():
-        small = reckon(make(SMALL, "meta"), kind) / quantize(make(SMALL, "cpu"), kind, "cpu")
+        small = computed_bytes(make(SMALL, "meta"), kind) / quantize(make(SMALL, "cpu"), kind, "cpu")
         found = held = "–"
         if gpu:
             torch.cuda.empty_cache()
@@ -102,7 +102,7 @@ def main() -> None:
             found = f"{(torch.cuda.memory_allocated() - before) / 2**30:.2f}"
             del model
             gc.collect()
-        print(f"| {name} | {reckon(make(BAICHUAN_7B, 'meta'), kind) / 2**30:.2f} | {held} | {found} | {small:.4f} |")
+        print(f"| {name} | {computed_bytes(make(BAICHUAN_7B, 'meta'), kind) / 2**30:.2f} | {held} | {found} | {small:.4f} |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Several GPUs of one host beside one: tokens a second, efficiency, and whether the result is the same.
+"""Several GPUs of one machine compared with one: tokens per second, efficiency, and whether the result is the same.
 
-    python benchmarks/multi_gpu.py                 training an 8B shape, DDP on 1, 2, 4, ... GPUs, as many as there are
-    python benchmarks/multi_gpu.py --fsdp          a 70B shape with fewer layers, its frozen weights parted among all GPUs
-    python benchmarks/multi_gpu.py --generate      greedy answers of an 8B shape, the prompts parted among the GPUs
+    python benchmarks/multi_gpu.py                 trains an 8B shape with DDP on 1, 2, 4, ... GPUs
+    python benchmarks/multi_gpu.py --fsdp          a 70B shape with fewer layers, its frozen weights sharded
+    python benchmarks/multi_gpu.py --generate      greedy answers of an 8B shape, the prompts split across GPUs
 
-The rows of an optimizer step are the same whatever the number of GPUs, so the losses must be the same within rounding. Of
-answers the whole stage is timed, from its start to its files.
+An optimizer step has the same rows with any number of GPUs, so the losses must be equal within rounding. For answers the
+complete stage is timed, from its start until its files are written.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.ways import machine, run_row  # noqa: E402
 
 
 def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> dict[str, Any]:
-    """The stage itself, and its own report."""
+    """Runs the train stage, and returns what it wrote about this run."""
     from stages.train.train import Params, train
 
     section = train_section(steps, 1e-4) | {
@@ -51,7 +51,7 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
 
 
 def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, Any]:
-    """The generate stage on random prompts of 128 tokens."""
+    """Runs the generate stage on random prompts of 128 tokens."""
     import pyarrow as pa
 
     from stages.core.params import read_yaml
@@ -109,13 +109,13 @@ def answer_table(folder: Path, given: argparse.Namespace, counts: list[int]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=256, help="rows a step, or prompts, of all GPUs together")
+    parser.add_argument("--batch", type=int, default=256, help="rows per step, or prompts, of all GPUs together")
     parser.add_argument("--generate", action="store_true")
-    parser.add_argument("--new", type=int, default=256, help="the most tokens of an answer")
+    parser.add_argument("--new", type=int, default=256, help="the maximum number of tokens in an answer")
     parser.add_argument("--counts", type=int, nargs="*", help="numbers of GPUs")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--shape", default=None)
-    parser.add_argument("--base", type=Path, help="a model of the shape that is there already")
+    parser.add_argument("--base", type=Path, help="the folder of an existing model of that shape")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -142,8 +142,8 @@ def main() -> None:
             print(f"{shape} shape, {given.batch} prompts of 128 tokens, up to {given.new} new ones\n")
             answer_table(folder, given, counts)
             return
-        print(f"{shape} shape, NF4, {'FSDP' if given.fsdp else 'DDP'}, BELLE's lengths, {given.batch} rows a step\n")
-        print("| GPUs | tokens/s | efficiency | peak GB a GPU | loss of the last step |")
+        print(f"{shape} shape, NF4, {'FSDP' if given.fsdp else 'DDP'}, BELLE's lengths, {given.batch} rows per step\n")
+        print("| GPUs | tokens/s | efficiency | peak GB per GPU | loss of the last step |")
         print("|---:|---:|---:|---:|---:|")
         prepare(folder, "belle", given.batch * given.steps)
         first = 0.0

@@ -1,4 +1,4 @@
-"""Models of a given size with random weights, and rows of given lengths with random tokens: speed depends on neither."""
+"""Models with random weights and rows of random tokens: the speed depends only on their sizes."""
 
 import json
 import math
@@ -15,7 +15,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
     },
-    "70b-8": {  # a tenth of its blocks
+    "70b-8": {  # a tenth of its layers
         "hidden_size": 8192,
         "num_hidden_layers": 8,
         "num_attention_heads": 64,
@@ -33,12 +33,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-SHAPES["8b-4"] = SHAPES["8b"] | {"num_hidden_layers": 4}  # as wide, and small enough for float32 beside
+SHAPES["8b-4"] = SHAPES["8b"] | {"num_hidden_layers": 4}  # same width, small enough to be compared with float32
 LONGEST = 2048
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """A Llama in bfloat16 as a folder of `fetch`, with a tokenizer that knows numbers alone."""
+    """Writes a Llama in bfloat16 as `fetch` would, with a tokenizer whose tokens are numbers."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ def make_model(folder: Path, shape: str) -> None:
 
 
 def make_rows(count: int, lengths: str, vocabulary: int, seed: int = 1) -> list[list[int]]:
-    """Rows of tokens: `full` are all of 2,048; `belle` are as long as BELLE's rows (log-normal, median 200, mean 268)."""
+    """Rows of tokens: `full` have 2,048 each; `belle` have lengths like BELLE's (log-normal, median 200, mean 268)."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def vocabulary_of(base: Path) -> int:
 
 
 def write_rows(path: Path, rows: list[list[int]]) -> None:
-    """As a table of `encode`, every token but the first learned."""
+    """Writes rows as `encode` would, with a label for every token but the first."""
     import pyarrow as pa
 
     from stages.core.tokens import IGNORE, TRAINING, open_tokens

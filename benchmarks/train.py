@@ -1,12 +1,12 @@
-"""Real tokens a second of QLoRA training: Loratory's train stage beside Trainer + PEFT, TRL and Unsloth, on the same rows.
+"""Tokens per second of QLoRA training: Loratory's train stage, Trainer + PEFT, TRL and Unsloth on the same rows.
 
     python benchmarks/train.py                                     models/base on data/tokens, after `make repro`
-    python benchmarks/train.py --shape 8b --lengths full belle     an 8B model of random weights, on a GPU
+    python benchmarks/train.py --shape 8b --lengths full belle     an 8B model with random weights, on a GPU
 
-All: NF4 with double quantization, LoRA r=16 on all linear layers, no dropout, AdamW. Each way runs in a process of its own.
-With --peers a folder of packages is named that the peers alone see, since they want other versions than Loratory. The first
-steps warm up and are not counted; padding is no token. The losses stand beside, so that speed is not bought with another
-training: that of the last step, and that on the validation rows at the end.
+All use NF4 with double quantization, LoRA r=16 on all linear layers, no dropout and AdamW. Each runs in its own process.
+--peers names a folder of packages that only the peers see, since they need other versions than Loratory. The first steps
+are warm-up and are not counted, and padding does not count as tokens. The table also has the loss of the last step and the
+final validation loss, which show whether the faster training is still the same training.
 """
 
 import argparse
@@ -33,11 +33,11 @@ WAYS = {
 }
 CPU_WAYS = ["loratory", "trainer"]
 PEERS_ROWS = 8
-"""In their micro-batches."""
+"""Rows in a micro-batch of the peers."""
 
 
 class Clock:
-    """When each step ended, by the GPU's time and not by that of its queue."""
+    """The time at which each step ended on the GPU (not at which it was queued)."""
 
     def __init__(self, steps: int) -> None:
         from transformers import TrainerCallback
@@ -61,7 +61,7 @@ class Clock:
 
 
 def batches(rows: Any, batch: int, steps: int, data_seed: int) -> list[list[int]]:
-    """The rows of each step, as Loratory takes them."""
+    """The row numbers of each step, in Loratory's order."""
     from stages.train.batches import Shuffled
 
     order, found = Shuffled(len(rows), data_seed), []
@@ -79,7 +79,7 @@ def counted_tokens(rows: Any, steps: list[list[int]]) -> int:
 
 
 def validation_loss(model: Any, rows: Any) -> float:
-    """Of a label, row by row."""
+    """The mean cross-entropy per label, computed row by row."""
     import torch
 
     from stages.core.tokens import IGNORE
@@ -97,8 +97,8 @@ def validation_loss(model: Any, rows: Any) -> float:
 
 def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[str, Any]:
     """The stage itself."""
-    import stages.train.train
     from stages.core.tokens import TokenRows, read_tokens
+    from stages.train import train as stage
     from stages.train.trainer import AdapterTrainer
 
     clock = Clock(steps)
@@ -110,18 +110,20 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
             self.add_callback(clock.callback)
             made.append(self)
 
-    stages.train.AdapterTrainer = Clocked  # type: ignore[misc]
-    params = stages.train.Params(**section | {"per_device_train_batch_size": batch})
+    stage.AdapterTrainer = Clocked  # type: ignore[misc]
+    params = stage.Params(**section | {"per_device_train_batch_size": batch})
     rows = TokenRows(read_tokens(folder / "train.arrow"))
     out = folder / "out"
-    stages.train.train(
+    stage.train(
         params,
-        folder / "train.arrow",
-        folder / "validation.arrow",
-        folder / "base",
-        ROOT / params.loss,
-        *(out / name for name in ("adapter", "report.json", "loss", "machine.json")),
-    )
+        train_tokens=folder / "train.arrow",
+        validation_tokens=folder / "validation.arrow",
+        base=folder / "base",
+        adapter=out / "adapter",
+        report=out / "report.json",
+        curves=out / "loss",
+        machine=out / "machine.json",
+    ).clean_up()
     tokens = counted_tokens(rows, batches(rows, batch, steps, params.data_seed))
     validation = json.loads((out / "report.json").read_text())["validation_loss"]
     return clock.report(made[0], tokens) | {"validation": validation}
@@ -189,11 +191,11 @@ def trainer(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
 
 
 def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], model: Any, *, plain: bool) -> dict[str, Any]:
-    """A model with an adapter, trained by TRL: rows of one length as they are, others packed in the peer's own way.
+    """Trains a model with an adapter with TRL; rows of different lengths are packed by TRL.
 
     Args:
-        plain: Rows of one length are given to Transformers' Trainer, which a peer has changed, since TRL's would lay them
-            end to end.
+        plain: Rows of the same length go to Transformers' Trainer, which the peer has patched; TRL's trainer would
+            concatenate them.
     """
     import datasets
     import pyarrow as pa
@@ -204,7 +206,7 @@ def peer_train(folder: Path, steps: int, batch: int, section: dict[str, Any], mo
         rows = pa.ipc.open_stream(file).read_all().column("input_ids").to_pylist()
     packing = len(set(map(len, rows))) > 1
     if packing:
-        # A packed step is as many tokens as a step of Loratory's, in rows of the longest length.
+        # A packed step has as many tokens as a step of Loratory, in rows of the maximum length.
         batch = max(PEERS_ROWS, round(batch * sum(map(len, rows)) / len(rows) / LONGEST / PEERS_ROWS) * PEERS_ROWS)
     parts = batch // PEERS_ROWS
     arguments = {
@@ -262,7 +264,7 @@ def unsloth(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> di
     import os
 
     os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
-    from unsloth import FastLanguageModel  # isort: skip  # before transformers, which it changes
+    from unsloth import FastLanguageModel  # isort: skip  # before transformers, which it patches
     import torch
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -297,7 +299,7 @@ def trl(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> dict[s
 
 
 def train_section(steps: int, rate: float) -> dict[str, Any]:
-    """params.yaml's section, for so many steps without validation and checkpoints in between."""
+    """The section `train` of params.yaml for `steps` steps, without validation and checkpoints in between."""
     from stages.core.params import read_yaml
 
     return read_yaml(ROOT / "params.yaml")["train"] | {
@@ -317,14 +319,14 @@ def run(way: str, folder: Path, steps: int, batch: int, rate: float) -> dict[str
 
 
 def prepare(folder: Path, lengths: str, count: int) -> None:
-    """Random rows beside the random model."""
+    """Writes random rows for the random model."""
     vocabulary = vocabulary_of(folder / "base")
     write_rows(folder / "train.arrow", make_rows(count, lengths, vocabulary))
     write_rows(folder / "validation.arrow", make_rows(4, lengths, vocabulary, seed=2))
 
 
 def table(folder: Path, title: str, given: argparse.Namespace, batch: int) -> None:
-    print(f"\n{title}, {batch} rows a step\n")
+    print(f"\n{title}, {batch} rows per step\n")
     print("| | tokens/s | seconds | peak GB | loss of the last step | validation loss |")
     print("|---|---:|---:|---:|---:|---:|")
     for way in given.ways:
@@ -341,13 +343,13 @@ def table(folder: Path, title: str, given: argparse.Namespace, batch: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
-    parser.add_argument("--shape", help="a model of random weights in place of models/base")
-    parser.add_argument("--base", type=Path, help="such a model that is there already")
+    parser.add_argument("--batch", type=int, default=16, help="rows per step")
+    parser.add_argument("--shape", help="a model with random weights instead of models/base")
+    parser.add_argument("--base", type=Path, help="the folder of an existing model of that shape")
     parser.add_argument("--lengths", nargs="*", default=["belle"], choices=["full", "belle"])
     parser.add_argument("--ways", nargs="*", default=CPU_WAYS, choices=WAYS)
     parser.add_argument("--peers", type=Path, help="a folder of packages for TRL and Unsloth")
-    parser.add_argument("--limit", type=float, help="seconds that each way may take")
+    parser.add_argument("--limit", type=float, help="the maximum time of each run in seconds")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -369,7 +371,7 @@ def main() -> None:
         else:
             make_model(folder / "base", given.shape)
         for lengths in given.lengths:
-            # As many tokens a step, near enough: 2,048 are the mean of eight of BELLE's rows.
+            # About the same number of tokens per step: eight of BELLE's rows have 2,048 tokens on average.
             batch = given.batch * (8 if lengths == "belle" else 1)
             prepare(folder, lengths, batch * given.steps)
             table(folder, f"{given.shape} shape, rows of {lengths} lengths", given, batch)

@@ -1,4 +1,4 @@
-"""What benchmarks share: each way to do a thing runs in a process of its own, and reports one line of JSON."""
+"""Shared by the benchmarks: each way of doing something runs in its own process and prints one line of JSON."""
 
 import json
 import os
@@ -11,9 +11,11 @@ from typing import Any
 def run_row(
     script: str, way: str, name: str, *arguments: object, packages: Path | None = None, limit: float | None = None
 ) -> dict[str, Any] | None:
-    """What `script --way <way> <arguments>` printed last; None if it failed, and then a row of the table says so.
+    """The last line of `script --way <way> <arguments>`, parsed; None if it failed, which is printed as a row of the table.
 
-    `packages` is a folder that it sees before those of PYTHONPATH; after `limit` seconds it is ended.
+    Args:
+        packages: A folder that is put at the front of PYTHONPATH.
+        limit: Seconds after which the process is killed.
     """
     command = [sys.executable, script, "--way", way, *map(str, arguments)]
     path = {"PYTHONPATH": f"{packages}:{os.environ.get('PYTHONPATH', '')}"} if packages else {}
@@ -33,7 +35,7 @@ def run_row(
 
 
 def machine() -> str:
-    """What a table was measured on."""
+    """The hardware and versions that a table was measured with."""
     import torch
     import transformers
 
@@ -42,13 +44,13 @@ def machine() -> str:
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most, of the GPU where there is one."""
+    """Peak memory of this process in bytes, on the GPU if there is one."""
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_main_memory()
 
 
 def peak_main_memory() -> int:
-    """Bytes that this process held at most; getrusage would count the process that started it."""
+    """Peak main memory of this process in bytes; getrusage would include that of the process that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

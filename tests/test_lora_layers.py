@@ -225,7 +225,9 @@ def test_fp8_is_only_used_in_training_and_by_all_layers_that_share_an_input_or_n
 
     plain, in_fp8, odd = (adapted(small("llama"), torch.bfloat16) for _ in range(3))
     lora_layers(plain)
-    assert classes(lora_layers(in_fp8, fp8=True), "_proj") == {"_Fp8Weight"}
+    all_in_fp8 = lora_layers(in_fp8, fp8=True)
+    assert classes(all_in_fp8, "_proj") == {"_Fp8Weight"}
+    assert all_in_fp8.without_fp8 == []
     assert validation_loss(in_fp8) == validation_loss(plain), "validation measures the model that merge writes"
     assert losses_and_gradients(in_fp8, batch)[0] != validation_loss(in_fp8)
 
@@ -234,6 +236,8 @@ def test_fp8_is_only_used_in_training_and_by_all_layers_that_share_an_input_or_n
     layers = lora_layers(odd, fp8=True)
     assert classes(layers, "q_proj", "v_proj") == {"_SeparateProduct"}
     assert classes(layers, "down_proj") == {"_Fp8Weight"}
+    names = ("k_proj", "q_proj", "v_proj")
+    assert layers.without_fp8 == [f"model.layers.{number}.self_attn.{name}" for number in range(3) for name in names]
 
 
 def test_4_bit_weights_are_summed_in_float32_and_rounded_once() -> None:

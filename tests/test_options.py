@@ -94,7 +94,7 @@ def test_a_custom_loss_is_trained_with(workspace: Workspace, scratch: Path) -> N
     # Validation always measures the cross-entropy.
     assert report(custom)["validation_loss_before"] == report(default)["validation_loss_before"]
     smooth = run(workspace, scratch / "smooth", **few(label_smoothing_factor=0.1))
-    weighted = run(workspace, scratch / "weighted", **few(label_smoothing_factor=0.1), label_weights={2: 4.0})
+    weighted = run(workspace, scratch / "weighted", **few(label_smoothing_factor="0.1"), label_weights={2: 4.0})
     assert len({weights(custom), weights(default), weights(smooth), weights(weighted)}) == 4
     assert report(smooth)["validation_loss_before"] == report(default)["validation_loss_before"]
 
@@ -199,9 +199,9 @@ def test_everything_that_needs_no_model_is_reported_in_one_problem_before_it_is_
         "train.compute",
         "train.compute",
         "train.compute",
-        "train.loss",
         "train.training_arguments.seed",
         "train.training_arguments.weight_decay",
+        "train.loss",
     ]
     assert all(message.startswith("params.yaml: train.") for message in caught.value.messages)
     with pytest.raises(Problem, match=r"params\.yaml: train: adam is not a valid OptimizerNames"):

@@ -1,6 +1,7 @@
 """A training that is killed, interrupted or refused: no finished step is lost, and the bytes are those of one full run."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -19,7 +20,9 @@ from stages.core.provenance import fingerprint, inputs_of
 from stages.model.checkpoints import CheckpointFolder
 from stages.train import train as stage_module
 from stages.train import trainer as trainer_module
+from stages.train.callbacks import say
 from stages.train.checkpoints import COMPLETE, last_checkpoint, remove_incomplete
+from stages.train.signals import Interruption
 from tests.runs import INPUTS, params, paths, run
 from tests.tiny import PROJECT, Workspace
 
@@ -159,6 +162,36 @@ def test_an_interrupted_run_saves_its_step_and_resumes_from_it(workspace: Worksp
     if number == signal.SIGTERM:
         assert "train: resuming from checkpoint-" in child.finish()
         assert outputs(child.out) == outputs(run(workspace, scratch / "full", **given))
+
+
+def test_a_run_started_with_nohup_survives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption().handled():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    interruption, before = Interruption(), signal.getsignal(signal.SIGHUP)
+    with interruption.handled():
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().out == "train: interrupted; saving a checkpoint after this step\n"
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_closed_terminal_does_not_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    say("train: step 1/2")
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(

@@ -1,7 +1,10 @@
-"""Training: the loss is Transformers' own, batches and kills change nothing, and no run takes up another's checkpoints."""
+"""Training: the loss, the order of rows, padding-free batches, quantization, and the outputs of a run."""
 
+import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
 from stages.model.quantize import Quantization, load_quantized, round_trip
-from stages.train.batches import Shuffled
+from stages.train.batches import Shuffled, validation_batches
+from stages.train.callbacks import Progress
 from stages.train.loss import next_token_loss
 from tests.runs import run
 from tests.tiny import Workspace
@@ -34,7 +38,7 @@ def model(tiny_model: Path) -> Any:
 # Loss
 
 
-def test_the_loss_is_transformers_own(model: Any) -> None:
+def test_the_loss_is_that_of_transformers(model: Any) -> None:
     batch = collate_padded(ROWS)
     logits, labels = label_logits(model, batch)
     assert labels.tolist() == [7, 8, 9, 12, 26, 27]
@@ -44,12 +48,12 @@ def test_the_loss_is_transformers_own(model: Any) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_head_sees_only_what_is_learned_and_is_left_as_it_was(model: Any) -> None:
+def test_the_output_head_is_unchanged_after_it_computed_only_the_labelled_positions(model: Any) -> None:
     label_logits(model, collate_padded(ROWS))
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, model.config.vocab_size)
 
 
-def test_rows_weigh_the_same_in_one_batch_and_in_several(model: Any) -> None:
+def test_rows_have_the_same_weight_in_one_batch_and_in_several(model: Any) -> None:
     weight = model.model.layers[0].self_attn.q_proj.weight
     total = sum(label != IGNORE for row in ROWS for label in row["labels"])
     gradients = []
@@ -62,7 +66,7 @@ def test_rows_weigh_the_same_in_one_batch_and_in_several(model: Any) -> None:
     assert gradients[0].abs().max() > 1e-3
 
 
-def test_padding_is_masked_and_not_learned() -> None:
+def test_padding_is_masked_and_has_no_labels() -> None:
     batch = collate_padded(ROWS)
     assert batch["attention_mask"].sum(1).tolist() == [5, 3, 7]
     assert batch["labels"][1].tolist() == [IGNORE, 12, *[IGNORE] * 5]
@@ -72,7 +76,7 @@ def test_padding_is_masked_and_not_learned() -> None:
 # Order
 
 
-def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
+def test_every_row_comes_once_per_epoch_in_an_order_that_depends_on_the_seed() -> None:
     order = Shuffled(203, seed=1)
     first = list(order)
     assert sorted(first) == list(range(203))
@@ -84,34 +88,41 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
     assert list(Shuffled(203, seed=2)) != first
 
 
-# Flat rows
+def test_all_processes_get_the_same_number_of_validation_batches() -> None:
+    lengths = [5, 1, 4, 2, 3]
+    assert list(validation_batches(lengths, 2, process=0, processes=1)) == [[1, 3], [4, 2], [0]]
+    both = [list(validation_batches(lengths, 2, process=process, processes=2)) for process in (0, 1)]
+    assert both == [[[1, 3], [0]], [[4, 2], [5]]], "5 is the empty row"
+
+
+# Padding-free rows
 
 
 @pytest.fixture(scope="module")
-def flat_model(tiny_model: Path) -> Any:
+def padding_free_model(tiny_model: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     assert enable_padding_free(model) == ""
     return model
 
 
-def test_flat_rows_give_the_logits_of_each_row_alone(model: Any, flat_model: Any) -> None:
-    flat, labels = label_logits(flat_model, collate_padding_free(ROWS))
+def test_padding_free_rows_have_the_logits_of_single_rows(model: Any, padding_free_model: Any) -> None:
+    together, labels = label_logits(padding_free_model, collate_padding_free(ROWS))
     alone = [label_logits(model, collate_padded([row])) for row in ROWS]
-    torch.testing.assert_close(flat, torch.cat([logits for logits, _ in alone]))
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]))
     assert labels.tolist() == [7, 8, 9, 12, 26, 27]
 
 
-def test_no_row_of_a_flat_batch_sees_another(flat_model: Any) -> None:
-    before, _ = label_logits(flat_model, collate_padding_free(ROWS))
+def test_no_row_of_a_padding_free_batch_attends_to_another(padding_free_model: Any) -> None:
+    before, _ = label_logits(padding_free_model, collate_padding_free(ROWS))
     other = [{"input_ids": [30, 31, 32, 33, 34], "labels": ROWS[0]["labels"]}, *ROWS[1:]]
-    after, _ = label_logits(flat_model, collate_padding_free(other))
+    after, _ = label_logits(padding_free_model, collate_padding_free(other))
     assert torch.equal(before[3:], after[3:])
     assert not torch.allclose(before[:3], after[:3])
 
 
-def test_flat_rows_give_the_gradients_of_padded_ones(model: Any, flat_model: Any) -> None:
+def test_padding_free_rows_have_the_gradients_of_padded_rows(model: Any, padding_free_model: Any) -> None:
     gradients = []
-    for each, batch in ((model, collate_padded(ROWS)), (flat_model, collate_padding_free(ROWS))):
+    for each, batch in ((model, collate_padded(ROWS)), (padding_free_model, collate_padding_free(ROWS))):
         weight = each.model.layers[0].self_attn.k_proj.weight
         weight.grad = None
         next_token_loss(*label_logits(each, batch), 6).backward()
@@ -119,7 +130,7 @@ def test_flat_rows_give_the_gradients_of_padded_ones(model: Any, flat_model: Any
     torch.testing.assert_close(*gradients)
 
 
-def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> None:
+def test_a_model_with_another_kind_of_attention_is_unchanged(tiny_model: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
@@ -143,7 +154,7 @@ def test_a_model_that_wants_other_attention_is_left_alone(tiny_model: Path) -> N
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("double", [True, False])
-def test_the_rounded_weights_are_those_that_the_model_multiplies_with(
+def test_round_trip_returns_the_weights_that_the_quantized_model_computes_with(
     workspace: Workspace, quantization: Any, double: bool
 ) -> None:
     base = workspace.root / "models" / "base"
@@ -170,10 +181,47 @@ def test_the_rounded_weights_are_those_that_the_model_multiplies_with(
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_a_bar_and_a_log_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    device = torch.device("cpu")
+    args = SimpleNamespace(device=device, train_batch_size=4, gradient_accumulation_steps=1, world_size=1)
+    state = SimpleNamespace(global_step=3, max_steps=8, is_world_process_zero=True)
+    progress = Progress(mean_row_tokens=10.0)
+    progress.on_train_begin(args, state, None)
+    for _ in range(2):
+        progress.on_step_begin(args, state, None)
+        state.global_step += 1
+        progress.on_step_end(args, state, None)
+        progress.on_log(args, state, None, {"loss": 1.25})
+    progress.on_train_end()
+    line = capsys.readouterr().out
+    assert progress.tokens_per_second > 0
+    if terminal:
+        assert line == ""
+        assert "train:  62%" in screen.getvalue()
+        assert "5/8" in screen.getvalue()
+        assert "loss 1.2500, " in screen.getvalue()
+    else:
+        assert screen.getvalue() == ""
+        assert re.fullmatch(r"train: step 5/8, loss 1\.2500, [\d,]+ tokens/s, 0\.0 min left\n", line)
+
+
 # Runs
 
 
-def test_the_adapter_holds_two_files_of_pefts_and_one_of_ours(workspace: Workspace) -> None:
+def test_the_adapter_folder_has_two_files_of_peft_and_training_json(workspace: Workspace) -> None:
     adapter = workspace.root / "models" / "adapter"
     assert {file.name for file in adapter.iterdir()} == {
         "adapter_config.json",
@@ -193,11 +241,12 @@ def test_the_adapter_holds_two_files_of_pefts_and_one_of_ours(workspace: Workspa
     }
     training = json.loads((adapter / "training.json").read_text())
     assert training["quantization"]["quantization"] == "nf4"
+    assert training["summed_in_float32"] == [], "on the CPU 4-bit weights are dequantized when the model is loaded"
     assert training["quantization"]["dtype"] in ("float32", "bfloat16")
     assert str(workspace.root) not in "".join(file.read_text() for file in adapter.glob("*.json"))
 
 
-def test_the_report_counts_what_was_trained_on_and_the_loss_falls(workspace: Workspace) -> None:
+def test_the_report_counts_the_rows_and_the_loss_falls(workspace: Workspace) -> None:
     report = json.loads((workspace.root / "reports" / "train.json").read_text())
     rows = read_tokens(workspace.root / "data/tokens/train.arrow").to_pylist()
     assert report["rows"] == len(rows)
@@ -212,7 +261,7 @@ def test_the_report_counts_what_was_trained_on_and_the_loss_falls(workspace: Wor
     assert steps == list(range(2, report["steps"] + 1, 2))
 
 
-def test_a_layer_that_is_not_there_is_answered_with_those_that_are(workspace: Workspace, scratch: Path) -> None:
+def test_an_unknown_layer_or_optimizer_is_refused(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.target_modules: W_pack is not .* layers here: down_proj, gate_proj, k_proj"):
         run(workspace, scratch / "out", target_modules=["W_pack"])
     with pytest.raises(Problem, match=r"params\.yaml: train: adam is not a valid OptimizerNames"):
@@ -220,7 +269,7 @@ def test_a_layer_that_is_not_there_is_answered_with_those_that_are(workspace: Wo
     assert not (scratch / "out").exists()
 
 
-def test_gradient_checkpointing_and_accumulation_change_no_more_than_rounding(workspace: Workspace, scratch: Path) -> None:
+def test_gradient_checkpointing_changes_the_result_only_by_rounding(workspace: Workspace, scratch: Path) -> None:
     runs = [
         run(workspace, scratch / "plain", per_device_train_batch_size=4),
         run(workspace, scratch / "checkpointed", per_device_train_batch_size=4, gradient_checkpointing=True),

@@ -32,28 +32,32 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
         except Problem as problem:
             problems.extend(problem.messages)
 
-    attempt(lambda: load_loss_of(section, base))
+    smoothing = 0.0
+    try:
+        smoothing = parse_training_arguments(section).get("label_smoothing_factor", 0.0)
+    except Problem as problem:
+        problems.extend(problem.messages)
+    else:
+        # With several processes TrainingArguments would connect them, which is too early here; each makes its own later.
+        # A process that only starts the others must not take a GPU: so these are for the CPU.
+        if distributed.world_size() == 1:
+            attempt(lambda: make_arguments(section, checkpoints=Path(), dtype=torch.float32, cpu=True))
+    attempt(lambda: load_loss_of(section, base, label_smoothing_factor=smoothing))
     if distributed.world_size() == 1:
         attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
-        # This process may be the one that only starts the others, and must not take a GPU: so these are for the CPU.
-        attempt(lambda: make_arguments(section, checkpoints=Path(), dtype=torch.float32, cpu=True))
-    else:
-        # TrainingArguments would connect the processes, which is too early here; each checks its own arguments later.
-        attempt(lambda: parse_training_arguments(section))
     if problems:
         raise Problem(*problems)
 
 
-def load_loss_of(section: Mapping[str, Any], base: Path) -> Loss:
+def load_loss_of(section: Mapping[str, Any], base: Path, *, label_smoothing_factor: float) -> Loss:
     """The function that is minimized. Raises Problem if the file, the label weights or the smoothing cannot be used."""
     trust = read_json(base / "manifest.json")["trust_remote_code"]
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust).get_text_config()
-    smoothing = section["training_arguments"].get("label_smoothing_factor", 0.0)
     return load_loss(
         Path(section["loss"]),
         config.vocab_size,
         label_weights=section["label_weights"],
-        label_smoothing_factor=smoothing if isinstance(smoothing, int | float) else 0.0,  # make_arguments refuses others
+        label_smoothing_factor=label_smoothing_factor,
     )
 
 
@@ -68,7 +72,7 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if section["fsdp"] and section["num_processes"] == 1:
         yield "fsdp", "must be false: train.num_processes is 1"
     if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
-        yield "fsdp", f"must be false: train.quantization is {section['quantization']}; only nf4 and none can be sharded"
+        yield "fsdp", f"must be false: train.quantization is {section['quantization']}; nf4 or none can be sharded"
     if section["compute"] == "fp8":
         yield from (("compute", f"{reason}; set it to dtype") for reason in _why_not_fp8(section))
 

@@ -14,7 +14,7 @@ multiplied in FP8 (`_Fp8Weight`), the LoRA product is computed separately and ad
 # ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar
@@ -29,6 +29,9 @@ from stages.train import four_bit
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the base model's names."""
+
 
 class LoraLayers:
     """The fast LoRA layers of one model, and what they share."""
@@ -42,7 +45,7 @@ class LoraLayers:
             keep_dequantized: See the method of this name.
             recompute: The recipes of the model's cheap activations. Call its `clear` after each step.
         """
-        self.recompute = recompute
+        self.recompute, self._fp8 = recompute, fp8
         self.lora_version = 0
         """Counts the changes of lora_A and lora_B; see `invalidate`."""
         self._scratch: torch.Tensor | None = None
@@ -65,8 +68,15 @@ class LoraLayers:
 
         Sorted; named as in the base model, "model.layers.0.mlp.up_proj".
         """
-        names = [name for name, layer in self.layers.items() if isinstance(layer, _Summed4BitWeight)]
-        return sorted(name.removeprefix("base_model.model.") for name in names)
+        return self._base_names(lambda layer: isinstance(layer, _Summed4BitWeight))
+
+    @property
+    def without_fp8(self) -> list[str]:
+        """The layers that do not use FP8 although it was asked for, since their shape does not fit. Named as above."""
+        return self._base_names(lambda layer: self._fp8 and not isinstance(layer, _Fp8Weight))
+
+    def _base_names(self, is_wanted: "Callable[[_FastLayer], bool]") -> list[str]:
+        return sorted(name.removeprefix(PREFIX) for name, layer in self.layers.items() if is_wanted(layer))
 
     @property
     def dequantized_bytes(self) -> int:

@@ -23,8 +23,8 @@ ADAM_BYTES = 12
 def fit_memory(trainer: AdapterTrainer, checkpointed_blocks: int | None) -> None:
     """Chooses how a step uses the memory, and sends the largest micro-batch forward and backward as a trial.
 
-    So too little memory is found before the first step. The training is otherwise unchanged. Only on a GPU there is a choice
-    (memory.py); elsewhere a micro-batch has the rows that the user has set.
+    Too little memory is so found before the first step; otherwise the trial changes nothing. There is a choice only on a GPU
+    (memory.py). Elsewhere a micro-batch has the number of rows that the user has set.
 
     Args:
         checkpointed_blocks: The number of blocks with gradient checkpointing. None leaves it to the memory; where there is

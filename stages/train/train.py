@@ -60,7 +60,7 @@ class Params(Quantization, Adapter):
     num_train_epochs: float = Field(gt=0)
     """The number of passes over the training rows."""
     per_device_train_batch_size: int = Field(gt=0)
-    """Rows per batch and process. On a GPU the batches of a step are split again so that they fit the memory."""
+    """Rows per batch and process. On a GPU, the rows of a step are split into micro-batches as large as its memory allows."""
     gradient_accumulation_steps: int = Field(gt=0)
     """Batches per optimizer step."""
     per_device_eval_batch_size: int = Field(gt=0)
@@ -178,7 +178,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         arguments,
         rows=rows,
         validation_rows=validation_rows,
-        loss=load_loss_of(params.model_dump(), paths.base),
+        loss=load_loss_of(params.model_dump(), paths.base, label_smoothing_factor=arguments.label_smoothing_factor),
         collator=StepCollator(
             params.per_device_train_batch_size,
             padding_free=padding_free,
