@@ -109,7 +109,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         problems = space_problems(folder, 2 * parameters, purpose="converting the GGUF to bfloat16")
         if problems:
             raise Problem(*problems)
-        # Transformers shows a bar of its own, even in a log; this process ends with the stage, so ours may stay in its place.
+        # Transformers shows its own bar, even in a log. Ours stays in its place: this process ends with the stage.
         modeling_gguf_pytorch_utils.tqdm = _dequantizing
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
