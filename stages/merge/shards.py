@@ -67,10 +67,20 @@ def copy_shards(
             os.pwrite(writer, raw, 0)
             for name, entry in header.items():
                 start, end = (len(raw) + offset for offset in entry["data_offsets"])
-                tensor = _Tensor(name, DTYPES.get(entry["dtype"]), entry["shape"], shard, reader, writer, start, end)
-                jobs.append(
-                    pool.submit(copier.replace, tensor, compute) if name in replaced else pool.submit(copier.copy, tensor)
+                tensor = _Tensor(
+                    name=name,
+                    dtype=DTYPES.get(entry["dtype"]),
+                    shape=entry["shape"],
+                    shard=shard,
+                    reader=reader,
+                    writer=writer,
+                    start=start,
+                    end=end,
                 )
+                if name in replaced:
+                    jobs.append(pool.submit(copier.replace, tensor, compute))
+                else:
+                    jobs.append(pool.submit(copier.copy, tensor))
         try:
             for job in progress(as_completed(jobs), "merge", total=len(jobs), unit="tensors"):
                 job.result()
