@@ -60,7 +60,7 @@ class Params(Quantization, Adapter):
     num_train_epochs: float = Field(gt=0)
     """The number of passes over the training rows."""
     per_device_train_batch_size: int = Field(gt=0)
-    """Rows per batch and process. On a GPU, the rows of a step are split into micro-batches as large as its memory allows."""
+    """Rows per batch and process. On a GPU, micro-batches are as large as its memory allows."""
     gradient_accumulation_steps: int = Field(gt=0)
     """Batches per optimizer step."""
     per_device_eval_batch_size: int = Field(gt=0)
