@@ -129,7 +129,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def write_raw(folder: Path) -> None:
-    """60 good rows in two languages and both file shapes, and four that must be set aside."""
+    """60 good rows in two languages and both file shapes, and four that must be rejected."""
     folder.mkdir(parents=True)
     zh, en = sample().rows("zh")[:30], sample().rows("en")[:30]
     lines = [json.dumps(row, ensure_ascii=False) for row in zh]

@@ -14,7 +14,7 @@ class Problem(Exception):
 
 
 class Rejection(Exception):
-    """Why one row is set aside: a short reason to count by, and what was found in this row.
+    """Why one row is rejected: a short reason to count by, and what was found in this row.
 
     Raised and caught within a stage, which writes it down; it never ends a run.
     """

@@ -89,7 +89,7 @@ class Params(Quantization, Adapter):
     loss: str
     """A Python file with a function `loss`, which is minimized; stages/losses/cross_entropy.py says how to write one."""
     label_weights: dict[int, float]
-    """Weight of a token in the loss, by token id, if it is not 1: {2: 5.0} for a stop token that is learned too slowly."""
+    """Weight of a token in the loss, by token id, if it is not 1: {2: 5.0} for a stop token that the model learns too slowly."""
     early_stopping_patience: int = Field(ge=0)
     """Stops after this number of validations in a row without a better loss; 0: never."""
     num_processes: int = Field(gt=0)
@@ -238,6 +238,8 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     )
     if layers.skipped and distributed.is_main():
         say(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
+    if params.compute == "fp8" and layers.without_fp8 and distributed.is_main():
+        say(f"train: not in FP8, since a side is no multiple of 16: {', '.join(layers.without_fp8)}")
     return layers
 
 
