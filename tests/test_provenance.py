@@ -1,4 +1,4 @@
-"""provenance.json says what made a folder, and `verify` finds whatever is no longer so."""
+"""reports/provenance records what made an output, and `verify` finds every difference."""
 
 import json
 import shutil

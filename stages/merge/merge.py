@@ -137,7 +137,7 @@ def _summary(merged: Path, figures: dict[str, Any]) -> str:
 
 
 def _write_model(folder: Path, base: Path, *, weights: MergedWeights, chat_template: Path, stops: list[int]) -> None:
-    """Writes everything that `load_model` needs. Virtual tokens are no part of a weight: their adapter is copied."""
+    """Writes everything that `load_model` needs. Virtual tokens are not part of any weight: their adapter is copied."""
     weights.write(folder)
     if not weights.lora.pairs:
         (folder / ADAPTER).mkdir()

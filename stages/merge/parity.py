@@ -116,7 +116,7 @@ class LayerDeltas:
         Args:
             adapted: The PEFT model.
             initial: lora_A (r, in) and scaling · lora_B (out, r) at the start of training, by layer, if they were
-                subtracted from the base (PiSSA, OLoRA); they are no part of what training changed.
+                subtracted from the base (PiSSA, OLoRA); they do not count as changed by training.
         """
         self._layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         """By layer: inputs (inputs, in), outputs (inputs, out), and the part of the outputs that training added."""

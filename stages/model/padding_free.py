@@ -180,11 +180,11 @@ def _ragged_attention(
 
     starts = layout.starts(q.device)
     settings: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
-    # PyTorch 2.11 has no such argument, and groups the query heads by itself.
+    # PyTorch 2.11 has no `enable_gqa`; it groups the query heads by itself.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, starts, starts, layout.longest, layout.longest, **settings)
-    assert isinstance(out, torch.Tensor)  # a pair only if log-sum-exps are asked for
+    assert isinstance(out, torch.Tensor)  # a pair only if log-sum-exps are requested
     return out
 
 

@@ -74,7 +74,7 @@ class LoraLayers:
 
     @property
     def without_fp8(self) -> list[str]:
-        """The layers that do not use FP8 although it was asked for, since their shape does not fit. Named as above."""
+        """The layers that do not use FP8 although it is turned on, because their shape does not fit. Named as above."""
         return self._base_names(lambda layer: self._fp8 and not isinstance(layer, _Fp8Weight))
 
     def _base_names(self, is_wanted: "Callable[[_FastLayer], bool]") -> list[str]:
