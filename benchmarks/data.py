@@ -1,10 +1,10 @@
-"""How fast raw rows become tokens: ingest and encode beside the tutorial's way and the tokenizer's own limit.
+"""How fast raw rows become tokens: ingest and encode compared with the tutorial's code and with the tokenizer alone.
 
     python benchmarks/data.py [--rows 500000] [--tokenizer models/tokenizer]
 
-Makes BELLE-like rows (two thirds Chinese, one third English, log-normal lengths), runs each way in a process of its own
-on all cores, and prints rows and tokens a second, CPU seconds, and peak memory (PSS of the process and its children).
-The ways of the tutorial need `pip install datasets==5.2.0`; without it they are left out.
+Makes BELLE-like rows (two thirds Chinese, one third English, log-normal lengths), runs each way in its own process
+on all cores, and prints rows and tokens per second, CPU seconds, and peak memory (PSS of the process and its children).
+The tutorial's ways need `pip install datasets==5.2.0`; without it they are left out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import psutil  # noqa: E402  (accelerate brings it)
 MEDIAN_CHARACTERS, SIGMA = {"zh": 60, "en": 330}, 0.75
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 WAYS = {
-    "tutorial": "tutorial: datasets.map, a row at a time, num_proc = cores",
+    "tutorial": "tutorial: datasets.map, one row at a time, num_proc = cores",
     "batched": "datasets.map, batched, num_proc = cores",
     "ingest": "ingest",
     "encode": "encode",
@@ -160,7 +160,7 @@ RUN = {
 
 
 def measure(way: str, work: Path, tokenizer: Path) -> dict[str, float]:
-    """Wall and CPU seconds, and peak PSS in bytes, of one way in a process of its own."""
+    """Wall and CPU seconds, and peak PSS in bytes, of one way in its own process."""
     command = [sys.executable, __file__, "--way", way, "--work", str(work), "--tokenizer", str(tokenizer)]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -25,7 +25,7 @@ USAGE = "usage: python -m stages <stage> --name path ... | check | verify"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the stage named first on the paths after it, and returns the exit status."""
+    """Runs the stage or command that the first argument names, and returns the exit status."""
     if not arguments:
         print(USAGE, file=sys.stderr)
         return 2
@@ -63,8 +63,8 @@ def parse_paths(words: list[str]) -> dict[str, str]:
 def run(name: str, paths: dict[str, str]) -> None:
     """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
 
-    What only an interrupted run needs is removed last: when the outputs and their provenance are written and the snapshot
-    still holds.
+    Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
+    checked.
     """
     started = time.monotonic()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
@@ -96,17 +96,17 @@ def declared_outputs(name: str) -> set[str]:
 
 
 def quiet_libraries() -> None:
-    """Leaves the screen to our own lines: no library's advice, progress bars or warnings that a user cannot act on."""
+    """Silences the libraries' advice and progress bars, and warnings that a user cannot act on."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # also where make or a log reads it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install a package that is not needed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises installing a package that is not needed
     # Libraries warn each other of names that the next version drops; the versions are pinned.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def check() -> None:
-    """Reads every section of params.yaml as its stage would. Raises one Problem with all that is wrong."""
+    """Reads every section of params.yaml as its stage would. Raises one Problem with everything that is wrong."""
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     sections = read_yaml(ROOT / FILE)
     messages = [f"{FILE}: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
@@ -120,7 +120,7 @@ def check() -> None:
 
 
 def verify_all() -> None:
-    """Compares every output that has provenance with what was recorded. Raises Problem with all that no longer holds."""
+    """Compares every output that has provenance with what was recorded. Raises Problem with every difference."""
     files = sorted((ROOT / FOLDER).glob("*.json"))
     if not files:
         raise Problem(f"{FOLDER}: holds no provenance; run dvc repro first")
@@ -128,11 +128,11 @@ def verify_all() -> None:
     if found:
         raise Problem(*found)
     names = ", ".join(file.stem for file in files)
-    print(f"verify: the outputs of {names} are what these stages wrote, and they would read the same again")
+    print(f"verify: {names}: outputs, inputs, code, parameters and packages are unchanged")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: "8 s", "4 min 10 s", "2 h 5 min"."""
+    """Seconds in readable form: "8 s", "4 min 10 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -141,9 +141,9 @@ def duration(seconds: float) -> str:
 
 
 def find_remedy(error: Exception) -> str | None:
-    """What to do where the system refused; None if the error is a defect of Loratory."""
+    """What to do about an error of the operating system, such as a full disk; None for all other errors: Loratory's bugs."""
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors and torch word a full disk in their own way, and not as an OSError.
+    # safetensors and torch report a full disk in their own words, and not as an OSError.
     if any(
         words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
     ):
@@ -157,7 +157,7 @@ def find_remedy(error: Exception) -> str | None:
 
 
 def fail(name: str, messages: tuple[str, ...], status: int = 1) -> int:
-    """Prints what is wrong, a line each, and returns the exit status."""
+    """Prints what is wrong, one line each, and returns the exit status."""
     for message in messages:
         print(f"{name}: {message}", file=sys.stderr)
     return status

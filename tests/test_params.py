@@ -59,10 +59,10 @@ def test_all_problems_come_at_once_and_name_the_near_parameter(load) -> None:
     assert sorted(caught.value.messages) == [
         "params.yaml: example.epochs: Input should be a valid integer; found '3'",
         "params.yaml: example.inner.dept: unknown parameter; did you mean 'depth'?",
-        "params.yaml: example.inner.depth: missing; params.yaml must give every parameter, code has no defaults",
+        "params.yaml: example.inner.depth: missing; params.yaml must give every parameter, since the code has no defaults",
         "params.yaml: example.kind: Input should be 'a' or 'b'; found 'c'",
         "params.yaml: example.learning_rat: unknown parameter; did you mean 'learning_rate'?",
-        "params.yaml: example.learning_rate: missing; params.yaml must give every parameter, code has no defaults",
+        "params.yaml: example.learning_rate: missing; params.yaml must give every parameter, since the code has no defaults",
     ]
 
 

@@ -1,4 +1,4 @@
-"""provenance.json says what made a folder, and `verify` finds whatever is no longer so."""
+"""reports/provenance records what made an output, and `verify` finds every difference."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def change_params(root: Path) -> None:
         (touch("models/adapter/adapter_model.safetensors"), "models/adapter: is not what train wrote"),
         (lambda root: (root / ADAPTER / "training.json").unlink(), "models/adapter: is not what train wrote"),
         (lambda root: (root / ADAPTER / "more.bin").touch(), "models/adapter: is not what train wrote"),
-        (lambda root: shutil.rmtree(root / ADAPTER), "models/adapter: is not there"),
+        (lambda root: shutil.rmtree(root / ADAPTER), "models/adapter: is missing"),
         (touch("data/tokens/train.arrow"), "data/tokens/train.arrow: is not what train read"),
         (touch("models/base/manifest.json"), "models/base: is not what train read"),
         (touch("models/base/model.safetensors"), "models/base/model.safetensors: is not the file that manifest.json names"),
@@ -58,7 +58,7 @@ def change_params(root: Path) -> None:
             lambda root: (root / "models/base/more.py").touch(),
             "models/base/more.py: is not the file that manifest.json names",
         ),
-        (lambda root: (root / "data/tokens/train.arrow").unlink(), "data/tokens/train.arrow: is not there"),
+        (lambda root: (root / "data/tokens/train.arrow").unlink(), "data/tokens/train.arrow: is missing"),
         (touch("stages/train/loss.py"), "stages/train/loss.py: has changed since train ran"),
         (change_params, "params.yaml: train.lora_alpha: was 32, is 64"),
     ],
@@ -86,7 +86,7 @@ def test_what_is_no_provenance_is_refused(root: Path, text: str | None) -> None:
 def test_the_command_says_it_and_exits_with_it(workspace: Workspace, second_python: None) -> None:
     good = workspace.run("verify")
     assert (good.returncode, good.stderr) == (0, "")
-    assert "the outputs of merge, train are what these stages wrote" in good.stdout
+    assert "merge, train: outputs, inputs, code, parameters and packages are unchanged" in good.stdout
     with workspace.edited("params.yaml"):
         change_params(workspace.root)
         bad = workspace.run("verify")

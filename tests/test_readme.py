@@ -1,4 +1,4 @@
-"""The two READMEs say the same, and what they say of the project is so."""
+"""The two READMEs say the same, and what they say about the project is true."""
 
 import re
 

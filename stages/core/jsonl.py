@@ -9,7 +9,7 @@ from typing import IO, Any
 import orjson
 
 LONG_INTEGER = re.compile(rb"\d{19}")
-"""orjson reads and writes 64 bits; where there may be more, the slower json does it."""
+"""orjson handles integers of up to 64 bits. A line that may hold a longer one goes to the slower json module."""
 
 
 def read_json(path: Path) -> Any:
@@ -18,12 +18,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` indented, keys in the order in which they were put in."""
+    """Writes `value` indented, with the keys in insertion order."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of one of Loratory's own JSON-lines files. Only "\\n" ends a line: U+2028 may stand inside a string."""
+    """The rows of one of Loratory's own JSON-lines files. Only "\\n" ends a line: a string may contain U+2028."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -33,7 +33,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def dump_line(value: Any) -> bytes:
-    """One line of JSON with its end, for text that UTF-8 can hold."""
+    """One line of JSON with its newline. All text must be encodable in UTF-8."""
     try:
         return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
@@ -41,7 +41,7 @@ def dump_line(value: Any) -> bytes:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one row a line."""
+    """Writes one row per line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             write_line(file, row)

@@ -1,4 +1,4 @@
-"""Outputs appear under their name only when they are complete; and how a stage reports its end."""
+"""Writes outputs so that they appear under their name only when complete; and `Done`, which a stage returns."""
 
 import hashlib
 import shutil
@@ -12,14 +12,14 @@ class Done(NamedTuple):
     """What a stage's function returns; None in a process of a distributed run that writes nothing."""
 
     summary: str
-    """One line for the person who waits: what was made."""
+    """One line for the terminal: what was made."""
     clean_up: Callable[[], None] = lambda: None
     """Removes what only an interrupted run needs. Called last, when the outputs are written and the snapshot is checked."""
 
 
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill; it is renamed to `path`, and replaces what stood there, when the block ends well.
+    """Yields an empty folder to fill. If the block succeeds, the folder is renamed to `path` and replaces what was there.
 
     A stage that fails leaves nothing. One that is killed leaves `<path>.partial`, which no stage reads and which the next
     run removes.
@@ -36,7 +36,7 @@ def fresh_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
-    """The same for one file."""
+    """Like `fresh_folder`, for one file."""
     partial = _partial(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -94,7 +94,7 @@ def _explain(name: str, kind: type[Section], error: dict[str, Any]) -> str:
             hint = f"did you mean {near[0]!r}?" if near else f"the parameters there are {', '.join(known)}"
             return bad_param(where, f"unknown parameter; {hint}")
         case "missing":
-            return bad_param(where, "missing; params.yaml must give every parameter, code has no defaults")
+            return bad_param(where, "missing; params.yaml must give every parameter, since the code has no defaults")
         case _:
             return bad_param(where, f"{error['msg']}; found {error['input']!r}")
 

@@ -4,8 +4,8 @@
 class Problem(Exception):
     """What is wrong with the input, in sentences that say where, what was found and what to do.
 
-    Raise it with every problem that is known at that point, not with the first one alone. `python -m stages` prints them
-    and exits with 1; anything else that is raised is a defect of Loratory and ends in a traceback.
+    Raise it with every problem that is known at that point, not only with the first one. `python -m stages` prints them
+    and exits with 1; anything else that is raised is a bug in Loratory and ends in a traceback.
     """
 
     def __init__(self, *messages: str) -> None:

@@ -1,4 +1,4 @@
-"""One progress bar for all stages: on a terminal a bar, in a log a line now and then."""
+"""The progress bar of all stages: a bar on a terminal, an occasional line in a log."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ LOG_FORMAT_WITHOUT_TOTAL = "{desc}: {n_fmt}{unit}, {rate_fmt}"
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]
-    """tqdm that writes whole lines where stderr is no terminal."""
+    """tqdm that writes whole lines if stderr is not a terminal."""
 
     def __init__(self, desc: str, total: int | None = None, unit: str = "rows", **settings: Any) -> None:
         """`settings` are tqdm's."""
@@ -51,9 +51,9 @@ class ProgressBar(tqdm):  # type: ignore[misc]
 def progress(
     items: Iterable[T], desc: str, total: int | None = None, unit: str = "rows", size: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Yields `items`, and shows how many there were, and of how many if `total` is known.
+    """Yields `items`, and shows how many are done, and out of how many if `total` is known.
 
-    `size` says how many units an item counts for.
+    `size` returns the number of units that an item counts for.
     """
     with ProgressBar(desc, total, unit) as bar:
         for item in items:

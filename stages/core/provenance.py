@@ -1,12 +1,12 @@
 """What made an output: hashes of everything that its stage read, and of what it wrote.
 
-`reports/provenance/<stage>.json` is an output of its own that no stage reads, so that a comment in the code changes it and
-nothing else. It holds nothing that differs between equal runs: the date, the machine and the commit stand in
-reports/machine/, which is no output.
+`reports/provenance/<stage>.json` is a separate output that no stage reads, so an edited comment in the code changes this
+file and nothing else. It holds nothing that differs between equal runs: the date, the machine and the commit are in
+reports/machine/, which is not an output.
 
     python -m stages verify
 
-says whether the outputs are still what the stages wrote, and whether the stages would read the same again.
+checks whether the outputs are unchanged, and whether everything that their stages read is unchanged too.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ FOLDER = Path("reports/provenance")
 MANIFEST = "manifest.json"
 """In a model's folder: the sha256 of every other file, so that nobody has to hash 16 GB again."""
 HASHING_THREADS = 4
-"""hashlib releases the interpreter's lock, so the shards of a model are hashed side by side."""
+"""hashlib releases the interpreter's lock, so the shards of a model are hashed in parallel."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
-"""Those whose code the bytes of a model come from."""
+"""The packages whose versions can change the bytes of a model."""
 
 
 def inputs_of(stage: str, params: Mapping[str, Any], inputs: Iterable[Path], root: Path) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def write_provenance(path: Path, inputs: Mapping[str, Any], outputs: Iterable[Pa
 
 
 def verify(path: Path, root: Path) -> list[str]:
-    """What of one provenance file no longer holds, a sentence each.
+    """Everything in one provenance file that no longer holds, one sentence each.
 
-    Every file of an output is hashed, not its manifest alone. Raises Problem if `path` is not a provenance file.
+    Every file of an output is hashed, not only its manifest. Raises Problem if `path` is not a provenance file.
     """
     try:
         recorded = read_json(path)
@@ -92,7 +92,7 @@ def verify(path: Path, root: Path) -> list[str]:
 
 def _compare(path: Path, name: str, digest: str, difference: str) -> list[str]:
     if not path.exists():
-        return [f"{name}: is not there"]
+        return [f"{name}: is missing"]
     damaged = _differing_files(path) if path.is_dir() and (path / MANIFEST).is_file() else []
     if damaged:
         return [f"{name}/{file}: is not the file that {MANIFEST} names" for file in damaged]
@@ -112,7 +112,7 @@ def _differing_files(folder: Path) -> list[str]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Path → sha256 of every file in a folder but its manifest."""
+    """Path → sha256 of every file in a folder except its manifest."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         digests = list(pool.map(sha256_of, files))

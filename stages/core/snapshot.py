@@ -1,8 +1,8 @@
-"""What a stage reads, noted before it runs and compared when it ends.
+"""What a stage reads, recorded before it runs and compared when it ends.
 
 DVC hashes dependencies after the command, so an edit made while a stage runs would be recorded as if it had made the
 result (treeverse/dvc#11058). `python -m stages` takes the snapshot before it imports the stage and what the stage needs:
-an edit made during those seconds is seen too. The stage's parameters are built from the snapshot.
+an edit made during those seconds is noticed too. The stage's parameters are built from the snapshot.
 """
 
 import os
@@ -38,7 +38,7 @@ class Snapshot:
     def take(cls, stage: str, paths: Iterable[str], root: Path) -> "Snapshot":
         """Reads dvc.yaml, and what it declares for `stage` when run with these paths.
 
-        Raises Problem if a declared file of code is not there.
+        Raises Problem if a declared code file is missing.
         """
         paths = tuple(paths)
         params = read_section(stage, root)
@@ -62,7 +62,7 @@ class Snapshot:
         if changed:
             raise Problem(
                 f"changed while {self.stage!r} ran: {', '.join(changed)}. The result belongs to the old state and is not "
-                "recorded; run dvc repro again. For long runs, dvc exp run --temp works on a copy that you cannot touch"
+                "recorded; run dvc repro again. For long runs, dvc exp run --temp works on a copy, out of reach of edits"
             )
 
 
@@ -79,7 +79,7 @@ def declared_deps(stage: str, params: Mapping[str, Any], root: Path) -> list[str
 def hash_code(stage: str, deps: Iterable[str], root: Path) -> dict[str, str]:
     """Path → sha256 of every file of code among the dependencies; a folder stands for the files in it.
 
-    Raises Problem if one is not there.
+    Raises Problem if one is missing.
     """
     files: list[str] = []
     missing = []

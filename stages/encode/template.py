@@ -34,8 +34,8 @@ class ChatTemplate:
 
     The environment is the one in which Transformers compiles them (sandboxed, with trim_blocks and lstrip_blocks, a `tojson`
     that does not escape HTML, `raise_exception`, and the `generation` block), with one difference: `strftime_now` is not
-    defined, because the same data would become other tokens tomorrow. A template that uses it without a fallback fails, and
-    its rows are rejected.
+    defined, because the same data would give different tokens tomorrow. A template that uses it without a fallback fails,
+    and its rows are rejected.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:

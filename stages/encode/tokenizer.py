@@ -40,15 +40,15 @@ class EncodedText(NamedTuple):
 
 
 class FastTokenizerMismatch(Exception):
-    """fastokens gave other tokens for a text than the tokenizer; nothing that it has tokenized may be used."""
+    """fastokens and the tokenizer gave different tokens for a text; nothing that fastokens has tokenized may be used."""
 
 
 class Encoder:
     """A tokenizer from a folder, fast or slow.
 
     For byte-level BPE (as in GPT-2, Llama 3, Qwen, SmolLM) a token's position follows from counting bytes, without the
-    tokenizer's offsets, and `fastokens` tokenizes several times as fast as `tokenizers`. Part of the texts, always
-    including the first ones, are tokenized with both to check that they give the same tokens.
+    tokenizer's offsets, and `fastokens` tokenizes several times as fast as `tokenizers`. Some of the texts, always
+    including the first ones, are tokenized with both to check that the tokens are the same.
     """
 
     def __init__(self, folder: Path, *, use_fastokens: bool = True) -> None:
@@ -103,7 +103,7 @@ class Encoder:
     def encode_batch(self, texts: Sequence[str]) -> list[EncodedText]:
         """The tokens of each text, without those that a tokenizer would add around it.
 
-        Raises FastTokenizerMismatch if fastokens is found to give other tokens than the tokenizer.
+        Raises FastTokenizerMismatch if fastokens and the tokenizer give different tokens.
         """
         if not texts:
             return []
@@ -121,7 +121,7 @@ class Encoder:
     def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> EncodedText:
         """The tokens of a text in pieces, each with whether special tokens in it are control tokens or plain text.
 
-        For the rare row in which a user wrote a special token: there it stays text.
+        For the rare row in which a user wrote the text of a special token: it must not become a control token.
         """
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []

@@ -16,7 +16,7 @@ from stages.encode.rows import RowMaker
 MIN_ROWS = 2000
 """With fewer rows, starting worker processes takes longer than it saves."""
 TASKS_AHEAD = 4
-"""Chunks for each process that may be in work while the oldest result is awaited: this limits the memory."""
+"""Chunks for each process that may be in progress while the oldest result is awaited: this limits the memory."""
 
 
 def encode_chunks(maker: RowMaker, tasks: Iterator[ChunkTask], *, rows: int) -> Generator[Chunk, None, None]:
@@ -29,7 +29,7 @@ def encode_chunks(maker: RowMaker, tasks: Iterator[ChunkTask], *, rows: int) -> 
 
     Raises:
         Problem: If a worker process is killed.
-        FastTokenizerMismatch: If fastokens gives other tokens than the tokenizer.
+        FastTokenizerMismatch: If fastokens and the tokenizer give different tokens.
     """
     processes = len(os.sched_getaffinity(0))
     if processes == 1 or rows < MIN_ROWS:

@@ -31,7 +31,7 @@ class ModelFiles(NamedTuple):
             _link_files(self.folder, target, names=self.names)
 
     def clean_up(self) -> None:
-        """Removes the download folder, which only an interrupted run needs."""
+        """Removes the download folder, which is kept only so that an interrupted run can resume."""
         if self.download is not None:
             _remove_download(self.download)
 

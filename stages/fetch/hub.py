@@ -116,7 +116,7 @@ def _download(repository: str, commit: str, *, names: Sequence[str], folder: Pat
 
 
 class _DownloadBar(ProgressBar):
-    """What snapshot_download makes of our bar: it names a unit only where it counts bytes."""
+    """The bar for snapshot_download, which names a unit only where it counts bytes."""
 
     def __init__(self, desc: str, total: int | None = None, unit: str = "files", **settings: Any) -> None:
         super().__init__(desc, total, unit, **settings)

@@ -1,4 +1,4 @@
-"""The interface of what answers prompts: Transformers or vLLM."""
+"""The interface of the two backends that answer prompts: Transformers and vLLM."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,7 +8,7 @@ from stages.model.device import DtypeName
 
 
 class GenerationSettings(NamedTuple):
-    """What a backend needs of the stage's parameters; the names are theirs."""
+    """The parameters of the stage that a backend needs, under the same names."""
 
     sampling: SamplingConfig
     max_new_tokens: int
@@ -35,5 +35,5 @@ class Backend(Protocol):
         Args:
             rows: {"id", "prompt_ids"} each, sorted by length, shortest prompt first.
 
-        Raises Problem if the memory does not suffice for a single row.
+        Raises Problem if a single row does not fit into memory.
         """

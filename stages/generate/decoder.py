@@ -85,7 +85,7 @@ class Decoder:
         """Switches the model to slot attention, allocates the cache and runs a first decode step.
 
         Args:
-            model: One for which `can_decode` has found no reason against it.
+            model: A model for which `can_decode` returns "".
             stop_tokens: Those outside the model's vocabulary are ignored.
             slots: The number of rows in a batch.
             max_prompt_tokens: The length of the longest prompt.
@@ -227,7 +227,7 @@ class Decoder:
 
 
 def can_decode(model: Any) -> str:
-    """Tries whether `Decoder` computes the model's logits. The model is left as it was.
+    """Checks in a trial run whether `Decoder` reproduces the model's logits. Leaves the model unchanged.
 
     Some models have their own attention code or cache, drop the keyword arguments for the attention function, or need more
     than plain causal attention. A prefill of two short rows and one decode step must give the logits of each whole row.

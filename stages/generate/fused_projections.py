@@ -15,7 +15,7 @@ def fuse_projections(model: Any) -> str:
 
     With few tokens a matrix product takes as long as reading its weights, and small matrices are read at a fraction of
     the bandwidth of large ones. Each layer's output becomes a slice of the fused output. Some models cannot use such a
-    slice, because they call `view` on it. A trial run shows it, and the layers then keep their own forward.
+    slice, because they call `view` on it. A trial run detects this, and the layers then keep their own forward.
 
     Returns:
         "" if the projections are fused, otherwise the reason why not.

@@ -45,7 +45,7 @@ class Params(Section):
     seed: int
     """Sampling: a different seed gives different answers."""
     batch_size: int = Field(gt=0)
-    """Prompts per batch. Halved if the memory does not suffice."""
+    """Prompts per batch. Halved if memory runs out."""
     dtype: DtypeName
     """The type that the model computes in. auto: bfloat16 if the hardware supports it, otherwise float32."""
     num_processes: int = Field(gt=0)
@@ -79,7 +79,7 @@ def generate(
     The prompts come tokenized from `encode`, so this stage knows no template. An answer depends on its own prompt and row
     id, not on the other rows of its batch. An interrupted run resumes after the last batch that it finished.
 
-    Raises Problem if the memory does not suffice for a single prompt, or if another process runs this stage on the same
+    Raises Problem if a single prompt does not fit into memory, or if another process runs this stage on the same
     inputs.
     """
     if params.num_processes > 1:
@@ -151,7 +151,7 @@ class KeptAnswers:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """Reads what an earlier run has left.
+        """Reads the answers of an interrupted run.
 
         A process that is killed while it writes leaves a last line without its newline. The line is removed from the file,
         since the next batch would be appended to it, and its batch is answered again.

@@ -30,7 +30,7 @@ class SamplingConfig(NamedTuple):
 def penalize(scores: torch.Tensor, seen: torch.Tensor, *, penalty: float) -> torch.Tensor:
     """The repetition penalty (Keskar et al. 2019, CTRL): lowers the scores of tokens that the row already contains.
 
-    Transformers' own also penalizes the padding token of a padded row.
+    Transformers' implementation also penalizes the padding token of a padded row.
 
     Args:
         scores: (rows, vocabulary).

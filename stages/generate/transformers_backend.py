@@ -70,7 +70,7 @@ class TransformersBackend:
         return True
 
     def _decode(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
-        """With `Decoder`. If the memory does not suffice, the rows without an answer get half as many slots."""
+        """With `Decoder`. If memory runs out, the rows without an answer get half as many slots."""
         left, slots = list(range(len(rows))), self.settings.batch_size
         while left:
             slots, finished = min(slots, len(left)), set()
@@ -109,7 +109,7 @@ class TransformersBackend:
                 yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
 
     def _generate_halving(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The new tokens of a batch. It is split in two if the memory does not suffice."""
+        """The new tokens of a batch. It is split in two if memory runs out."""
         try:
             return self._generate_batch(rows)
         except torch.OutOfMemoryError:

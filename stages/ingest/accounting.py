@@ -42,7 +42,7 @@ class Accounting:
     def check(self, *, max_rejected_percent: float) -> None:
         """Raises Problem if too many rows were rejected, or else if a split is empty."""
         rejected = self.reasons.total()
-        # If this fails, it is a defect in ingest, and nothing is written.
+        # If this fails, it is a bug in ingest, and nothing is written.
         assert self.rows_read == self.kept.total() + rejected
         percent = 100 * rejected / max(1, self.rows_read)
         if percent > max_rejected_percent:

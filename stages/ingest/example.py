@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 
 def make_example(value: dict[str, Any], conversation: Conversation, *, format: Format, group_by: str) -> Example:
-    """The example of a raw row. Raises Rejection if it has no field `group_by`, where one is given."""
+    """The example of a raw row. Raises Rejection if `group_by` names a field that it lacks."""
     texts = [_normalize(message["content"]) for message in conversation.messages]
     first_user = next(n for n, message in enumerate(conversation.messages) if message["role"] == "user")
     return Example(

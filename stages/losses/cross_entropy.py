@@ -19,7 +19,7 @@ def loss(
 ) -> torch.Tensor:
     """Next-token cross-entropy.
 
-    Your function may omit the last two parameters, if train.label_weights is {} and train.training_arguments has no
+    Your function may omit the last two parameters if train.label_weights is {} and train.training_arguments has no
     label_smoothing_factor.
 
     Args:

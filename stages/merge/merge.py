@@ -30,7 +30,7 @@ PARITY_ROWS = 64
 MAX_DELTA_ERROR = 0.1
 """The stage fails if a merged layer has 10 % less or more of its delta weight than the trained one."""
 NAMED_LAYERS = 3
-"""Layers that a message names."""
+"""The maximum number of layers that a message names."""
 
 
 class Params(Section):
@@ -59,7 +59,7 @@ def merge(
     merged: Path,
     report: Path,
 ) -> Done:
-    """Merges an adapter into its base model, and proves that the result is the model that was trained.
+    """Merges an adapter into its base model, and checks that the result computes the same as the trained model.
 
     Args:
         params: What to merge into, and the limits of the comparison.
@@ -137,7 +137,7 @@ def _summary(merged: Path, figures: dict[str, Any]) -> str:
 
 
 def _write_model(folder: Path, base: Path, *, weights: MergedWeights, chat_template: Path, stops: list[int]) -> None:
-    """Writes everything that `load_model` needs. Virtual tokens are no part of a weight: their adapter is copied."""
+    """Writes everything that `load_model` needs. Virtual tokens are not part of any weight: their adapter is copied."""
     weights.write(folder)
     if not weights.lora.pairs:
         (folder / ADAPTER).mkdir()

@@ -11,13 +11,13 @@ from stages.model.collate import collate_padded
 from stages.model.logits import label_logits
 
 GREEDY_ROWS = 16
-"""Rows whose prompts are answered."""
+"""The number of rows whose prompts are answered."""
 GREEDY_TOKENS = 32
-"""Tokens of an answer that are compared."""
+"""The maximum number of tokens of an answer that are compared."""
 LAYER_INPUTS = 16
-"""Input vectors on which each layer is compared."""
+"""The number of input vectors on which each layer is compared."""
 NOISE_SIGMAS = 6
-"""A layer's error counts from this many standard deviations of rounding noise."""
+"""A layer's error counts only if it is larger than this many standard deviations of rounding noise."""
 
 
 class ModelOutputs:
@@ -116,7 +116,7 @@ class LayerDeltas:
         Args:
             adapted: The PEFT model.
             initial: lora_A (r, in) and scaling · lora_B (out, r) at the start of training, by layer, if they were
-                subtracted from the base (PiSSA, OLoRA); they are no part of what training changed.
+                subtracted from the base (PiSSA, OLoRA); they do not count as changed by training.
         """
         self._layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         """By layer: inputs (inputs, in), outputs (inputs, out), and the part of the outputs that training added."""

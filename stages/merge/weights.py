@@ -61,9 +61,10 @@ class MergedWeights:
     def _compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The merged weight in float32, on this process's device; the caller rounds it to the dtype of `original`.
 
-        The sum is the one of training. For the layers of training.summed_in_float32, most 4-bit layers on a GPU, training
-        dequantized the weight to float32, added the delta weight and rounded the sum once. For all other quantized layers
-        it multiplied with the dequantized weight in its own dtype, so the delta weight is added to that.
+        The sum is the one that training used, except for TF32 rounding (stages/train/lora_layers.py). For the layers of
+        training.summed_in_float32, most 4-bit layers on a GPU, training dequantized the weight to float32, added the delta
+        weight and rounded the sum once. For all other quantized layers it multiplied with the dequantized weight in its own
+        dtype, so the delta weight is added to that.
         """
         weight = original.to(pick_device()).float()
         weight = weight.T if name in self.training.transposed else weight

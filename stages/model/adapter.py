@@ -270,7 +270,7 @@ def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, h
 def initial_lora_from(
     weight: torch.Tensor, r: int, *, scaling: float, how: str, settings: Quantization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The initial lora_A (r, in) and lora_B (out, r) of a layer, of which scaling · lora_B lora_A is a part of its weight.
+    """The initial lora_A (r, in) and lora_B (out, r) of a layer; scaling · lora_B lora_A is a part of its weight.
 
     pissa: the r largest singular values with their vectors (Meng et al. 2024). olora: the first r columns of Q and rows of
     R of the weight's QR decomposition (Büyükakyüz 2024). loftq: as pissa, but of the quantization error (Li et al. 2023,

@@ -1,7 +1,7 @@
 """Compiles the elementwise parts of a model into one GPU kernel each: norms, rotary embeddings, gated activations.
 
-Not compiled, they take a third of a training step on a GPU, since each is five to ten kernels that read and write complete
-tensors. The model's own code is compiled, so this works for every architecture and adds no arithmetic.
+Without compilation they take a third of a training step on a GPU, since each is five to ten kernels that read and write
+complete tensors. The model's own code is compiled, so this works for every architecture and needs no second implementation.
 """
 
 import inspect
@@ -101,9 +101,9 @@ def _gated(module: Any, function: Any, remember: Remember | None) -> Any:
 
 
 def _rotary(function: Any) -> Any:
-    """apply_rotary_pos_emb, compiled for q and k of shape (rows, tokens, heads, head size).
+    """apply_rotary_pos_emb, compiled for q and k of shape (rows, tokens, heads, head dim).
 
-    That is their layout in memory. For Transformers' shape, (rows, heads, tokens, head size), the compiled code would write
+    That is their layout in memory. For Transformers' shape, (rows, heads, tokens, head dim), the compiled code would write
     results in that layout, and attention would copy them and their gradients.
     """
 

@@ -30,7 +30,7 @@ def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products, by Linux's list; without them float32 is faster."""
+    """Whether the CPU has instructions for bfloat16 products, according to /proc/cpuinfo; without them float32 is faster."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.exists() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

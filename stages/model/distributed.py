@@ -116,7 +116,7 @@ def _run(function: Callable[..., object], root: Path, *arguments: object) -> Non
 
 @contextmanager
 def _restored_signals() -> Iterator[None]:
-    """Puts the signal handlers back that the launcher replaces."""
+    """Restores the signal handlers that the launcher replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,7 +129,7 @@ def _restored_signals() -> Iterator[None]:
 
 
 def _find_problem(error: ChildFailedError, processes: int) -> Problem | None:
-    """The first failure as a Problem, None if it is a defect of Loratory."""
+    """The first failure as a Problem, None if it is a bug in Loratory."""
     failed, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name

@@ -35,7 +35,7 @@ def add_lora(
 ) -> torch.Tensor:
     """weight + scaling · lora_B lora_A, computed in the dtype of `weight`, which should be float32.
 
-    In bfloat16 a small delta weight would be rounded away. Round the sum, once.
+    In bfloat16 a small delta weight would be rounded away. Round only the sum.
 
     Args:
         weight: (out, in)

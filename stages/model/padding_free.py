@@ -56,8 +56,8 @@ class RowLayout:
 def enable_padding_free(model: Any) -> str:
     """Switches the model, in evaluation mode, to padding-free attention, if it computes the same logits with it.
 
-    It is tried: some models have their own attention code, drop the keyword argument `row_layout`, or need more than plain
-    causal attention. The logits of two short rows in one padding-free batch must be those of each row by itself.
+    A trial run decides: some models have their own attention code, drop the keyword argument `row_layout`, or need more
+    than plain causal attention. The logits of two short rows in one padding-free batch must be those of each row by itself.
 
     Returns:
         "" if padding-free attention is on. Otherwise the reason why not; the model is then unchanged.
@@ -126,12 +126,12 @@ def padding_free_attention(
     """Causal attention within each row of a padding-free batch; an attention function in Transformers' sense.
 
     Args:
-        query: (1, heads, tokens, head size). `key` and `value` may have fewer heads (grouped-query attention).
-        row_layout: Of the batch. None: an ordinary batch (rows, heads, tokens, head size) without padding, as in a trial
+        query: (1, heads, tokens, head dim). `key` and `value` may have fewer heads (grouped-query attention).
+        row_layout: Of the batch. None: an ordinary batch (rows, heads, tokens, head dim) without padding, as in a trial
             run that knows nothing of padding-free rows.
 
     Returns:
-        (1, tokens, heads, head size), or (rows, tokens, heads, head size) without `row_layout`; and no attention weights.
+        (1, tokens, heads, head dim), or (rows, tokens, heads, head dim) without `row_layout`; and no attention weights.
 
     Raises NotImplementedError if the model needs more than plain causal attention.
     """
@@ -142,16 +142,16 @@ def padding_free_attention(
         return _causal_attention(query, key, value, dropout=dropout, scaling=scaling, window=window), None
     window = window if window and window < row_layout.longest else None
     # Not tensor[0]: its gradient is a tensor of zeros with a copy in it.
-    heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, size)
+    heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, head dim)
     half = query.is_cuda and query.dtype != torch.float32
     flash = half and not dropout and not torch.are_deterministic_algorithms_enabled()
     if flash and (row_layout.ragged or window):
-        q, k, v = (tensor.transpose(0, 1) for tensor in heads)  # (tokens, heads, size)
+        q, k, v = (tensor.transpose(0, 1) for tensor in heads)  # (tokens, heads, head dim)
         return _ragged_attention(q, k, v, layout=row_layout, scaling=scaling, window=window).unsqueeze(0), None
     if row_layout.ragged:
         # Padded on the right, where causal attention never looks, so the padding needs no mask.
         positions, real = row_layout.padded(query.device)
-        q, k, v = (tensor[:, positions].transpose(0, 1) for tensor in heads)  # (rows, heads, longest, size)
+        q, k, v = (tensor[:, positions].transpose(0, 1) for tensor in heads)  # (rows, heads, longest, head dim)
         return _causal_attention(q, k, v, dropout=dropout, scaling=scaling, window=window)[real].unsqueeze(0), None
     # For rows of one length PyTorch's dense kernel is nearly twice as fast as its kernel for ragged rows.
     q, k, v = (torch.unflatten(tensor, 1, (-1, row_layout.longest)).transpose(0, 1) for tensor in heads)
@@ -161,7 +161,7 @@ def padding_free_attention(
 def _causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dropout: float, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """(rows, heads, tokens, size) each, to (rows, tokens, heads, size)."""
+    """(rows, heads, tokens, head dim) each, to (rows, tokens, heads, head dim)."""
     mask = None
     if window and window < q.shape[2]:
         positions = torch.arange(q.shape[2], device=q.device)
@@ -175,16 +175,16 @@ def _causal_attention(
 def _ragged_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: RowLayout, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """PyTorch's flash attention for rows of different lengths, (tokens, heads, size) each."""
+    """PyTorch's flash attention for rows of different lengths, (tokens, heads, head dim) each."""
     from torch.nn.attention.varlen import varlen_attn
 
     starts = layout.starts(q.device)
     settings: dict[str, Any] = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
-    # PyTorch 2.11 has no such argument, and groups the query heads by itself.
+    # PyTorch 2.11 has no `enable_gqa`; it groups the query heads by itself.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, starts, starts, layout.longest, layout.longest, **settings)
-    assert isinstance(out, torch.Tensor)  # a pair only if log-sum-exps are asked for
+    assert isinstance(out, torch.Tensor)  # a pair only if log-sum-exps are requested
     return out
 
 

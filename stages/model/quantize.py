@@ -27,7 +27,7 @@ class Quantization(Section):
     llm_int8_threshold: float
     """int8: input values above this are multiplied in 16 bits."""
     llm_int8_skip_modules: list[str]
-    """Linear layers that are not quantized, by name or last part of the name; 4 bits too. The output head never is."""
+    """Linear layers that are not quantized, by name or last part of the name, with 4 bits too. The output head never is."""
     dtype: DtypeName
     """The dtype of matrix products and of all weights that are not quantized."""
 

@@ -12,8 +12,7 @@ def group_by_input(model: Any, layers: Mapping[str, torch.nn.Module]) -> list[li
     """Groups the names of layers whose input is the same tensor, and that belong to the same parent module.
 
     Found by running the model once on a few tokens. A layer that shares its input with no other, or that the run does not
-    call, is a group of its own. If a layer is called several times, nothing is
-    grouped.
+    call, forms a group by itself. If a layer is called several times, nothing is grouped.
     """
     groups: dict[tuple[str, int], list[str]] = {}
     inputs = []  # keeps the inputs alive: the id of a freed tensor could be given to another one

@@ -85,14 +85,14 @@ def split(text: str) -> list[str]:
 
 
 class _Characters:
-    """A tokenizer for RougeScorer, whose own drops everything but a-z and 0-9."""
+    """A tokenizer for RougeScorer, whose default tokenizer drops everything but a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return split(text)
 
 
 class _Words:
-    """The same by Chinese words."""
+    """The same, with Chinese split into words."""
 
     def tokenize(self, text: str) -> list[str]:
         return [word for word in jieba.lcut(text.lower()) if TOKEN.search(word)]

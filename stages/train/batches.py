@@ -12,7 +12,7 @@ def split(lengths: Sequence[int], rows: int, tokens: int | None = None, *, padde
     Args:
         lengths: Tokens of each row.
         rows: The maximum number of rows in a micro-batch; used if `tokens` is None.
-        tokens: The maximum number of tokens in a micro-batch; a longer row becomes a micro-batch of its own.
+        tokens: The maximum number of tokens in a micro-batch; a longer row becomes a micro-batch by itself.
         padded: Whether the rows are padded to the longest of their micro-batch, so that padding counts as tokens.
     """
     if tokens is None:

@@ -78,7 +78,7 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _why_not_fp8(section: Mapping[str, Any]) -> Iterator[str]:
-    """Why products cannot be in FP8: only plain LoRA layers have it, and only on a Hopper GPU."""
+    """Why products cannot be in FP8: only plain LoRA layers have it, and only on a Hopper GPU or later."""
     unsupported = fp8.why_unsupported(pick_device())
     if unsupported:
         yield unsupported

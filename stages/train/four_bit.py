@@ -23,6 +23,8 @@ def dequantize_and_add_lora(
 ) -> torch.Tensor:
     """Writes W + scaling · lora_B lora_A into `out`, summed in float32 and rounded once. Returns `out`.
 
+    The kernel multiplies lora_B lora_A in TF32, `add_lora` in float32: single weights may round to a neighbouring value.
+
     Args:
         layer: Holds W (out, in) in 4 bits.
         out: (out, in) in the dtype to round to.
@@ -75,7 +77,7 @@ if triton is not None:
         packed, absmax, codes, absmax_of_absmax, offset, table, lora_B, lora_A, out, rows, columns, r, scaling,
         RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """`dequantize_4bit` of bitsandbytes and `add_lora` in one pass, for a tile of ROWS x COLUMNS weights.
+        """`dequantize_4bit` of bitsandbytes and `add_lora` (in TF32) in one pass, for a tile of ROWS x COLUMNS weights.
 
         A byte has two weights, the first in its high half. 64 weights share a scale, which is quantized to 8 bits:
         codes[absmax] times a float32 shared by 256 scales, plus an offset (double quantization, Dettmers et al. 2023).

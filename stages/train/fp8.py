@@ -41,7 +41,7 @@ def supported(device: torch.device) -> bool:
 
 
 def fits(layer: torch.nn.Linear) -> bool:
-    """Whether the hardware supports the shape of a linear layer's weight: both sides must be multiples of 16."""
+    """Whether the hardware supports the shape of a linear layer's weight: both dimensions must be multiples of 16."""
     return layer.in_features % 16 == 0 and layer.out_features % 16 == 0
 
 

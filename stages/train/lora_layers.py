@@ -8,8 +8,10 @@ micro-batch then computes W' x in the forward pass and W'ᵀ dy in the backward 
 
 W' is summed in float32 and rounded once. If W is already rounded to bfloat16, rounding W' would lose a small delta weight,
 in every step. 4-bit weights are not bfloat16 values (each is a table entry times a float32 scale): they are dequantized to
-float32 and rounded after the sum, so W' is the merged weight. For weights stored in bfloat16 (`_SeparateProduct`) or
-multiplied in FP8 (`_Fp8Weight`), the LoRA product is computed separately and added to W x.
+float32 and rounded after the sum. Merging computes the same float32 sum (`add_lora`) and rounds it once, so W' is the merged
+weight, with one exception: the GPU kernel (four_bit.py) multiplies B A in TF32, so single weights may round to a
+neighbouring value. For weights stored in bfloat16 (`_SeparateProduct`) or multiplied in FP8 (`_Fp8Weight`), the LoRA product
+is computed separately and added to W x.
 """
 # ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
@@ -72,7 +74,7 @@ class LoraLayers:
 
     @property
     def without_fp8(self) -> list[str]:
-        """The layers that do not use FP8 although it was asked for, since their shape does not fit. Named as above."""
+        """The layers that do not use FP8 although it is turned on, because their shape does not fit. Named as above."""
         return self._base_names(lambda layer: self._fp8 and not isinstance(layer, _Fp8Weight))
 
     def _base_names(self, is_wanted: "Callable[[_FastLayer], bool]") -> list[str]:

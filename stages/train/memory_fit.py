@@ -21,9 +21,9 @@ ADAM_BYTES = 12
 
 
 def fit_memory(trainer: AdapterTrainer, checkpointed_blocks: int | None) -> None:
-    """Chooses how a step uses the memory, and sends the largest micro-batch forward and backward as a trial.
+    """Chooses how a step uses the memory, and runs a forward and backward pass of the largest micro-batch as a trial.
 
-    Too little memory is so found before the first step; otherwise the trial changes nothing. There is a choice only on a GPU
+    So a lack of memory shows before the first step; the trial changes nothing else. There is a choice only on a GPU
     (memory.py). Elsewhere a micro-batch has the number of rows that the user has set.
 
     Args:

@@ -56,7 +56,7 @@ class Params(Quantization, Adapter):
 
     compute: Literal["dtype", "fp8"]
     """dtype: matrix products in `dtype`. fp8: products with frozen weights in FP8, a third faster and less exact; needs a
-    Hopper GPU. Validation is always computed in `dtype`: it measures the model that `merge` makes."""
+    Hopper GPU or later. Validation is always computed in `dtype`: it measures the model that `merge` makes."""
     num_train_epochs: float = Field(gt=0)
     """The number of passes over the training rows."""
     per_device_train_batch_size: int = Field(gt=0)
@@ -89,11 +89,12 @@ class Params(Quantization, Adapter):
     loss: str
     """A Python file with a function `loss`, which is minimized; stages/losses/cross_entropy.py says how to write one."""
     label_weights: dict[int, float]
-    """Weight of a token in the loss, by token id, if it is not 1: {2: 5.0} for a stop token that the model learns too slowly."""
+    """Weights of single tokens in the loss, by token id: {2: 5.0} for a stop token that the model learns too slowly. All
+    other tokens have weight 1."""
     early_stopping_patience: int = Field(ge=0)
     """Stops after this number of validations in a row without a better loss; 0: never."""
     num_processes: int = Field(gt=0)
-    """Processes on this machine, one GPU each. Each has its own batches, so a step has this number times as many rows."""
+    """Processes on this machine, one GPU each. Each has its own batches: this multiplies the rows per step."""
     fsdp: bool
     """With several processes: shards the frozen weights across them, for a model that does not fit on one GPU; a layer's
     weights are gathered when it is computed. The result is the same."""
@@ -187,7 +188,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         lora_layers=lora_layers,
         early_stopping_patience=params.early_stopping_patience,
     )
-    # Before anything is measured: the largest batch shows whether the memory suffices.
+    # Before anything is measured: the largest batch shows whether the memory is enough.
     fit_memory(trainer, _checkpointed_blocks(params, model))
     before = trainer.measure()
     resumed_from = _run_training(trainer, checkpoints)
@@ -239,7 +240,7 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     if layers.skipped and distributed.is_main():
         say(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
     if params.compute == "fp8" and layers.without_fp8 and distributed.is_main():
-        say(f"train: not in FP8, since a side is no multiple of 16: {', '.join(layers.without_fp8)}")
+        say(f"train: not in FP8, because a dimension is not a multiple of 16: {', '.join(layers.without_fp8)}")
     return layers
 
 

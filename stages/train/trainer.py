@@ -51,7 +51,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """
         self.interruption, self.finite_loss = Interruption(), FiniteLoss()
         self.progress = Progress(float(rows.lengths.mean()))
-        # In this order: an interruption asks for a checkpoint, and before one is written the losses are looked at.
+        # The order matters: an interruption requests a checkpoint, and losses are checked before one is written.
         callbacks: list[Any] = [self.interruption, self.finite_loss, self.progress]
         if lora_layers:
             callbacks.append(InvalidateWeights(lora_layers))
@@ -112,7 +112,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return total
 
     def try_batch(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Sends one micro-batch forward and backward, and changes nothing. Raises Problem if the memory is too small."""
+        """Forward and backward pass of one micro-batch; changes nothing. Raises Problem if the memory is too small."""
         model = self.unwrapped_model
         batch = self.collator.micro_batch(rows)
         was_training = model.training
