@@ -15,9 +15,11 @@ from inspect import signature
 from pathlib import Path
 
 from stages.core.output import Done
-from stages.core.params import FILE, parse_section, read_section, read_yaml
+from stages.core.params import FILE as PARAMS_FILE
+from stages.core.params import parse_section, read_section, read_yaml
 from stages.core.problem import Problem
-from stages.core.provenance import FOLDER, inputs_of, verify, write_provenance
+from stages.core.provenance import FOLDER as PROVENANCE_FOLDER
+from stages.core.provenance import inputs_of, verify, write_provenance
 from stages.core.snapshot import Snapshot
 
 ROOT = Path()
@@ -108,8 +110,8 @@ def quiet_libraries() -> None:
 def check() -> None:
     """Reads every section of params.yaml as its stage would. Raises one Problem with everything that is wrong."""
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    sections = read_yaml(ROOT / FILE)
-    messages = [f"{FILE}: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
+    sections = read_yaml(ROOT / PARAMS_FILE)
+    messages = [f"{PARAMS_FILE}: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
     for name in stages:
         try:
             parse_section(name, importlib.import_module(f"stages.{name}.{name}").Params, read_section(name, ROOT))
@@ -121,9 +123,9 @@ def check() -> None:
 
 def verify_all() -> None:
     """Compares every output that has provenance with what was recorded. Raises Problem with every difference."""
-    files = sorted((ROOT / FOLDER).glob("*.json"))
+    files = sorted((ROOT / PROVENANCE_FOLDER).glob("*.json"))
     if not files:
-        raise Problem(f"{FOLDER}: holds no provenance; run dvc repro first")
+        raise Problem(f"{PROVENANCE_FOLDER}: holds no provenance; run dvc repro first")
     found = [message for file in files for message in verify(file, ROOT)]
     if found:
         raise Problem(*found)

@@ -25,14 +25,12 @@ import bitsandbytes as bnb
 import torch
 from torch.nn.functional import linear
 
+from stages.model.adapter import PEFT_PREFIX
 from stages.model.lora import add_lora
 from stages.model.shared_inputs import group_by_input, share_computation
 from stages.train import four_bit
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the base model's names."""
 
 
 class LoraLayers:
@@ -78,7 +76,7 @@ class LoraLayers:
         return self._base_names(lambda layer: self._fp8 and not isinstance(layer, _Fp8Weight))
 
     def _base_names(self, is_wanted: "Callable[[_FastLayer], bool]") -> list[str]:
-        return sorted(name.removeprefix(PREFIX) for name, layer in self.layers.items() if is_wanted(layer))
+        return sorted(name.removeprefix(PEFT_PREFIX) for name, layer in self.layers.items() if is_wanted(layer))
 
     @property
     def dequantized_bytes(self) -> int:
