@@ -192,7 +192,7 @@ def find_remedy(error: Exception, words: Iterable[str]) -> str | None:
         errno.EROFS: "the file system is read-only",
         errno.ENOENT: "not found; check the path",
         errno.EEXIST: "a folder is needed here, but a file is in its place; move it away",
-        errno.ENOTDIR: "a folder is needed here, but a file is in its place; move it away",
+        errno.ENOTDIR: "a part of this path is a file, but must be a folder; move the file away",
         errno.EISDIR: "a file is needed here, but a folder is in its place; move it away",
     }.get(number or 0)
 

@@ -103,11 +103,11 @@ def test_a_broken_file_of_the_pipeline_is_one_message(
     [
         (
             ("--raw", "data/raw", "--examples", "params.yaml/x", "--report", OUT[1]),
-            "params.yaml/x.partial: a folder is needed",
+            "params.yaml/x.partial: a part of this path is a file",
         ),
         (("--raw", "data/raw", "--examples", OUT[0], "--report", "reports"), "reports: a file is needed here"),
         ((*INGEST[1:], "--provenance", "reports"), "reports: a file is needed here"),
-        ((*INGEST[1:], "--provenance", "params.yaml/x/y"), "params.yaml/x: a folder is needed here"),
+        ((*INGEST[1:], "--provenance", "params.yaml/x/y"), "params.yaml/x/y.partial: a part of this path is a file"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_one_message(
