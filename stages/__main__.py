@@ -11,12 +11,13 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 
 from stages.core.output import Done
 from stages.core.params import FILE as PARAMS_FILE
-from stages.core.params import parse_section, read_section, read_yaml
+from stages.core.params import parse_section, read_section, read_stage, read_stages, read_yaml
 from stages.core.problem import Problem
 from stages.core.provenance import FOLDER as PROVENANCE_FOLDER
 from stages.core.provenance import inputs_of, verify, write_provenance
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     name, *rest = arguments
+    if name in ("check", "verify") and rest:
+        return fail(name, (f"takes no options, found {' '.join(rest)!r}",), status=2)
     quiet_libraries()
     try:
         match name:
@@ -46,10 +49,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return fail(name, ("interrupted; nothing was recorded, dvc repro runs this stage again",), status=130)
     except Exception as error:
-        remedy = find_remedy(error)
+        remedy = find_remedy(error, rest)
         if remedy is None:
             raise
-        return fail(name, (f"{getattr(error, 'filename', None) or 'writing'}: {remedy}",))
+        return fail(name, (f"{_path_of(error) or 'writing'}: {remedy}",))
     return 0
 
 
@@ -57,7 +60,7 @@ def parse_paths(words: list[str]) -> dict[str, str]:
     """`--train-tokens data/x --base models/base` as {"train_tokens": "data/x", "base": "models/base"}. Raises Problem."""
     options, values = words[::2], words[1::2]
     wrong = [option for option in options if not option.startswith("--")]
-    if wrong or len(options) != len(values) or len(set(options)) != len(options):
+    if wrong or not all(values) or len(options) != len(values) or len(set(options)) != len(options):
         raise Problem(f"wanted --name path for each path, once, found {' '.join(words)!r}; see its cmd in dvc.yaml")
     return {option.removeprefix("--").replace("-", "_"): value for option, value in zip(options, values, strict=True)}
 
@@ -68,7 +71,7 @@ def run(name: str, paths: dict[str, str]) -> None:
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
     checked.
     """
-    started = time.monotonic()
+    started, dvc = time.monotonic(), started_by()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
     module = importlib.import_module(f"stages.{name}.{name}")
     stage = getattr(module, name)
@@ -79,6 +82,9 @@ def run(name: str, paths: dict[str, str]) -> None:
         found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
         raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
     params = parse_section(name, module.Params, snapshot.params)
+    missing = [path for path in paths.values() if path in snapshot.data and not Path(path).exists()]
+    if missing:
+        raise Problem(*(f"{path}: not found; dvc repro makes it, if it is not a file of yours" for path in missing))
     done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
     if done is None:  # one of several processes, which writes nothing
         return
@@ -87,13 +93,30 @@ def run(name: str, paths: dict[str, str]) -> None:
         outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]
         write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), outputs)
     snapshot.check()
+    if "DVC_ROOT" in os.environ and started_by() != dvc:  # dvc was killed: it will not record this result
+        raise Problem("dvc ended before this stage; run dvc repro again: what was computed is kept, and is not repeated")
     done.clean_up()
     print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
 
 
+def started_by() -> tuple[int, ...]:
+    """The process that started this one and, if that is the shell in which DVC runs a command, the one that started it.
+
+    They change when dvc is killed: the orphan gets another parent. Without /proc the shell is not looked into.
+    """
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        if not any(b"-m stages" in word for word in words):
+            return (parent,)
+        return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return (parent,)
+
+
 def declared_outputs(name: str) -> set[str]:
     """The cached outputs of a stage in dvc.yaml."""
-    outs = read_yaml(ROOT / "dvc.yaml")["stages"][name]["outs"]
+    outs = read_stage(name, ROOT).get("outs", [])
     return {next(iter(out)) if isinstance(out, dict) else out for out in outs}
 
 
@@ -109,9 +132,11 @@ def quiet_libraries() -> None:
 
 def check() -> None:
     """Reads every section of params.yaml as its stage would. Raises one Problem with everything that is wrong."""
-    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
+    stages = read_stages(ROOT)
     sections = read_yaml(ROOT / PARAMS_FILE)
-    messages = [f"{PARAMS_FILE}: {extra}: no stage has this name" for extra in sections or () if extra not in stages]
+    if not isinstance(sections, Mapping):
+        raise Problem(f"{PARAMS_FILE}: wanted a section for each stage, found {sections!r}")
+    messages = [f"{PARAMS_FILE}: {extra}: no stage has this name" for extra in sections if extra not in stages]
     for name in stages:
         try:
             parse_section(name, importlib.import_module(f"stages.{name}.{name}").Params, read_section(name, ROOT))
@@ -126,7 +151,14 @@ def verify_all() -> None:
     files = sorted((ROOT / PROVENANCE_FOLDER).glob("*.json"))
     if not files:
         raise Problem(f"{PROVENANCE_FOLDER}: holds no provenance; run dvc repro first")
-    found = [message for file in files for message in verify(file, ROOT)]
+    found: list[str] = []
+    for file in files:
+        try:
+            found += verify(file, ROOT)
+        except Problem as problem:
+            found += problem.messages
+        except OSError as error:  # a name in it is too long, or a file may not be read
+            found.append(f"{file}: cannot be compared: {error}")
     if found:
         raise Problem(*found)
     names = ", ".join(file.stem for file in files)
@@ -142,20 +174,35 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def find_remedy(error: Exception) -> str | None:
-    """What to do about an error of the operating system, such as a full disk; None for all other errors: Loratory's bugs."""
+def find_remedy(error: Exception, words: Iterable[str]) -> str | None:
+    """What to do about an error of the operating system, such as a full disk; None for all other errors: Loratory's bugs.
+
+    A missing file is not a bug if one of `words`, the command line, names it.
+    """
     number = error.errno if isinstance(error, OSError) else None
     # safetensors and torch report a full disk in their own words, and not as an OSError.
     if any(
         words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
     ):
         number = errno.ENOSPC
+    if number == errno.ENOENT and not any(word in str(error) for word in words):
+        return None
     return {
         errno.ENOSPC: "the disk is full; free some space (dvc gc -w drops old results) and run dvc repro again",
         errno.EDQUOT: "the disk quota is used up; free some space and run dvc repro again",
         errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
         errno.EROFS: "the file system is read-only",
+        errno.ENOENT: "not found; check the path",
+        errno.EEXIST: "a folder is needed here, but a file is in its place; move it away",
+        errno.ENOTDIR: "a part of this path is a file, but must be a folder; move the file away",
+        errno.EISDIR: "a file is needed here, but a folder is in its place; move it away",
     }.get(number or 0)
+
+
+def _path_of(error: Exception) -> str | None:
+    """The path that the system refused: of two, as in a rename, the second one has the name of the output."""
+    found: str | None = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return found or (str(error) if isinstance(error, FileNotFoundError) else None)  # pyarrow gives the message alone
 
 
 def fail(name: str, messages: tuple[str, ...], status: int = 1) -> int:

@@ -70,9 +70,7 @@ def test_sharded_weights_train_to_the_same_bytes_as_unsharded_ones(workspace: Wo
 def test_sharded_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.num_processes is 1"):
         run(workspace, scratch, fsdp=True)
-    with pytest.raises(
-        Problem, match=r"train\.fsdp: must be false: train\.quantization is int8; nf4 or none can"
-    ):
+    with pytest.raises(Problem, match=r"train\.fsdp: must be false: train\.quantization is int8; nf4 or none can"):
         run(workspace, scratch, fsdp=True, quantization="int8")
 
 

@@ -667,3 +667,10 @@ def test_an_extra_prompt_that_the_template_refuses_is_named(tmp_path: Path, tiny
         Problem, match=r"prompts\.json: entry 1: not_in_template: this template has no place for a system message"
     ):
         EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked, template=template)
+
+
+@pytest.mark.parametrize("content", [b"", b"not Arrow", b"\xff\xff\xff\xff\x10\x00\x00\x00"])
+def test_a_damaged_file_of_tokens_is_one_message(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.arrow").write_bytes(content)
+    with pytest.raises(Problem, match=r"train\.arrow: not a complete Arrow file: .*; run dvc repro encode"):
+        read_tokens(tmp_path / "train.arrow")

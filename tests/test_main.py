@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +53,10 @@ def test_usage_and_unknown_stage(here: Workspace, capsys: pytest.CaptureFixture[
         (("data/raw",), "wanted --name path for each path, once, found 'data/raw'"),
         (("--raw", "a", "--raw", "b"), "wanted --name path for each path, once, found '--raw a --raw b'"),
         (("--raw",), "wanted --name path for each path, once, found '--raw'"),
+        (
+            ("--raw", "data/raw", "--examples", "", "--report", OUT[1]),
+            "wanted --name path for each path, once, found '--raw data/raw --examples  --report reports/ingest.json'",
+        ),
     ],
 )
 def test_the_named_paths_are_checked(
@@ -58,6 +65,72 @@ def test_the_named_paths_are_checked(
     status, said = say(capsys, "ingest", *words)
     assert status == 1
     assert f"ingest: {message}" in said
+
+
+@pytest.mark.parametrize("name", ["check", "verify"])
+def test_check_and_verify_take_no_options(here: Workspace, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert say(capsys, name, "--all") == (2, f"{name}: takes no options, found '--all'\n")
+
+
+@pytest.mark.parametrize("command", [("check",), INGEST], ids=["check", "ingest"])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("dvc.yaml", ""),
+        ("dvc.yaml", "- 1"),
+        ("dvc.yaml", "stages: 1"),
+        ("dvc.yaml", "stages: {ingest: 1}"),
+        ("params.yaml", "12"),
+        ("params.yaml", "[[1]]"),
+        ("params.yaml", "a: 2020-99-99"),
+        ("params.yaml", "a: !!bool x"),
+        ("params.yaml", "a: " + "[" * 3000),
+    ],
+)
+def test_a_broken_file_of_the_pipeline_is_one_message(
+    here: Workspace, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], file: str, text: str
+) -> None:
+    with here.edited(file):
+        (here.root / file).write_text(text)
+        status, said = say(capsys, *command)
+    assert status == 1
+    assert said.count("\n") == 1
+    assert file in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--raw", "data/raw", "--examples", "params.yaml/x", "--report", OUT[1]),
+            "params.yaml/x.partial: a part of this path is a file",
+        ),
+        (("--raw", "data/raw", "--examples", OUT[0], "--report", "reports"), "reports: a file is needed here"),
+        ((*INGEST[1:], "--provenance", "reports"), "reports: a file is needed here"),
+        ((*INGEST[1:], "--provenance", "params.yaml/x/y"), "params.yaml/x/y.partial: a part of this path is a file"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_one_message(
+    here: Workspace, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    status, said = say(capsys, "ingest", *words)
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith(f"ingest: {message}")
+
+
+def test_an_input_that_is_not_there_is_one_message(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["encode", "--examples", "nothere", "--prompts", "data/prompts.json", "--tokenizer", "models/tokenizer"]
+    words += ["--tokens", "data/tokens", "--report", "reports/encode.json", "--masks", "reports/masks.html"]
+    words += ["--lengths", "reports/lengths.csv"]
+    status, said = say(capsys, *words)
+    assert (status, said) == (1, "encode: nothere/train.jsonl: not found; check the path\n")
+    words[2] = "data/examples"
+    (here.root / "data/examples").rename(here.root / "elsewhere")
+    try:
+        status, said = say(capsys, *words)
+    finally:
+        (here.root / "elsewhere").rename(here.root / "data/examples")
+    assert (status, said) == (1, "encode: data/examples: not found; dvc repro makes it, if it is not a file of yours\n")
 
 
 def test_check_names_every_bad_parameter_of_every_stage(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +327,47 @@ def test_checkpoints_stay_if_the_disk_is_full_at_the_last_file(
     status, message = say(capsys, *INGEST, *PROVENANCE)
     assert (status, ending.events) == (1, ["outputs"])
     assert "the disk is full" in message
+
+
+def test_checkpoints_stay_if_dvc_was_killed_during_the_run(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage outlives it, but nobody records its result: DVC removes the outputs and runs the stage again."""
+    monkeypatch.setenv("DVC_ROOT", str(here.root))
+    ending = _Ending(monkeypatch, during=lambda: monkeypatch.setattr(os, "getppid", lambda: 1))
+    status, message = say(capsys, *INGEST)
+    assert (status, ending.events) == (1, ["outputs"])
+    assert "dvc ended before this stage; run dvc repro again" in message
+
+
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_the_death_of_dvc_is_seen_through_the_shell_in_which_it_runs_a_stage(tmp_path: Path, shell: str) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__main__.py").write_text(
+        f"import sys, time\nsys.path.insert(0, {str(PROJECT)!r})\nsys.modules.pop('stages', None)\n"
+        "import importlib.util as util\n"
+        f"spec = util.spec_from_file_location('launcher', {str(PROJECT / 'stages' / '__main__.py')!r})\n"
+        "launcher = util.module_from_spec(spec)\nspec.loader.exec_module(launcher)\n"
+        "before = launcher.started_by()\nopen('up', 'w').close()\n"
+        "for _ in range(200):\n    time.sleep(0.05)\n    if launcher.started_by() != before:\n        break\n"
+        "open('seen', 'w').write(str(launcher.started_by() != before))\n"
+    )
+    command = f"import subprocess; subprocess.run([{shell!r}, '-c', 'python -m stages'])"
+    dvc = subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path)
+    wait_for(tmp_path / "up")
+    dvc.kill()
+    dvc.wait()
+    wait_for(tmp_path / "seen")
+    time.sleep(0.1)
+    assert (tmp_path / "seen").read_text() == "True"
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
 
 
 def test_the_parameters_are_those_of_the_snapshot(

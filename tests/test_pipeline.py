@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from stages.core.snapshot import hash_code
 from tests.tiny import PROJECT, Workspace, folder_hash, make_custom_model, make_model
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
@@ -143,13 +144,17 @@ def test_the_table_above_names_nothing_that_is_not_there(workspace: Workspace) -
     assert set(PARAMS) == set(SPEC)
 
 
-@pytest.mark.parametrize("file", ["stages/train/__pycache__/x.pyc", "stages/train/notes.txt", "stages/core/.x.swp"])
+@pytest.mark.parametrize(
+    "file", ["stages/train/__pycache__/x.pyc", "stages/train/notes.txt", "stages/core/.x.swp", "stages/train/.#train.py"]
+)
 def test_what_is_no_code_reruns_nothing(workspace: Workspace, file: str) -> None:
     path = workspace.root / file
     path.parent.mkdir(exist_ok=True)
+    before = hash_code("train", ["stages/train", "stages/core"], workspace.root)
     path.write_text("x")
     try:
         assert workspace.stale() == (set(), set())
+        assert hash_code("train", ["stages/train", "stages/core"], workspace.root) == before
     finally:
         path.unlink()
 

@@ -12,6 +12,7 @@ from stages.core.provenance import verify
 from tests.tiny import Workspace
 
 ADAPTER = Path("models/adapter")
+EMPTY = '{"stage": "train", "inputs": [], "params": {}, "code": {}, "packages": {}, "outputs": {}}'
 FILE = Path("reports/provenance/train.json")
 
 
@@ -39,6 +40,14 @@ def touch(path: str) -> Any:
     return lambda root: (root / path).write_bytes((root / path).read_bytes() + b" ")
 
 
+def touch_new(path: str) -> Any:
+    return lambda root: (root / path).touch()
+
+
+def damage(path: str, text: str) -> Any:
+    return lambda root: (root / path).write_text(text)
+
+
 def change_params(root: Path) -> None:
     path = root / "params.yaml"
     path.write_text(path.read_text().replace("  lora_alpha: 32", "  lora_alpha: 64"))
@@ -60,6 +69,9 @@ def change_params(root: Path) -> None:
         ),
         (lambda root: (root / "data/tokens/train.arrow").unlink(), "data/tokens/train.arrow: is missing"),
         (touch("stages/train/loss.py"), "stages/train/loss.py: has changed since train ran"),
+        (touch_new("stages/train/more.py"), "stages/train/more.py: was not read when train ran"),
+        (damage("models/base/manifest.json", ""), "models/base: is not what train read"),
+        (damage("models/base/manifest.json", '{"files": 1}'), "models/base: is not what train read"),
         (change_params, "params.yaml: train.lora_alpha: was 32, is 64"),
     ],
 )
@@ -74,7 +86,7 @@ def test_other_code_changes_nothing(root: Path) -> None:
     assert verify(root / FILE, root) == []
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"stage": "train"}'])
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", "[" * 100_000, '{"stage": "train"}', EMPTY])
 def test_what_is_no_provenance_is_refused(root: Path, text: str | None) -> None:
     path = root / "x.json"
     if text is not None:

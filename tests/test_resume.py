@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -242,6 +243,21 @@ def test_a_second_run_is_refused_with_the_process_of_the_first(scratch: Path) ->
     with pytest.raises(ZeroDivisionError), CheckpointFolder("train", "same"):
         raise ZeroDivisionError
     CheckpointFolder("train", "same").release()
+
+
+def test_a_run_killed_while_it_removes_its_checkpoints_leaves_no_half_of_one(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder("train", "same")
+    (folder.path / "checkpoint-2").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed there
+    folder.remove()
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(scratch))
+    again = CheckpointFolder("train", "same")
+    assert list(again.path.iterdir()) == []
+    again.remove()
+    assert [path.suffix for path in scratch.glob(".checkpoints/*")] == [".lock"]
 
 
 def test_an_incomplete_checkpoint_is_not_used(scratch: Path) -> None:

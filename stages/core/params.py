@@ -48,17 +48,28 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError:
         raise Problem(f"{path}: not found; run this in the project's root") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, LookupError, RecursionError) as error:  # a date 2020-99-99 is a ValueError
         raise Problem(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The entries of dvc.yaml by the name of their stage. Raises Problem if it is not as DVC wants it."""
+    document = read_yaml(root / "dvc.yaml")
+    stages = document.get("stages") if isinstance(document, Mapping) else None
+    if not isinstance(stages, Mapping):
+        raise Problem("dvc.yaml: has no stages; get the file back with: git checkout dvc.yaml")
+    for name, entry in stages.items():
+        if not isinstance(entry, Mapping):
+            raise Problem(f"dvc.yaml: stage {name!r}: wanted cmd, deps and outs below it, found {entry!r}")
+    return dict(stages)
 
 
 def read_stage(name: str, root: Path) -> dict[str, Any]:
     """The entry of dvc.yaml for the stage `name`. Raises Problem if there is none."""
-    stages = read_yaml(root / "dvc.yaml")["stages"]
+    stages = read_stages(root)
     if name not in stages:
         raise Problem(f"no stage {name!r} in dvc.yaml; the stages are {', '.join(stages)}")
-    entry: dict[str, Any] = stages[name]
-    return entry
+    return stages[name]
 
 
 def read_section(name: str, root: Path) -> dict[str, Any]:

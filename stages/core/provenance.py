@@ -66,26 +66,29 @@ def verify(path: Path, root: Path) -> list[str]:
     """
     try:
         recorded = read_json(path)
-        stage, outputs, inputs = recorded["stage"], recorded["outputs"], recorded["inputs"]
-    except (OSError, ValueError, LookupError, TypeError):
+        stage, params = recorded["stage"], read_section(recorded["stage"], root)
+        outputs, inputs, code, was_params, packages = (
+            {**recorded[key]} for key in ("outputs", "inputs", "code", "params", "packages")
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise Problem(f"{path}: not a provenance file; run dvc repro to write it") from None
     found = []
     for name, digest in outputs.items():
         found += _compare(root / name, name, digest, f"is not what {stage} wrote")
     for name, digest in inputs.items():
         found += _compare(root / name, name, digest, f"is not what {stage} read")
-    for name, digest in recorded["code"].items():
+    for name, digest in code.items():
         found += _compare(root / name, name, digest, f"has changed since {stage} ran")
-    params = read_section(stage, root)
+    declared = [dep for dep in declared_deps(stage, params, root) if (root / dep).exists()]
+    found += [f"{name}: was not read when {stage} ran" for name in hash_code(stage, declared, root) if name not in code]
     found += [
         f"params.yaml: {stage}.{name}: was {was!r}, is {params.get(name)!r}"
-        for name, was in recorded["params"].items()
+        for name in {**was_params, **params}
+        for was in [was_params.get(name)]
         if params.get(name) != was
     ]
     found += [
-        f"{package}: was {was}, is {_version(package)}"
-        for package, was in recorded["packages"].items()
-        if _version(package) != was
+        f"{package}: was {was}, is {_version(package)}" for package, was in packages.items() if _version(package) != was
     ]
     return found
 
@@ -101,7 +104,10 @@ def _compare(path: Path, name: str, digest: str, difference: str) -> list[str]:
 
 def _differing_files(folder: Path) -> list[str]:
     """The files of a model's folder that are missing, altered or not in its manifest."""
-    recorded = read_json(folder / MANIFEST)["files"]
+    try:
+        recorded = dict(read_json(folder / MANIFEST)["files"])
+    except (ValueError, LookupError, TypeError):
+        return []  # the manifest itself is damaged, which its hash shows
     there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     there.pop(MANIFEST)
     return sorted(

@@ -42,7 +42,7 @@ class Snapshot:
         """
         paths = tuple(paths)
         params = read_section(stage, root)
-        deps = [_resolve(dep, stage, params, paths) for dep in read_stage(stage, root)["deps"]]
+        deps = [_resolve(dep, stage, params, paths) for dep in read_stage(stage, root).get("deps", [])]
         return cls(
             stage=stage,
             paths=paths,
@@ -73,11 +73,11 @@ def is_code(dep: str) -> bool:
 
 def declared_deps(stage: str, params: Mapping[str, Any], root: Path) -> list[str]:
     """The dependencies that dvc.yaml declares for a stage, with its parameters filled in."""
-    return [_resolve(dep, stage, params, ()) for dep in read_stage(stage, root)["deps"]]
+    return [_resolve(dep, stage, params, ()) for dep in read_stage(stage, root).get("deps", [])]
 
 
 def hash_code(stage: str, deps: Iterable[str], root: Path) -> dict[str, str]:
-    """Path → sha256 of every file of code among the dependencies; a folder stands for the files in it.
+    """Path → sha256 of every file of code among the dependencies; a folder stands for the files directly in it.
 
     Raises Problem if one is missing.
     """
@@ -86,8 +86,7 @@ def hash_code(stage: str, deps: Iterable[str], root: Path) -> dict[str, str]:
     for dep in filter(is_code, deps):
         path = root / dep
         if path.is_dir():
-            inside = (file.relative_to(root).as_posix() for file in path.rglob("*") if file.suffix in CODE)
-            files += sorted(name for name in inside if "__pycache__" not in name)
+            files += sorted(f"{dep}/{file.name}" for file in path.iterdir() if _is_code_file(file))
         elif path.is_file():
             files.append(dep)
         else:
@@ -95,6 +94,12 @@ def hash_code(stage: str, deps: Iterable[str], root: Path) -> dict[str, str]:
     if missing:
         raise Problem(*missing)
     return {name: sha256_of(root / name) for name in files}
+
+
+def _is_code_file(path: Path) -> bool:
+    """Whether DVC sees this file of a code folder: .dvcignore hides folders in it, and hidden files, such as `.#train.py`,
+    the lock of an open editor."""
+    return path.suffix in CODE and not path.name.startswith(".") and path.is_file()
 
 
 def _resolve(dep: str, stage: str, params: Mapping[str, Any], paths: Iterable[str]) -> str:

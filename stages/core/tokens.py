@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stages.core.problem import Problem
+
 IGNORE = -100
 """The label of a token that is not in the loss (PyTorch's `ignore_index`)."""
 
@@ -34,9 +36,12 @@ def open_tokens(path: Path, schema: pa.Schema, stop_token_ids: Sequence[int]) ->
 
 
 def read_tokens(path: Path) -> pa.Table:
-    """The table, memory-mapped and not copied."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_stream(file).read_all()
+    """The table, memory-mapped and not copied. Raises Problem if the file is damaged or not from `encode`."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_stream(file).read_all()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise Problem(f"{path}: not a complete Arrow file: {error}; run dvc repro encode") from None
 
 
 def stop_token_ids(table: pa.Table) -> list[int]:

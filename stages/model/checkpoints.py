@@ -7,6 +7,7 @@ resumes only from checkpoints made with the same data, code and parameters.
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -62,8 +63,15 @@ class CheckpointFolder:
         self._lock.release()
 
     def remove(self) -> None:
-        """Removes the folder and releases the lock. Call it when the outputs of the run are written."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the folder and releases the lock. Call it when the outputs of the run are written.
+
+        The folder is renamed first: a run that is killed now leaves no half-removed checkpoint to resume from.
+        """
+        removed = self.path.with_suffix(".removed")
+        shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed here
+        with suppress(OSError):
+            self.path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
         self.path.with_suffix(".pid").unlink(missing_ok=True)
         self.release()
 
