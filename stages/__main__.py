@@ -174,10 +174,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def find_remedy(error: Exception, words: Iterable[str]) -> str | None:
+def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
     """What to do about an error of the operating system, such as a full disk; None for all other errors: Loratory's bugs.
 
-    A missing file is not a bug if one of `words`, the command line, names it.
+    A missing file is not a bug if one of `arguments`, the command line, names it.
     """
     number = error.errno if isinstance(error, OSError) else None
     # safetensors and torch report a full disk in their own words, and not as an OSError.
@@ -185,7 +185,7 @@ def find_remedy(error: Exception, words: Iterable[str]) -> str | None:
         words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
     ):
         number = errno.ENOSPC
-    if number == errno.ENOENT and not any(word in str(error) for word in words):
+    if number == errno.ENOENT and not any(argument in str(error) for argument in arguments):
         return None
     return {
         errno.ENOSPC: "the disk is full; free some space (dvc gc -w drops old results) and run dvc repro again",
