@@ -192,6 +192,7 @@ def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
         errno.EDQUOT: "the disk quota is used up; free some space and run dvc repro again",
         errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
         errno.EROFS: "the file system is read-only",
+        errno.ENAMETOOLONG: "the name is too long for the file system; shorten it",
         errno.ENOENT: "not found; check the path",
         errno.EEXIST: "a folder is needed here, but a file is in its place; move it away",
         errno.ENOTDIR: "a part of this path is a file, but must be a folder; move the file away",

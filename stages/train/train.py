@@ -82,7 +82,7 @@ class Params(Quantization, Adapter):
     """Optimizer steps between two validations."""
     save_steps: int = Field(gt=0)
     """Optimizer steps between two checkpoints; a killed run resumes from the last one."""
-    seed: int
+    seed: int = Field(ge=0, lt=2**32)
     """Random seed of the adapter's initial weights and of dropout."""
     data_seed: int
     """Random seed of the order of the rows."""
