@@ -428,6 +428,30 @@ def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
         answer(workspace, tmp_path / "c.jsonl", rows, stops=stops, batch_size=8)
 
 
+def test_rows_longer_than_a_sliding_window_are_answered_by_transformers(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The trial's rows are short; the window shows when the real prompts are longer."""
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    expected = answer(workspace, tmp_path / "a.jsonl", rows)
+    capfd.readouterr()
+    generate = TransformersBackend._generate
+
+    def decode(self: Any, rows: Any) -> Any:
+        monkeypatch.setattr(TransformersBackend, "_generate", generate)
+        return self._decode(rows)
+
+    def refuse(self: Any, model: Any, *_: Any, **__: Any) -> None:
+        model.set_attn_implementation("loratory_slots")
+        raise NotImplementedError("its attention is limited to a sliding window of 16 tokens")
+
+    monkeypatch.setattr(TransformersBackend, "_generate", decode)
+    monkeypatch.setattr("stages.generate.transformers_backend.Decoder.__init__", refuse)
+    assert answer(workspace, tmp_path / "b.jsonl", rows) == expected
+    line = "which is slower: the model does not fit the faster decoder: its attention is limited to a sliding window of 16"
+    assert capfd.readouterr().out.count(line) == 1
+
+
 # Several processes
 
 

@@ -243,7 +243,7 @@ def can_decode(model: Any) -> str:
         reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits with a slot cache differ"
     except NotImplementedError as error:
         reason = str(error)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     if own_attention is not None:
         model.set_attn_implementation(own_attention)
@@ -291,6 +291,8 @@ def _attention(
     index = getattr(module, "layer_idx", None)
     if slot_cache is None or index is None:
         raise NotImplementedError("its attention layers drop the keyword argument slot_cache, or have no layer_idx")
+    if key.shape != value.shape:
+        raise NotImplementedError("its keys and values differ in size")
     keys, values = slot_cache.layer(index, key)
     if prompt_tokens is not None:
         keys[prompt_tokens.slots, prompt_tokens.positions] = key[0].transpose(0, 1)

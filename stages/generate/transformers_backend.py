@@ -57,11 +57,7 @@ class TransformersBackend:
         process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
         reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
         if reason:
-            print(
-                f"generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
-                f"{reason}{process}",
-                flush=True,
-            )
+            self._report_slower(reason)
             return False
         reason = fuse_projections(self.model)
         if reason:
@@ -69,9 +65,19 @@ class TransformersBackend:
         compile_elementwise(self.model)
         return True
 
+    @staticmethod
+    def _report_slower(reason: str) -> None:
+        process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
+        print(
+            f"generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
+            f"{reason}{process}",
+            flush=True,
+        )
+
     def _decode(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With `Decoder`. If memory runs out, the rows without an answer get half as many slots."""
         left, slots = list(range(len(rows))), self.settings.batch_size
+        own_attention = self.model.config._attn_implementation
         while left:
             slots, finished = min(slots, len(left)), set()
             try:
@@ -83,6 +89,11 @@ class TransformersBackend:
                     raise Problem(_out_of_memory(rows[left[-1]])) from None
                 self._report_halving(slots)
                 slots //= 2
+            except NotImplementedError as error:  # these prompts and answers are longer than the trial's: a sliding window
+                self._report_slower(str(error))
+                self.model.set_attn_implementation(own_attention)
+                yield from self._generate(rows)
+                return
             torch.cuda.empty_cache()
             left = [index for index in left if index not in finished]
 
