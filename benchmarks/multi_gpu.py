@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.shapes import make_model, make_prompts, vocabulary_of  # noqa: E402
 from benchmarks.train import prepare, train_section  # noqa: E402
-from benchmarks.ways import machine, run_row  # noqa: E402
+from benchmarks.ways import machine, run_row, train_paths  # noqa: E402
 
 
 def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> dict[str, Any]:
@@ -36,16 +36,7 @@ def run(folder: Path, processes: int, steps: int, batch: int, *, fsdp: bool) -> 
         "gradient_checkpointing": True if fsdp else "auto",
     }
     out = folder / f"out{processes}"
-    train(
-        Params(**section),
-        train_tokens=folder / "train.arrow",
-        validation_tokens=folder / "validation.arrow",
-        base=folder / "base",
-        adapter=out / "adapter",
-        report=out / "report.json",
-        curves=out / "loss",
-        machine=out / "machine.json",
-    ).clean_up()
+    train(Params(**section), **train_paths(folder, out)).clean_up()
     curve = (out / "loss" / "train.csv").read_text().splitlines()
     return json.loads((out / "machine.json").read_text()) | {"loss": float(curve[-1].split(",")[1])}
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.shapes import LONGEST, make_model, make_rows, vocabulary_of, write_rows  # noqa: E402
-from benchmarks.ways import machine, peak_memory, run_row  # noqa: E402
+from benchmarks.ways import machine, peak_memory, run_row, train_paths  # noqa: E402
 
 WARM_UP = 3
 WAYS = {
@@ -114,16 +114,7 @@ def loratory(folder: Path, steps: int, batch: int, section: dict[str, Any]) -> d
     params = stage.Params(**section | {"per_device_train_batch_size": batch})
     rows = TokenRows(read_tokens(folder / "train.arrow"))
     out = folder / "out"
-    stage.train(
-        params,
-        train_tokens=folder / "train.arrow",
-        validation_tokens=folder / "validation.arrow",
-        base=folder / "base",
-        adapter=out / "adapter",
-        report=out / "report.json",
-        curves=out / "loss",
-        machine=out / "machine.json",
-    ).clean_up()
+    stage.train(params, **train_paths(folder, out)).clean_up()
     tokens = counted_tokens(rows, batches(rows, batch, steps, params.data_seed))
     validation = json.loads((out / "report.json").read_text())["validation_loss"]
     return clock.report(made[0], tokens) | {"validation": validation}

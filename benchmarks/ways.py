@@ -54,3 +54,16 @@ def peak_main_memory() -> int:
     """Peak main memory of this process in bytes; getrusage would include that of the process that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def train_paths(folder: Path, out: Path) -> dict[str, Path]:
+    """The paths of the train stage: its inputs in `folder`, as the benchmarks write them, and its outputs in `out`."""
+    return {
+        "train_tokens": folder / "train.arrow",
+        "validation_tokens": folder / "validation.arrow",
+        "base": folder / "base",
+        "adapter": out / "adapter",
+        "report": out / "report.json",
+        "curves": out / "loss",
+        "machine": out / "machine.json",
+    }

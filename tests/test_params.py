@@ -1,7 +1,6 @@
 """Parameters: strict, complete, explained, and the same to the stage as to DVC."""
 
 import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from ruamel.yaml import YAML
 
 from stages.core.params import Section, parse_section, read_section, read_yaml
 from stages.core.problem import Problem
-from tests.tiny import PROJECT, Workspace
+from tests.tiny import PROJECT, Workspace, load_script
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
 
@@ -130,12 +129,8 @@ def test_a_stage_reads_what_dvc_declares(workspace: Workspace, monkeypatch: pyte
 
 
 def test_the_committed_schema_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("params_schema", PROJECT / "tools" / "params_schema.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (PROJECT / "params.schema.json").read_text(encoding="utf-8") == module.text(), "run make schema"
+    made = load_script("tools/params_schema.py").text()
+    assert (PROJECT / "params.schema.json").read_text(encoding="utf-8") == made, "run make schema"
 
 
 def test_the_committed_parameters_fit_the_schema_and_an_editor_finds_it() -> None:

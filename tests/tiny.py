@@ -38,14 +38,19 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS, PAD = "<|im_end|>", "<|im_end|>"  # as SmolLM2 has them: one token for both
 
 
-def sample() -> ModuleType:
-    """data/make_sample.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_sample", PROJECT / "data" / "make_sample.py")
+def load_script(path: str) -> ModuleType:
+    """A script of the project, by its path from the root, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def sample() -> ModuleType:
+    """data/make_sample.py as a module."""
+    return load_script("data/make_sample.py")
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -54,25 +54,24 @@ class TransformersBackend:
             if distributed.is_main():
                 print("generate: no GPU: using Transformers' generate", flush=True)
             return False
-        process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
         reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
         if reason:
             self._report_slower(reason)
             return False
         reason = fuse_projections(self.model)
         if reason:
-            print(f"generate: projections are not fused, which is slower: {reason}{process}", flush=True)
+            self._report(f"projections are not fused, which is slower: {reason}")
         compile_elementwise(self.model)
         return True
 
+    def _report_slower(self, reason: str) -> None:
+        self._report(f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}")
+
     @staticmethod
-    def _report_slower(reason: str) -> None:
+    def _report(message: str) -> None:
+        """Prints one line, which names the process if there are several."""
         process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(
-            f"generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
-            f"{reason}{process}",
-            flush=True,
-        )
+        print(f"generate: {message}{process}", flush=True)
 
     def _decode(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With `Decoder`. If memory runs out, the rows without an answer get half as many slots."""
