@@ -16,12 +16,20 @@ from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
 from stages.encode import tokenizer as encoder_module
 from stages.encode.encode import Params, encode
-from stages.encode.mask import AnswerSpan
 from stages.encode.prompts import read_prompts
 from stages.encode.tokenizer import Encoder
 from tests.tiny import PROJECT, sample
 
 GATES = {f"max_{gate}_percent": 100.0 for gate in ("unlabelled", "without_stop", "prompt_mismatch", "too_long", "unknown")}
+
+DEFAULTS = {
+    "labels_on": "assistant",
+    "template_kwargs": {},
+    "thinking": "train",
+    "train_empty_thinking": False,
+    "max_length": 200,
+    "truncation_strategy": "drop",
+}
 
 
 class EncodeRun:
@@ -39,7 +47,7 @@ class EncodeRun:
         extra = params.pop("prompts", ["你好 q"])
         template = params.pop("template", str(PROJECT / "stages/templates/chatml.jinja"))
         gates = GATES | params.pop("gates", {})
-        values = {"template": template, "labels_on": "assistant", "max_length": 200, "truncation_strategy": "drop"} | params
+        values = DEFAULTS | {"template": template} | params
         prompts = root / "prompts.json"
         prompts.write_text(json.dumps(extra))
         self.root, self.tokenizer = root, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)

@@ -71,14 +71,15 @@ def encode_chunk(maker: RowMaker, task: ChunkTask) -> Chunk:
     rows: list[TokenRow] = []
     sources: list[str] = []
     first: dict[str, str] = {}
-    for example, row in zip(examples, maker.rows(examples), strict=True):
-        if isinstance(row, Rejection):
-            entry = {"id": example["id"], "source": example["source"], "split": task.split}
-            rejected.append(entry | {"reason": row.reason, "detail": row.detail})
-            first.setdefault(row.reason, f"{example['source']}: {row.detail}")
-        else:
-            rows.append(row)
-            sources.append(example["source"])
+    for example, found in zip(examples, maker.rows(examples, task.split), strict=True):
+        for row in found:
+            if isinstance(row, Rejection):
+                entry = {"id": example["id"], "source": example["source"], "split": task.split}
+                rejected.append(entry | {"reason": row.reason, "detail": row.detail})
+                first.setdefault(row.reason, f"{example['source']}: {row.detail}")
+            else:
+                rows.append(row)
+                sources.append(example["source"])
     counts = Counter(entry["reason"] for entry in rejected)
     counts["label_tokens"] = sum(end - start for row in rows for start, end in row.label_ranges)
     counts["rows_cut"] = sum(row.tokens_cut > 0 for row in rows)
@@ -106,7 +107,7 @@ def prompt_batch(maker: RowMaker, rows: list[TokenRow]) -> pa.RecordBatch:
             "id": row.id,
             "prompt": maker.encoder.decode(row.ids[: row.prompt_length]),
             "prompt_ids": row.ids[: row.prompt_length],
-            "reference": row.reference,
+            "reference": maker.encoder.decode(row.ids[row.prompt_length : row.answer_end]),
         }
         for row in rows
     ]

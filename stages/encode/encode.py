@@ -14,12 +14,14 @@ from stages.core.params import Section, bad_param
 from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
 from stages.core.tokens import PROMPTS, TRAINING, open_tokens
+from stages.encode.answers import Thinking
 from stages.encode.chunks import SPLITS, count_rows, prompt_batch, read_tasks
 from stages.encode.counts import Counts, Gates
 from stages.encode.mask import LabelsOn
 from stages.encode.masks_page import render_masks_page
 from stages.encode.prompts import read_prompts
-from stages.encode.rows import RowMaker, TokenRow, TruncationStrategy
+from stages.encode.rows import TEST, RowMaker, TokenRow, TruncationStrategy
+from stages.encode.template import fix_variables
 from stages.encode.tokenizer import FastTokenizerMismatch
 from stages.encode.workers import encode_chunks
 
@@ -31,6 +33,12 @@ class Params(Section):
     """Path of the chat template. Saved with the model. The base model's own is models/tokenizer/chat_template.jinja."""
     labels_on: LabelsOn
     """The tokens in the loss: "assistant" (every answer), "last_assistant", or "all" (the prompts too)."""
+    template_kwargs: dict[str, Any]
+    """Values of the template's variables, {"enable_thinking": False}. They are written into the saved template too."""
+    thinking: Thinking
+    """The reasoning of an answer is in the loss (train), only context (mask), or removed from all messages (drop)."""
+    train_empty_thinking: bool
+    """Whether an empty thinking block that the template writes before an answer is in the loss, not part of the prompt."""
     max_length: int = Field(gt=1)
     """Longest row in tokens."""
     truncation_strategy: TruncationStrategy
@@ -96,12 +104,13 @@ def encode(
 
 def _load_maker(params: Params, tokenizer: Path, *, use_fastokens: bool) -> RowMaker:
     """Raises Problem if the template or the tokenizer cannot be used."""
-    source = _read_template(params.template)
     try:
         return RowMaker(
             tokenizer,
-            source,
+            _fix_variables(params),
             labels_on=params.labels_on,
+            thinking=params.thinking,
+            train_empty_thinking=params.train_empty_thinking,
             max_length=params.max_length,
             truncation_strategy=params.truncation_strategy,
             use_fastokens=use_fastokens,
@@ -110,10 +119,19 @@ def _load_maker(params: Params, tokenizer: Path, *, use_fastokens: bool) -> RowM
         raise Problem(f"{params.template}: line {error.lineno}: {error.message}") from None
 
 
+def _fix_variables(params: Params) -> str:
+    """The template with the values of `template_kwargs`. Raises Problem, and jinja2.TemplateSyntaxError."""
+    source = _read_template(params.template)
+    try:
+        return fix_variables(source, params.template_kwargs)
+    except ValueError as error:
+        raise Problem(*(bad_param("encode.template_kwargs", problem) for problem in str(error).splitlines())) from None
+
+
 def _read_template(path: str) -> str:
     """The template's text. Raises Problem if it is not a text file."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         message = "not found; write the path of a chat template, such as stages/templates/chatml.jinja"
     except IsADirectoryError:
@@ -155,7 +173,7 @@ def _write_tokens(
 
 def _write_prompts(maker: RowMaker, prompts: list[dict[str, Any]], path: Path) -> None:
     """Writes the extra prompts as training would see them. Raises Problem with every prompt that cannot be encoded."""
-    results = list(maker.rows(prompts))
+    results = [row for rows in maker.rows(prompts, TEST) for row in rows]
     problems = [
         f"{prompt['source']}: {result.reason}: {result.detail}"
         for prompt, result in zip(prompts, results, strict=True)
@@ -163,7 +181,7 @@ def _write_prompts(maker: RowMaker, prompts: list[dict[str, Any]], path: Path) -
     ]
     if problems:
         raise Problem(*problems)
-    rows = [row._replace(reference="") for row in results if isinstance(row, TokenRow)]
+    rows = [row._replace(answer_end=row.prompt_length) for row in results if isinstance(row, TokenRow)]
     with open_tokens(path, PROMPTS, maker.stop_token_ids) as stream:
         stream.write_batch(prompt_batch(maker, rows))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from stages.core.jsonl import read_json
 from stages.core.problem import Problem
-from stages.encode.template import TEXT_FIELDS
+from stages.encode.spans import TEXT_FIELDS
 
 WANTED = 'wanted a JSON list; each entry is a text, or a list of {"role", "content"} messages that ends with a user message'
 JSON_TYPES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}

@@ -1,7 +1,7 @@
-"""Turns one conversation into tokens with labels: renders it, tokenizes it and, if asked to, truncates it."""
+"""Turns a conversation or a raw text into tokens with labels: renders it, tokenizes it and, if asked to, truncates it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -10,47 +10,63 @@ import jinja2
 import numpy as np
 
 from stages.core.problem import Rejection
-from stages.encode.mask import AnswerSpan, LabelsOn, find_answers, find_label_ranges
-from stages.encode.template import ChatTemplate, Untraceable
+from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking, tool_result_forms
+from stages.encode.mask import AnswerSpan, LabelsOn, find_label_ranges
+from stages.encode.spans import LeftOut, Untraceable
+from stages.encode.template import ChatTemplate
 from stages.encode.tokenizer import EncodedText, Encoder, Ids
 
 TruncationStrategy: TypeAlias = Literal["drop", "left", "right", "error"]
 CACHED_PROMPT_ENDS = 2000
 """Prompt ends whose tokens are cached. Most templates have a single one."""
+TEST = "test"
+"""The split whose rows become prompts."""
 
 
 class TokenRow(NamedTuple):
-    """One conversation as tokens."""
+    """One row as tokens."""
 
     id: str
+    source: str
+    format: str
+    """The format of the raw row; "text" for raw text."""
     ids: Ids
     label_ranges: list[tuple[int, int]]
     """Tokens [start, end) that are in the loss."""
     prompt_length: int
-    """Tokens before the last answer."""
-    reference: str
-    """The text of the last answer."""
+    """Tokens before the last answer; 0 for raw text."""
+    answer_end: int
+    """The end of the last answer's tokens, without its stop token; before truncation."""
     tokens_cut: int
     """Tokens removed because the row was longer than max_length."""
     without_stop: bool
-    """Whether no stop token follows the last answer."""
+    """Whether no stop token follows an answer that is in the loss."""
     prompt_mismatch: bool
-    """Whether the row does not start with the tokens of the prompt for generation."""
+    """Whether an answer is not behind the tokens of the prompt for generation."""
     double_bos: bool
     """Whether the row begins with two BOS tokens."""
     special_text: bool
     """Whether a message contains the text of a special token."""
     unknown: int
     """The number of unknown tokens."""
+    thinking: bool
+    """Whether the conversation has reasoning."""
+    tools: bool
+    """Whether the conversation has tools."""
+    turns: int
+    """Answers in the conversation."""
+    number: int
+    """Its number among the rows of the conversation, from 1."""
+    split_answers: int
+    """The number of rows that the conversation became."""
 
 
-class RenderedText(NamedTuple):
-    """One conversation as text."""
+class _Text(NamedTuple):
+    """One row as text."""
 
-    text: str
-    answers: list[AnswerSpan]
-    prompt_end: str
-    """The end of the prompt for the last answer, after its last special token."""
+    row: RenderedRow
+    prompt_ends: list[str]
+    """For each answer the end of the prompt for it, after the last special token."""
     encoded: EncodedText | None
     """The tokens, if a message contains the text of a special token; else the text is yet to be tokenized."""
 
@@ -64,6 +80,8 @@ class RowMaker:
         template: str,
         *,
         labels_on: LabelsOn,
+        thinking: Thinking,
+        train_empty_thinking: bool,
         max_length: int,
         truncation_strategy: TruncationStrategy,
         use_fastokens: bool,
@@ -71,62 +89,112 @@ class RowMaker:
         """Reads the tokenizer's folder. Raises jinja2.TemplateSyntaxError if `template` is not valid Jinja source."""
         self.labels_on, self.max_length, self.truncation_strategy = labels_on, max_length, truncation_strategy
         self.encoder = Encoder(tokenizer, use_fastokens=use_fastokens)
-        self.template = ChatTemplate(template, self.encoder.template_variables)
+        variables = self.encoder.template_variables
+        self.template = ChatTemplate(template, variables)
+        self._finder = AnswerFinder(
+            self.template,
+            self.encoder.special,
+            bos=str(variables.get("bos_token", "")),
+            thinking=thinking,
+            train_empty_thinking=train_empty_thinking,
+        )
         self.stop_token_ids = self._find_stop_tokens()
         self._prompt_ends: dict[str, list[int]] = {}
 
     def _find_stop_tokens(self) -> list[int]:
-        """The special tokens that the template writes after an answer, found with two small conversations."""
+        """The special tokens that the template writes after an answer or a call, found with small conversations."""
         turns = [{"role": ("user", "assistant")[number % 2], "content": str(number)} for number in range(4)]
+        name, tool_call_id = "look_up", "abcdefghi"  # Mistral's templates want ids of nine letters
+        call = {"id": tool_call_id, "type": "function", "function": {"name": name, "arguments": {"word": "1"}}}
+        tool = {"type": "function", "function": {"name": name, "description": "", "parameters": WORD_PARAMETER}}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "2", "tool_call_id": tool_call_id, "name": name}
         found = set()
-        for messages in (turns[:2], turns):
+        for conversation in (
+            Conversation(turns[:2], []),
+            Conversation(turns, []),
+            Conversation([turns[0], called], [tool]),
+            Conversation([turns[0], called, result, turns[3]], [tool]),
+        ):
             try:
-                _, answers, _ = find_answers(self.template, messages, tools=[], special=self.encoder.special)
+                rows = self._finder.rows(conversation, last_only=False)
             except (Untraceable, jinja2.TemplateError):
                 continue  # The template may need more than these messages. Each row is checked on its own later.
-            found |= {answer.stop for answer in answers if answer.stop}
+            found |= {answer.stop for row in rows for answer in row.answers if answer.stop}
         return sorted(self.encoder.id_of(token) for token in found)
 
-    def rows(self, examples: Sequence[dict[str, Any]]) -> Iterator[TokenRow | Rejection]:
-        """The token rows of some conversations of `data/examples`, in order; a Rejection for each rejected one.
+    def rows(self, examples: Sequence[dict[str, Any]], split: str) -> Iterator[list[TokenRow | Rejection]]:
+        """The token rows of each line of `data/examples`, in order.
+
+        A conversation or a text may become several rows. A Rejection stands for a row, or for the line if it is alone.
+
+        Args:
+            examples: Lines of one split.
+            split: Rows of "test" have one prompt each, that of the last answer, which is never truncated.
 
         Raises FastTokenizerMismatch.
         """
-        rendered = [self._render(example) for example in examples]
-        texts = [found.text for found in rendered if not isinstance(found, Rejection) and found.encoded is None]
-        encoded = iter(self.encoder.encode_batch(texts))
-        self._encode_prompt_ends({found.prompt_end for found in rendered if not isinstance(found, Rejection)})
-        for example, found in zip(examples, rendered, strict=True):
-            try:
-                yield found if isinstance(found, Rejection) else self._row(example, found, found.encoded or next(encoded))
-            except Rejection as rejection:
-                yield rejection
+        rendered = [self._render(example, split) for example in examples]
+        found = [text for texts in rendered if not isinstance(texts, Rejection) for text in texts]
+        encoded = iter(self.encoder.encode_batch([text.row.text for text in found if text.encoded is None]))
+        self._encode_prompt_ends({end for text in found for end in text.prompt_ends})
+        for example, texts in zip(examples, rendered, strict=True):
+            if isinstance(texts, Rejection):
+                yield [texts]
+            elif "text" in example:
+                yield self._windows(
+                    example, texts[0].encoded or next(encoded), has_special_text=texts[0].encoded is not None
+                )
+            else:
+                # Every row takes its tokens, also behind one that is rejected.
+                tokens = [text.encoded or next(encoded) for text in texts]
+                yield [
+                    self._row_or_rejection(example, text, tokens[number], split=split, number=number + 1, rows=len(texts))
+                    for number, text in enumerate(texts)
+                ]
 
-    def _render(self, example: dict[str, Any]) -> RenderedText | Rejection:
-        messages, tools = example["messages"], example.get("tools", [])
+    # Rendering
+
+    def _render(self, example: dict[str, Any], split: str) -> list[_Text] | Rejection:
+        if "text" in example:
+            return [self._plain(example["text"])]
+        conversation = Conversation(example["messages"], example.get("tools", []))
+        last_only = split == TEST or self.labels_on != "assistant"
         try:
-            text, answers, text_spans = find_answers(self.template, messages, tools=tools, special=self.encoder.special)
+            rows = self._finder.rows(conversation, last_only=last_only)
+        except LeftOut as error:
+            return Rejection("not_in_template", str(error))
         except Untraceable as error:
             return Rejection("answer_not_traceable", str(error))
         except jinja2.TemplateError as error:
             return Rejection("not_in_template", str(error))
-        missing = next((part for part in _required_texts(messages, tools) if part not in text), None)
-        if missing is not None:
-            return Rejection("not_in_template", f"the template leaves out {missing[:60]!r}")
-        contents = [message["content"] for message in messages]
-        if text_spans is None:
-            contents.append(json.dumps([tools, [message.get("tool_calls") for message in messages]], ensure_ascii=False))
-        if not any(map(self.encoder.special.first_in, contents)):
-            return RenderedText(text, answers, self._prompt_end(text, answers[-1]), None)
-        if text_spans is None:
-            return Rejection("special_token_in_text", "a conversation with tools contains the text of a special token")
-        edges = [edge for span in text_spans for edge in (span.start, span.end)]
-        edges += [edge for answer in answers for edge in (answer.start, answer.end)]
+        if conversation.has_tools:
+            missing = _missing_in(rows[-1].text, conversation)
+            if missing is not None:
+                return Rejection("not_in_template", f"the template leaves out {missing}")
+            if self.encoder.special.first_in(_tool_texts(conversation)):
+                return Rejection("special_token_in_text", "a tool, a call or a result contains the text of a special token")
+        if any(self.encoder.special.first_in(text) for message in conversation.messages for text in _texts(message)):
+            return [_Text(row, ["" for _ in row.answers], self._encode_pieces(row)) for row in rows]
+        return [_Text(row, [self._prompt_end(row.text, answer) for answer in row.answers], None) for row in rows]
+
+    def _plain(self, text: str) -> _Text:
+        """Raw text, in which the text of a special token is plain text too."""
+        has_special = self.encoder.special.first_in(text) is not None
+        return _Text(RenderedRow(text, [], []), [], self.encoder.encode_pieces([(text, False)]) if has_special else None)
+
+    def _encode_pieces(self, row: RenderedRow) -> EncodedText:
+        """The tokens of a row in which a message contains the text of a special token."""
+        edges = {0, len(row.text)}
+        edges |= {edge for span in row.spans for edge in (span.start, span.end)}
+        edges |= {
+            edge for answer in row.answers for edge in (answer.start, answer.label_start, answer.stop_start, answer.end)
+        }
         pieces = []
-        for start, end in pairwise(sorted({0, len(text), *edges})):
-            from_message = any(span.start <= start < span.end for span in text_spans)
-            pieces.append((text[start:end], not from_message))
-        return RenderedText(text, answers, "", self.encoder.encode_pieces(pieces))
+        for start, end in pairwise(sorted(edges)):
+            from_message = any(span.start <= start < span.end for span in row.spans)
+            pieces.append((row.text[start:end], not from_message))
+        return self.encoder.encode_pieces(pieces)
 
     def _prompt_end(self, text: str, answer: AnswerSpan) -> str:
         """The end of the prompt for an answer, after its last special token.
@@ -143,45 +211,118 @@ class RowMaker:
             self._prompt_ends, new = {}, sorted(ends)
         self._prompt_ends |= zip(new, (encoded.ids.tolist() for encoded in self.encoder.encode_batch(new)), strict=True)
 
-    def _row(self, example: dict[str, Any], rendered: RenderedText, encoded: EncodedText) -> TokenRow:
-        """Raises Rejection."""
-        ids = encoded.ids
-        last_answer = rendered.answers[-1]
+    # Tokens
+
+    def _row_or_rejection(
+        self, example: dict[str, Any], text: _Text, encoded: EncodedText, *, split: str, number: int, rows: int
+    ) -> TokenRow | Rejection:
         try:
-            ranges = [encoded.token_range(answer) for answer in rendered.answers]
+            return self._row(example, text, encoded, split=split, number=number, rows=rows)
+        except Rejection as rejection:
+            return rejection
+
+    def _row(
+        self, example: dict[str, Any], text: _Text, encoded: EncodedText, *, split: str, number: int, rows: int
+    ) -> TokenRow:
+        """Raises Rejection."""
+        ids, answers, messages = encoded.ids, text.row.answers, example["messages"]
+        try:
+            starts = [encoded.token_range(answer.start, answer.end)[0] for answer in answers]
+            ranges = [encoded.token_range(answer.label_start, answer.end) for answer in answers]
+            answer_end = encoded.token_range(answers[-1].start, answers[-1].stop_start)[1]
         except ValueError as error:
             raise Rejection("answer_not_traceable", f"the tokenizer changes the text: {error}") from None
-        prompt_length = ranges[-1][0]
-        has_special_text = rendered.encoded is not None
-        prompt_end = self._prompt_ends[rendered.prompt_end]
-        prompt_mismatch = not last_answer.follows_prompt or (
-            not has_special_text and ids[prompt_length - len(prompt_end) : prompt_length].tolist() != prompt_end
+        has_special_text = text.encoded is not None
+        prompt_mismatch = any(
+            self._is_mismatch(ids[:start], answer, end=None if has_special_text else end)
+            for start, answer, end in zip(starts, answers, text.prompt_ends, strict=True)
+            if answer.in_loss or split == TEST
         )
-        bos = self.encoder.bos_id
+        prompt_length, bos = starts[-1], self.encoder.bos_id
         if self.encoder.bos_ids and not (len(ids) and ids[0] == bos):
             ids = np.concatenate([np.array(self.encoder.bos_ids, dtype=np.int32), ids])
             ranges = [(start + 1, end + 1) for start, end in ranges]
-            prompt_length += 1
-        label_ranges = find_label_ranges(rendered.answers, ranges, length=len(ids), labels_on=self.labels_on)
+            prompt_length, answer_end = prompt_length + 1, answer_end + 1
+        label_ranges = find_label_ranges(answers, ranges, length=len(ids), labels_on=self.labels_on)
+        prompt_or_answer_cut = self.truncation_strategy == "left" or prompt_length >= self.max_length
+        if split == TEST and label_ranges and len(ids) > self.max_length and prompt_or_answer_cut:
+            detail = (
+                f"{len(ids)} tokens, encode.max_length is {self.max_length}; the prompt or all of the answer would be cut"
+            )
+            raise Rejection("too_long", detail)
         ids, label_ranges, prompt_length, cut = self._truncate(ids, label_ranges, prompt_length)
         if cut and prompt_length <= len(self.encoder.bos_ids):
             raise Rejection("too_long", "no token of the prompt is left after truncation")
         if not label_ranges:
             raise Rejection("no_labels", "the row has no labelled tokens" + (" after truncation" if cut else ""))
-        written = rendered.text[last_answer.start : last_answer.end - len(last_answer.stop)]
+        stopped = all(answer.stop for answer in answers if answer.in_loss) and bool(answers[-1].stop)
         return TokenRow(
-            id=example["id"],
+            id=example["id"] if rows == 1 else f"{example['id']}.{number}",
+            source=example["source"],
+            format=example.get("format", ""),
             ids=ids,
             label_ranges=label_ranges,
             prompt_length=prompt_length,
-            reference=example["messages"][-1]["content"] or written,
+            answer_end=answer_end,
             tokens_cut=cut,
-            without_stop=not last_answer.stop or (self.truncation_strategy == "right" and cut > 0),
+            without_stop=not stopped or (self.truncation_strategy == "right" and cut > 0),
             prompt_mismatch=prompt_mismatch,
             double_bos=bos is not None and len(ids) > 1 and bool(ids[0] == bos == ids[1]),
             special_text=has_special_text,
-            unknown=int(np.count_nonzero(ids == self.encoder.unk_id)) if self.encoder.unk_id is not None else 0,
+            unknown=self._count_unknown(ids),
+            thinking=any("reasoning_content" in message for message in messages),
+            tools=bool(example.get("tools")) or any("tool_calls" in message for message in messages),
+            turns=sum(message["role"] == "assistant" for message in messages),
+            number=number,
+            split_answers=rows,
         )
+
+    def _is_mismatch(self, before: Ids, answer: AnswerSpan, *, end: str | None) -> bool:
+        """Whether the tokens before an answer do not end with those of its prompt's end."""
+        if not answer.follows_prompt or end is None:
+            return not answer.follows_prompt
+        wanted = self._prompt_ends[end]
+        return bool(before[len(before) - len(wanted) :].tolist() != wanted)
+
+    def _count_unknown(self, ids: Ids) -> int:
+        return int(np.count_nonzero(ids == self.encoder.unk_id)) if self.encoder.unk_id is not None else 0
+
+    def _windows(
+        self, example: dict[str, Any], encoded: EncodedText, *, has_special_text: bool
+    ) -> list[TokenRow | Rejection]:
+        """The windows of a raw text, each of at most max_length tokens. All of its tokens and its end are in the loss.
+
+        Consecutive windows share a token: it is the last label of one and, without a label, the context of the next.
+        """
+        eos = self.encoder.tokenizer.eos_token_id
+        if eos is None:
+            return [Rejection("no_end_of_text", "the tokenizer has no eos_token, which must end a raw text")]
+        ids = np.array([*self.encoder.bos_ids, *encoded.ids.tolist(), eos], dtype=np.int32)
+        step = self.max_length - 1
+        starts = range(0, max(1, len(ids) - 1), step)
+        return [
+            TokenRow(
+                id=example["id"] if len(starts) == 1 else f"{example['id']}.{number}",
+                source=example["source"],
+                format="text",
+                ids=ids[start : start + self.max_length],
+                label_ranges=[(1, min(self.max_length, len(ids) - start))],
+                prompt_length=0,
+                answer_end=0,
+                tokens_cut=0,
+                without_stop=False,
+                prompt_mismatch=False,
+                double_bos=False,
+                special_text=has_special_text,
+                unknown=self._count_unknown(ids[start : start + self.max_length]),
+                thinking=False,
+                tools=False,
+                turns=0,
+                number=number,
+                split_answers=1,
+            )
+            for number, start in enumerate(starts, 1)
+        ]
 
     def _truncate(
         self, ids: Ids, label_ranges: list[tuple[int, int]], prompt_length: int
@@ -209,10 +350,31 @@ class RowMaker:
         return ids, [(start, end) for start, end in label_ranges if end > start], prompt_length, cut
 
 
-def _required_texts(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str]:
-    """What the rendered text must contain: system and tool messages, tool names and, with tools, the user's messages."""
-    for message in messages:
-        if message["role"] in ("system", "tool") or (tools and message["role"] == "user"):
-            yield message["content"].strip()
-    for tool in tools:
-        yield str(tool.get("function", {}).get("name", ""))
+WORD_PARAMETER = {"type": "object", "properties": {"word": {"type": "string", "description": ""}}, "required": ["word"]}
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a message that the template writes unchanged."""
+    if message["role"] != "tool":
+        yield message["content"]
+        if "reasoning_content" in message:
+            yield message["reasoning_content"]
+
+
+def _tool_texts(conversation: Conversation) -> str:
+    """All that is said of tools, calls and results."""
+    calls = [message.get("tool_calls") for message in conversation.messages]
+    results = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+    return json.dumps([conversation.tools, calls, results], ensure_ascii=False)
+
+
+def _missing_in(text: str, conversation: Conversation) -> str | None:
+    """What the rendered text of a conversation with tools lacks: a tool, or the result of a call; None if nothing."""
+    for tool in conversation.tools:
+        name = str(tool.get("function", {}).get("name", ""))
+        if name not in text:
+            return f"the tool {name!r}"
+    for message in conversation.messages:
+        if message["role"] == "tool" and not any(form in text for form in tool_result_forms(message["content"])):
+            return f"the tool result {message['content'][:60]!r}"
+    return None

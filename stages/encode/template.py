@@ -1,32 +1,20 @@
-"""Chat templates: renders them as Transformers does, and finds where each message's text is in the rendered text."""
+"""Chat templates: renders them as Transformers does, with the variables of `encode.template_kwargs` fixed in the source."""
 
+import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-TEXT_FIELDS = ("content", "instruction", "input")
-
-
-class Untraceable(ValueError):
-    """The template changes the texts of a conversation, so that they cannot be found in the rendered text."""
-
-
-class TextSpan(NamedTuple):
-    """Where one text of a message is in the rendered text: message number, field, characters [start, end)."""
-
-    message: int
-    field: str
-    start: int
-    end: int
-    leading_space: int | None
-    """Length of the white space before an answer that is not part of the prompt for it, so that the model must generate it:
-    with the prompt "Assistant:" and the text "Assistant: Yes", 1. None if the text before the answer is not the prompt for
-    it, so that the model would be prompted differently from how it was trained.
-    """
+DATE = "date"
+"""The variable that fixes `strftime_now`, which would give other tokens tomorrow."""
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class ChatTemplate:
@@ -34,22 +22,16 @@ class ChatTemplate:
 
     The environment is the one in which Transformers compiles them (sandboxed, with trim_blocks and lstrip_blocks, a `tojson`
     that does not escape HTML, `raise_exception`, and the `generation` block), with one difference: `strftime_now` is not
-    defined, because the same data would give different tokens tomorrow. A template that uses it without a fallback fails,
-    and its rows are rejected.
+    defined, because the same data would give different tokens tomorrow. `fix_variables` can fix its date.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
+        """Raises jinja2.TemplateSyntaxError if `source` is not valid."""
         self.source = source
         self._special_tokens = special_tokens
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        self._template = environment.from_string(source)
+        self._template = _environment().from_string(source)
         # Jinja keeps a chain of mappings and walks it for each rendering, which takes longer than a short template.
         self._template.globals = dict(self._template.globals)
-        self._shapes: dict[tuple[tuple[str, ...], ...], _TemplateShape] = {}
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
@@ -65,87 +47,87 @@ class ChatTemplate:
             )
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
-
-    def text_spans(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[TextSpan]:
-        """Where the texts of `messages` are in `text`, which `render` returned for them; in order.
-
-        The template is rendered a second time with a placeholder for each text: what is between the placeholders is written
-        by the template. This is done once for all conversations with the same roles and fields. For each conversation, the
-        template's parts and the messages' texts together must be exactly `text`.
-
-        Raises:
-            Untraceable: If the texts are not there unchanged, or unchanged but for white space stripped from their ends.
-        """
-        key = tuple((message["role"], *(field for field in TEXT_FIELDS if field in message)) for message in messages)
-        if key not in self._shapes:
-            self._shapes[key] = _TemplateShape.of(self, messages)
-        shape = self._shapes[key]
-        for strip in (False, True):
-            spans, filled = shape.fill(messages, strip=strip)
-            if filled == text:
-                return spans
-        raise Untraceable("the template changes the text of a message")
+        except jinja2.UndefinedError as error:
+            if "strftime_now" in str(error):
+                raise jinja2.TemplateError(
+                    "the template writes today's date; fix one, so that a rerun gives the same tokens: "
+                    'encode.template_kwargs: {date: "2026-01-31"}'
+                ) from None
+            raise
 
 
-class _TemplateShape:
-    """The template's own parts for all conversations with the same roles and fields, and which text follows each part."""
+def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
+    """The template with default values for its variables written into its beginning.
 
-    def __init__(self, parts: list[str], texts: list[tuple[int, str, int | None]]) -> None:
-        """`texts` are (message number, field, leading_space of TextSpan); `parts` has one more, the end."""
-        self.parts, self.texts = parts, texts
+    So whoever renders it later (this stage, the fine-tuned model's users, a server) gets the same text without passing
+    anything, and can still pass other values. `date`, a text YYYY-MM-DD, becomes the date that `strftime_now` returns.
 
-    @classmethod
-    def of(cls, template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -> "_TemplateShape":
-        """Raises Untraceable if the template changes a placeholder."""
-        # A placeholder holds only digits, which filters like `upper` do not change.
-        places = {
-            f"\ue000{number}.{TEXT_FIELDS.index(field)}\ue001": (number, field)
-            for number, message in enumerate(messages)
-            for field in TEXT_FIELDS
-            if field in message
-        }
-        placeholders = {place: placeholder for placeholder, place in places.items()}
-        replaced = [
-            {key: placeholders.get((number, key), value) for key, value in message.items()}
-            for number, message in enumerate(messages)
-        ]
-        parts, texts = [], []
-        text = rest = template.render(replaced)
-        while "\ue000" in rest:
-            head, _, rest = rest.partition("\ue000")
-            name, _, rest = rest.partition("\ue001")
-            parts.append(head)
-            placeholder = f"\ue000{name}\ue001"
-            if placeholder not in places:
-                raise Untraceable("the template changes the text of a message")
-            number, field = places[placeholder]
-            space = None
-            if messages[number]["role"] == "assistant":
-                space = _leading_space(template, replaced[:number], text[: text.index(placeholder)])
-            texts.append((number, field, space))
-        return cls([*parts, rest], texts)
-
-    def fill(self, messages: Sequence[Mapping[str, Any]], *, strip: bool) -> tuple[list[TextSpan], str]:
-        """Where each text of `messages` is, and the complete text, with the texts stripped or as they are."""
-        spans, pieces, at = [], [], 0
-        for part, (number, field, space) in zip(self.parts, self.texts, strict=False):
-            content = messages[number][field]
-            content = content.strip() if strip else content
-            at += len(part)
-            spans.append(TextSpan(number, field, at, at + len(content), space))
-            at += len(content)
-            pieces += [part, content]
-        return spans, "".join([*pieces, self.parts[-1]])
+    Raises:
+        ValueError: With everything that is wrong: a variable that the template does not read, or a value without a Jinja
+            literal.
+        jinja2.TemplateSyntaxError: If `source` is not valid.
+    """
+    read = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+    problems, header = [], []
+    for name, value in variables.items():
+        if name == DATE and "strftime_now" in read:
+            try:
+                header.append(_fixed_date(source, value))
+            except (TypeError, ValueError):
+                problems.append(f'{name}: found {value!r}, wanted a text in quotes, as "2026-01-31"')
+        elif name in RESERVED or name not in read:
+            known = sorted(read - {*RESERVED, "strftime_now"} | ({DATE} if "strftime_now" in read else set()))
+            problems.append(f"{name}: the template does not read it; it reads {', '.join(known) or 'no variables'}")
+        else:
+            try:
+                header.append(f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif +%}}")
+            except TypeError:
+                problems.append(
+                    f"{name}: found {value!r}, wanted a text, a number, true, false, null, or a list or map of them"
+                )
+    if problems:
+        raise ValueError("\n".join(problems))
+    # "+%}" keeps a line break with which the source may begin, in spite of trim_blocks.
+    return "".join(header) + source
 
 
-def _leading_space(template: ChatTemplate, before: Sequence[Mapping[str, Any]], text: str) -> int | None:
-    """`leading_space` of TextSpan for the answer that follows the messages `before`; `text` ends where the answer starts."""
-    try:
-        prompt = template.render(before, add_generation_prompt=True)
-    except jinja2.TemplateError:
-        return None
-    gap = text[len(prompt) :]
-    return len(gap) if text.startswith(prompt) and not gap.strip() else None
+def _fixed_date(source: str, value: Any) -> str:
+    """A macro `strftime_now` that knows the formats which occur in the source. Raises TypeError or ValueError."""
+    date = datetime.datetime.combine(datetime.date.fromisoformat(value), datetime.time())
+    formats = sorted({found[2] for found in STRFTIME.finditer(source)})
+    cases = "".join(
+        f"{{%- if format == {_literal(each)} -%}}{{{{- {_literal(date.strftime(each))} -}}}}{{%- endif -%}}"
+        for each in formats
+    )
+    return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro +%}}"
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as a Jinja literal. Raises TypeError for another value."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            escaped = value.encode("unicode_escape").decode("ascii").replace('"', '\\"')
+            return f'"{escaped}"'
+        case list():
+            return f"[{', '.join(map(_literal, value))}]"
+        case dict():
+            return "{" + ", ".join(f"{_literal(str(key))}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    raise TypeError(type(value).__name__)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
 
 
 class _GenerationBlock(Extension):

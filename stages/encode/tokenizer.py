@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from stages.core.jsonl import read_json
 from stages.core.problem import Problem
-from stages.encode.mask import AnswerSpan, SpecialTokens, token_range
+from stages.encode.mask import SpecialTokens, token_range
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_START = "\u2581"
@@ -31,13 +31,13 @@ CACHED_CHARACTERS = 1 << 24
 
 
 class EncodedText(NamedTuple):
-    """A text's tokens (tokens,), and a function that gives the tokens [start, end) of an answer.
+    """A text's tokens (tokens,), and a function that gives the tokens [start, end) of some of its characters [start, end).
 
     The function raises ValueError if the tokens cannot be located because the tokenizer changes the text.
     """
 
     ids: Ids
-    token_range: Callable[[AnswerSpan], tuple[int, int]]
+    token_range: Callable[[int, int], tuple[int, int]]
 
 
 class FastTokenizerMismatch(Exception):
@@ -136,7 +136,7 @@ class Encoder:
         for text, has_control_tokens in pieces:
             new = self.encode(text) if has_control_tokens else self._encode_plain(text)
             ids += new
-            # Every token gets the range of its piece, which is enough: no answer starts or ends within a piece.
+            # Every token gets the range of its piece, which is enough: no range that is asked for starts or ends within one.
             offsets += [(at, at + len(text))] * len(new)
             at += len(text)
         return EncodedText(np.array(ids, dtype=np.int32), partial(token_range, offsets=offsets))
@@ -201,21 +201,21 @@ class Encoder:
         def offsets() -> list[tuple[int, int]]:
             return align(text, self.tokenizer.convert_ids_to_tokens(ids))
 
-        return EncodedText(np.array(ids, dtype=np.int32), lambda answer: token_range(answer, offsets()))
+        return EncodedText(np.array(ids, dtype=np.int32), lambda start, end: token_range(start, end, offsets()))
 
 
 class _ByteCounter:
-    """Finds the tokens of an answer by the number of bytes before it and in it."""
+    """Finds the tokens of some characters by the number of bytes before them and in them."""
 
     def __init__(self, text: str, ends: Any, before: int) -> None:
         """`ends` (tokens,) are the byte positions where the tokens end; the text's first byte is at `before`."""
         self._text, self._ends, self._before = text, ends, before
 
-    def __call__(self, answer: AnswerSpan) -> tuple[int, int]:
-        start = self._before + len(self._text[: answer.start].encode())
-        end = start + len(self._text[answer.start : answer.end].encode())
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        return first, int(np.searchsorted(self._ends, end, side="left")) + 1 if end > start else first
+    def __call__(self, start: int, end: int) -> tuple[int, int]:
+        first_byte = self._before + len(self._text[:start].encode())
+        end_byte = first_byte + len(self._text[start:end].encode())
+        first = int(np.searchsorted(self._ends, first_byte, side="right"))
+        return first, int(np.searchsorted(self._ends, end_byte, side="left")) + 1 if end_byte > first_byte else first
 
 
 def load_fastokens(backend: Any) -> Any:
