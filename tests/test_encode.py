@@ -20,7 +20,8 @@ from stages.encode.prompts import read_prompts
 from stages.encode.tokenizer import Encoder
 from tests.tiny import PROJECT, sample
 
-GATES = {f"max_{gate}_percent": 100.0 for gate in ("unlabelled", "without_stop", "prompt_mismatch", "too_long", "unknown")}
+GATE_NAMES = ("rejected", "unlabelled", "without_stop", "prompt_mismatch", "too_long", "unknown")
+GATES = {f"max_{gate}_percent": 100.0 for gate in GATE_NAMES}
 
 DEFAULTS = {
     "labels_on": "assistant",
@@ -157,7 +158,7 @@ def test_a_tokenizer_that_adds_bos_gives_exactly_one(tmp_path: Path, bos_tokeniz
 
 def test_two_bos_tokens_are_always_an_error(tmp_path: Path, bos_tokenizer: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    message = r"t\.jinja: 6 rows begin with two BOS tokens, wanted one; the first x\.json:1; remove a bos_token"
+    message = r"t\.jinja: 6 rows begin with two BOS tokens, wanted one; the first x\.json:1, then x\.json:2; remove a bos_token"
     with pytest.raises(Problem, match=message):
         EncodeRun(tmp_path, bos_tokenizer, [chat("q", "a"), chat("q", "b")], template=str(tmp_path / "t.jinja"))
 

@@ -72,7 +72,7 @@ def kept_if_stopped(folder: Path, rejected: Path, *, summary: Callable[[], dict[
             if rejected.stat().st_size:
                 shutil.copyfile(rejected, kept / "rejected.jsonl")
             names = " and ".join(f"{folder}/{file.name}" for file in sorted(kept.iterdir()))
-        raise Problem(*problem.messages, f"see {names}, which are kept until this stage succeeds") from None
+        raise Problem(*problem.messages, f"see {names} (removed when this stage succeeds)") from None
     _remove(folder)
 
 

@@ -24,7 +24,7 @@ class Preview(NamedTuple):
         found = {
             "thinking": any(row.thinking for row in rows),
             "tools": rows[0].tools,
-            "turns": sum(row.turns for row in rows) > 1 and rows[0].format != "text",
+            "turns": rows[0].turns > 1,
             "per_answer": rows[0].split_answers > 1,
             "cut": any(row.tokens_cut for row in rows),
             "special_text": any(row.special_text for row in rows),
@@ -66,8 +66,8 @@ class Previews:
 
 
 def _key(rows: Sequence[TokenRow]) -> tuple[Any, ...]:
-    """The conversation's file and kinds; computed for every row, so it must take no time."""
-    row = rows[0] if len(rows) == 1 else max(rows, key=lambda row: (row.tokens_cut, row.thinking, row.special_text))
+    """The conversation's file and kinds; computed for every conversation, so it must take no time."""
+    row = rows[0] if len(rows) == 1 else max(rows, key=lambda row: row.tokens_cut)
     file = row.source.rpartition(":")[0]
-    several = len(rows) > 1 or row.turns > 1
-    return file, row.format, row.thinking, row.tools, several, len(rows) > 1, row.tokens_cut > 0, row.special_text
+    several = row.split_answers > 1
+    return file, row.format, row.thinking, row.tools, row.turns > 1, several, row.tokens_cut > 0, row.special_text
