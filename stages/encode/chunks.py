@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
     counts: Counter[str]
     """Sums over the rows, and numbers of conversations, also by reason of those with a rejected row."""
     first: dict[str, list[str]]
-    """For each count, the sources of the first rows that it counts."""
+    """For each count, the first rows that it counts: "source", or "source: what was found"."""
     lengths: np.ndarray[Any, np.dtype[np.int32]]
     """(token rows,) Tokens of each row."""
     too_long: list[int]
@@ -151,8 +151,12 @@ class FirstRows:
         """Adds rows, unless there are enough or a row of the same source is there."""
         named = self.by_name.setdefault(name, [])
         for row in rows:
-            if len(named) < self.NAMED and row not in named:
+            if len(named) < self.NAMED and _source(row) not in map(_source, named):
                 named.append(row)
+
+
+def _source(row: str) -> str:
+    return row.partition(": ")[0]
 
 
 def _reject(

@@ -143,7 +143,7 @@ class Counts:
                 f"{_name_first(self._first_of('double_bos'))}; remove a bos_token from the template"
             )
         if long_row_is_error and (too_long := total[f"{REASON}too_long"]):
-            found = f"{too_long:,} rows are longer{_name_first(self._first_of('too_long'))}"
+            found = f"{too_long:,} rows are longer, the first {self._first_of('too_long')[0]}"
             yield bad_param("encode.max_length", f"{found}; raise it, or choose another encode.truncation_strategy")
 
     def _explain_reasons(self) -> Iterator[str]:

@@ -42,6 +42,7 @@ ROW_WORDS: Mapping[str, Words] = {
     "tools": ("tools", "工具"),
     "turns": ("several turns", "多轮对话"),
     "per_answer": ("one row per answer", "每个回答一行"),
+    "untrained": ('"train": false', ""),
     "cut": ("truncated", "有截断"),
     "special_text": ("text of a special token", "含特殊符号文字"),
 }

@@ -91,6 +91,8 @@ def cut_pieces(
     in_loss = np.zeros(len(ids), dtype=bool)
     for start, end in label_ranges:
         in_loss[start:end] = True
+    if len(ids) > 1 and kinds[0] == kinds[1]:
+        in_loss[0] = in_loss[1]  # The first token never has a label. A piece of half a character would not explain that.
     pieces = [Piece(f"{cut[0]:,}", "cut", "removed")] if cut[0] else []
     for ((kind, message), is_labelled), group in groupby(range(len(ids)), key=lambda at: (kinds[at], bool(in_loss[at]))):
         numbers = list(group)
