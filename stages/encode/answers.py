@@ -17,27 +17,39 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jinja2
 
+from stages.encode.forms import (
+    ANY_MARK,
+    BLOCK_END,
+    EMPTY_BLOCK,
+    OPEN_BLOCK,
+    PARTS_AS_TEXT,
+    REASONING,
+    REASONING_FORMS,
+    Form,
+    Message,
+    closing_of,
+    forms_to_try,
+    give,
+)
 from stages.encode.mask import AnswerSpan, SpecialTokens
 from stages.encode.spans import LeftOut, Position, Skeleton, TextSpan, Untraceable, mark, mark_texts
 from stages.encode.template import ChatTemplate
 
 Thinking: TypeAlias = Literal["train", "mask", "drop"]
-Message: TypeAlias = Mapping[str, Any]
 
-REASONING = "reasoning_content"
-ReasoningForm: TypeAlias = Literal["none", "reasoning_content", "thinking", "reasoning", "parts", "inline", "open"]
-REASONING_FORMS: tuple[ReasoningForm, ...] = ("reasoning_content", "thinking", "reasoning", "parts", "inline", "open")
-"""How a message gives its reasoning to a template, in the order in which they are tried: a field of that name, content parts
-(Mistral), `<think>…</think>` at the beginning of the content, or not at all, because the prompt for the answer has opened a
-thinking block that the answer closes (DeepSeek R1)."""
-OPEN_BLOCK = re.compile(r"<([\w:]+)>\s*\Z")
-"""The end of a prompt that opens a thinking block."""
-CLOSING_MARK = re.compile(r"\s*(?:</[\w:]+>|\[/\w+\])\s*")
-"""What ends a thinking block."""
 MARKED = "\ue000"
-NO_REASONING = "the template has no place for reasoning_content (or <think>); choose a template that has, or write encode.thinking: drop"
-PARTS_REPR = "'type':"
-"""In a rendering: the template wrote a list of parts as Python does, since it knows only text."""
+"""The first character of a mark."""
+UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+NO_REASONING = "the template has no place for reasoning_content; choose another template, or write encode.thinking: drop"
+REASONING_NOT_PROMPTED = (
+    "the prompt for generation leaves no place for reasoning_content; choose other encode.template_kwargs, such as "
+    "enable_thinking: true, or write encode.thinking: drop"
+)
+
+
+ANSWER = mark(1, "content")
+PLAIN = [{"role": "user", "content": mark(0, "content")}, {"role": "assistant", "content": ANSWER}]
+"""A small conversation, marked."""
 
 
 class RenderedRow(NamedTuple):
@@ -45,7 +57,7 @@ class RenderedRow(NamedTuple):
 
     text: str
     answers: list[AnswerSpan]
-    """The answers that this row trains, in order. The last one ends the row, and is here even if it is not in the loss."""
+    """The answers that this row trains, in order; the last one ends the row. If no answer is in the loss, the last one."""
     spans: list[TextSpan]
     """Where the messages' texts are. Those of tools and tool calls are not among them."""
 
@@ -62,11 +74,31 @@ class Conversation(NamedTuple):
         return bool(self.tools) or any("tool_calls" in message for message in self.messages)
 
 
-class _Form(NamedTuple):
-    """How the messages are given to the template."""
+class _Splice(NamedTuple):
+    """How an answer is put behind a prompt for generation that is not the beginning of its rendering."""
 
-    reasoning: ReasoningForm
-    arguments_as_text: bool
+    prompt_end: str
+    """The end of the prompt, which the rendering lacks."""
+    gap: str
+    """What the rendering has in its place."""
+    filling: str
+    """What is written behind the prompt, or behind the reasoning, instead of `gap`."""
+
+    def apply(self, prompt: str, reasoning: str, text: str) -> str:
+        """The prompt, the reasoning and the answer in `text`. Raises Untraceable if they are not as they were."""
+        shared = prompt.removesuffix(self.prompt_end)
+        if not prompt.endswith(self.prompt_end) or not text.startswith(shared + self.gap):
+            raise Untraceable("the template writes this conversation unlike others of its kind")
+        return prompt + reasoning + self.filling + text[len(shared) + len(self.gap) :]
+
+
+class _Rendering(NamedTuple):
+    """A marked conversation that ends with an answer, as text."""
+
+    text: str
+    prompt: str | None
+    """The prompt for generation before the answer; None if the template refuses it."""
+    splice: _Splice | None
 
 
 class _Answer(NamedTuple):
@@ -78,6 +110,16 @@ class _Answer(NamedTuple):
     end: int
     stop: str
     follows_prompt: bool
+
+
+class _FoundAnswer(NamedTuple):
+    """A marked conversation that ends with an answer, and where that is."""
+
+    text: str
+    suffix: str
+    """The stop token at the end of `text` that the template writes only if another message follows, or ""."""
+    splice: _Splice | None
+    answer: _Answer
 
 
 class _AnswerShape(NamedTuple):
@@ -97,11 +139,24 @@ class _RowShape(NamedTuple):
 
     messages: int
     """The number of messages in the row."""
-    form: _Form
+    form: Form
+    splice: _Splice | None
     suffix: str
     """A stop token that the template writes only if another message follows."""
     skeleton: Skeleton
     answers: list[_AnswerShape]
+
+
+class _Shapes(NamedTuple):
+    """The rows of all conversations with the same roles and fields."""
+
+    rows: list[_RowShape]
+    problems: list[Exception]
+    """One for each answer that is in no row."""
+
+    def mismatches(self) -> tuple[int, int]:
+        """The numbers of answers that are in no row, and of those that do not follow the prompt for generation."""
+        return len(self.problems), sum(not answer.follows_prompt for row in self.rows for answer in row.answers)
 
 
 class AnswerFinder:
@@ -113,28 +168,30 @@ class AnswerFinder:
         """`bos` is the BOS token or ""; a next turn that begins with it does not end the answer before it."""
         self._template, self._special, self._bos = template, special, bos
         self._thinking, self._train_empty_thinking = thinking, train_empty_thinking
-        self._shapes: dict[tuple[Any, ...], list[_RowShape] | Exception] = {}
+        self._shapes: dict[tuple[Any, ...], _Shapes | Exception] = {}
         self._plain_gaps: dict[bool, str] = {}
+        self._plain_stop: str | None = None
+        self._block_ends: dict[str, str] = {}
 
-    def rows(self, conversation: Conversation, *, last_only: bool) -> list[RenderedRow]:
-        """The rows of a conversation that ends with an answer. Every answer is in the loss of exactly one of them.
+    def rows(self, conversation: Conversation, *, last_only: bool) -> tuple[list[RenderedRow], list[Exception]]:
+        """The rows of a conversation that ends with an answer, and what is wrong with the answers that are in none of them.
+
+        Each answer in the loss is in that of exactly one row.
 
         Args:
             conversation: Its messages have a role and content, and an answer may have `reasoning_content`, `tool_calls` and
                 `"train": False`, which keeps it out of the loss.
             last_only: Only the last answer matters, so that there is one row.
 
-        Raises:
-            Untraceable: If the template changes or leaves out a text.
-            jinja2.TemplateError: If the template refuses the conversation.
+        Raises Untraceable or jinja2.TemplateError if there is no row.
         """
         if self._thinking == "drop" and any(REASONING in message for message in conversation.messages):
             messages = [{k: v for k, v in message.items() if k != REASONING} for message in conversation.messages]
             conversation = conversation._replace(messages=messages)
-        shapes = self._find_shapes(conversation, last_only=last_only)
-        return [self._fill(shape, conversation) for shape in shapes]
+        shapes, problems = self._find_shapes(conversation, last_only=last_only)
+        return [self._fill(shape, conversation) for shape in shapes], problems
 
-    def _find_shapes(self, conversation: Conversation, *, last_only: bool) -> list[_RowShape]:
+    def _find_shapes(self, conversation: Conversation, *, last_only: bool) -> _Shapes:
         if conversation.has_tools:  # what a template makes of calls and results depends on their values
             return self._make_shapes(conversation, last_only=last_only)
         key = (last_only, *(_shape_key(message) for message in conversation.messages))
@@ -151,7 +208,11 @@ class AnswerFinder:
     def _fill(self, shape: _RowShape, conversation: Conversation) -> RenderedRow:
         """The row with the texts of a conversation. Raises Untraceable if the template treats it unlike its shape."""
         messages = conversation.messages[: shape.messages]
-        text = self._render_through(messages, conversation.tools, shape.form) + shape.suffix
+        text = self._template.render(give(messages, shape.form), conversation.tools)
+        if shape.splice:
+            prompt = self._render_prompt(messages[:-1], conversation.tools, shape.form)
+            text = shape.splice.apply(prompt or "", messages[-1].get(REASONING, ""), text)
+        text += shape.suffix
         filled = shape.skeleton.fill(messages, text)
         answers = [
             AnswerSpan(
@@ -173,7 +234,7 @@ class AnswerFinder:
 
     # Shapes
 
-    def _make_shapes(self, conversation: Conversation, *, last_only: bool) -> list[_RowShape]:
+    def _make_shapes(self, conversation: Conversation, *, last_only: bool) -> _Shapes:
         """Raises what `rows` raises."""
         marked = mark_texts(conversation.messages)
         trained = [
@@ -181,71 +242,70 @@ class AnswerFinder:
             for number, message in enumerate(marked)
             if message["role"] == "assistant" and message.get("train", True) and not last_only
         ]
-        last = len(marked) - 1
-        numbers = sorted({*trained, last})
-        found: list[_RowShape] = []
+        numbers = trained or [len(marked) - 1]
+        self._check_tools(marked, conversation.tools)
+        best: _Shapes | None = None
+        for form in forms_to_try(conversation.messages):
+            shapes = self._shapes_in_form(marked, conversation.tools, numbers, form)
+            if best is None or shapes.mismatches() < best.mismatches():
+                best = shapes
+            if not any(best.mismatches()):
+                break
+        assert best is not None  # there are always forms to try
+        if not best.rows:
+            raise best.problems[0]
+        return best
+
+    def _check_tools(self, marked: list[dict[str, Any]], tools: Sequence[Any]) -> None:
+        """Raises LeftOut if the prompt for the first answer lacks a tool, and jinja2.TemplateError."""
+        if not tools:
+            return
+        first = next(number for number, message in enumerate(marked) if message["role"] == "assistant")
+        prompt = self._template.render(marked[:first], tools, add_generation_prompt=True)
+        for tool in tools:
+            if str(tool.get("function", {}).get("name", "")) not in prompt:
+                raise LeftOut(f"the template leaves out the tool {tool['function']['name']!r}")
+
+    def _shapes_in_form(self, marked: list[dict[str, Any]], tools: Sequence[Any], numbers: list[int], form: Form) -> _Shapes:
+        """The rows for the answers in the messages `numbers`, if the messages are given to the template in this form."""
+        found: dict[int, _FoundAnswer] = {}
         problems: list[Exception] = []
-        for form in _forms(conversation.messages):
+        for number in numbers:
             try:
-                shapes = self._shapes_in_form(marked, conversation.tools, numbers, form)
+                found[number] = self._find_answer(marked[: number + 1], tools, form)
             except (Untraceable, jinja2.TemplateError) as error:
                 problems.append(error)
-                continue
-            if all(answer.follows_prompt for shape in shapes for answer in shape.answers):
-                return shapes
-            found = found or shapes
-        if not found:
-            raise problems[0]
-        return found
-
-    def _shapes_in_form(
-        self, marked: list[dict[str, Any]], tools: Sequence[Any], numbers: list[int], form: _Form
-    ) -> list[_RowShape]:
-        """The rows for the answers in the messages `numbers`, if the messages are given to the template in this form."""
-        texts, suffixes, answers = {}, {}, {}
-        for number in numbers:
-            texts[number], suffixes[number], answers[number] = self._find_answer(marked[: number + 1], tools, form)
-        shapes: list[_RowShape] = []
-        left = list(numbers)
+        rows: list[_RowShape] = []
+        left = list(found)
         while left:
-            row = left[-1]
-            text = texts[row]
-            held = [n for n in left if text.startswith(texts[n][: answers[n].end])]
-            left = [n for n in left if n not in held]
-            skeleton = Skeleton(text)
-            _check_texts(marked[: row + 1], skeleton)
-            found = [
-                _AnswerShape(
-                    n,
-                    skeleton.position(answers[n].start),
-                    skeleton.position(answers[n].label_start),
-                    skeleton.position(answers[n].stop_start),
-                    skeleton.position(answers[n].end),
-                    answers[n].stop,
-                    answers[n].follows_prompt,
-                )
-                for n in held
-            ]
-            shapes.append(_RowShape(row + 1, form, suffixes[row], skeleton, found))
-        return shapes[::-1]
+            row = found[left[-1]]
+            held = [n for n in left if row.text.startswith(found[n].text[: found[n].answer.end])]
+            left, number = [n for n in left if n not in held], left[-1]
+            try:
+                rows.append(_row_shape(marked[: number + 1], row, {n: found[n].answer for n in held}, form))
+            except Untraceable as error:
+                problems += [error] * len(held)
+        return _Shapes(rows[::-1], problems)
 
-    def _find_answer(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: _Form) -> tuple[str, str, _Answer]:
-        """The rendering of marked messages, a stop token appended to it or "", and where the last answer is in it."""
-        text = self._render_through(marked, tools, form)
+    def _find_answer(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form) -> _FoundAnswer:
+        """The answer that ends the marked messages. Raises Untraceable and jinja2.TemplateError."""
+        rendering = self._render(marked, tools, form)
+        text, prompt = rendering.text, rendering.prompt
         number, message = len(marked) - 1, marked[-1]
         calls = message.get("tool_calls", [])
         arguments = [call["function"]["arguments"] for call in calls if call["function"]["arguments"]]
         if not form.arguments_as_text and any(repr(each) in text for each in arguments):
             raise Untraceable(f"the template writes the arguments of message {number + 1} as Python, not as JSON")
-        prompt = self._render_prompt(marked[:-1], tools, form)
         follows_prompt = prompt is not None and text.startswith(prompt)
+        if REASONING in message and not follows_prompt:
+            raise LeftOut(REASONING_NOT_PROMPTED)
         after = len(prompt or "") if follows_prompt else 0
         places = _places(message, text, number, after)
         if not places and not follows_prompt:
             raise Untraceable(f"the text before the answer in message {number + 1} is not the prompt for it")
         start = after if follows_prompt else min(places.values())
         if follows_prompt:
-            gap = self._template_gap(message, text[after:], places, after, opens=form.reasoning == "open")
+            gap = self._template_gap(message, text[after:], places, after, spliced=form.reasoning == "spliced")
             start += 0 if self._train_empty_thinking else len(gap)
         content_end = max((place + len(mark(number, field)) for field, place in places.items()), default=after)
         stop_start, end, stop = self._find_stop(text, content_end, has_calls=bool(calls))
@@ -256,32 +316,48 @@ class AnswerFinder:
             text += suffix
             end = len(text) if suffix else end
         label_start = self._label_start(message, text, number, places, start)
-        return text, suffix, _Answer(start, label_start, stop_start, end, stop, follows_prompt)
+        answer = _Answer(start, label_start, stop_start, end, stop, follows_prompt)
+        return _FoundAnswer(text, suffix, rendering.splice, answer)
 
-    def _template_gap(self, message: Message, rest: str, places: Mapping[str, int], after: int, *, opens: bool) -> str:
+    def _template_gap(self, message: Message, rest: str, places: Mapping[str, int], after: int, *, spliced: bool) -> str:
         """What the template writes between the prompt and any plain answer, if it stands at the beginning of `rest`.
 
         White space there is not meant: the model must generate it.
         """
         if not message.get("tool_calls") and REASONING not in message and places:
             gap = rest[: min(places.values()) - after]
-        else:
-            gap = self._gap_of_plain_answers(opens=opens)
-        return gap if gap.strip() and rest.startswith(gap) else ""
+            return gap if gap.strip() else ""
+        gap = self._gap_of_plain_answers(spliced=spliced)
+        if gap.strip() and rest.startswith(gap):
+            return gap
+        empty = EMPTY_BLOCK.match(rest)
+        return empty[0] if empty else ""
 
-    def _gap_of_plain_answers(self, *, opens: bool) -> str:
-        """What stands between the prompt and the answer of a small conversation; `opens` is for the form "open"."""
-        if opens not in self._plain_gaps:
-            self._plain_gaps[opens] = ""
-            plain = [{"role": "user", "content": mark(0, "content")}, {"role": "assistant", "content": mark(1, "content")}]
-            form = _Form("open" if opens else "none", arguments_as_text=False)
+    def _gap_of_plain_answers(self, *, spliced: bool) -> str:
+        """What stands between the prompt and the answer of a small conversation."""
+        if spliced not in self._plain_gaps:
+            self._plain_gaps[spliced] = ""
+            form = Form("spliced" if spliced else "none", arguments_as_text=False)
             try:
-                prompt, text = self._render_prompt(plain[:1], (), form), self._render_through(plain, (), form)
+                text, prompt, _ = self._render(PLAIN, (), form)
             except (jinja2.TemplateError, Untraceable):
                 return ""
-            if prompt is not None and text.startswith(prompt) and mark(1, "content") in text:
-                self._plain_gaps[opens] = text[len(prompt) : text.index(mark(1, "content"))]
-        return self._plain_gaps[opens]
+            if prompt is not None and text.startswith(prompt) and ANSWER in text:
+                self._plain_gaps[spliced] = text[len(prompt) : text.index(ANSWER)]
+        return self._plain_gaps[spliced]
+
+    def _stop_of_plain_answers(self) -> str:
+        """The last of the special tokens behind the answer of a small conversation, or ""."""
+        if self._plain_stop is None:
+            self._plain_stop = ""
+            try:
+                text = self._template.render(PLAIN)
+            except jinja2.TemplateError:
+                return ""
+            if ANSWER in text:
+                _, end, stop = self._find_stop(text, text.index(ANSWER) + len(ANSWER), has_calls=False)
+                self._plain_stop = text[slice(*self._special.last(text, 0, end))] if stop else ""
+        return self._plain_stop
 
     def _label_start(self, message: Message, text: str, number: int, places: Mapping[str, int], start: int) -> int:
         """Where the loss begins: behind the reasoning, if that is not trained."""
@@ -290,7 +366,7 @@ class AnswerFinder:
         if "content" in places:
             return places["content"]
         reasoning_end = places[REASONING] + len(mark(number, REASONING))
-        closing = CLOSING_MARK.match(text, reasoning_end)
+        closing = BLOCK_END.match(text, reasoning_end)
         return closing.end() if closing else reasoning_end
 
     def _find_stop(self, text: str, at: int, *, has_calls: bool) -> tuple[int, int, str]:
@@ -299,18 +375,27 @@ class AnswerFinder:
         The answer's own text ends at `at` or, with calls, somewhere behind it.
         """
         if has_calls:
+            plain_stop = self._stop_of_plain_answers()
+            start = text.find(plain_stop, at) if plain_stop else -1
+            if start >= 0:  # Command R7B writes the next prompt behind a call
+                return start, start + len(plain_stop), plain_stop
             start, end = self._special.last(text, at, len(text))
             return (len(text), len(text), "") if start == end or text[end:].strip() else (start, end, text[start:end])
         start = len(text) - len(text[at:].lstrip())
         stop = self._special.at(text, start)
-        if not stop:
-            return at, at, ""
-        end = start + len(stop)
-        while following := self._special.at(text, end):  # <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
-            end += len(following)
-        return start, end, stop
+        end = self._end_of_run(text, start)
+        if any(piece.strip() for piece in self._special.split(text[end:])):  # the template's own words behind the answer
+            start, end = self._special.last(text, at, len(text))
+            stop = "" if text[end:].strip() else text[start:end]
+        return (start, end, stop) if stop else (at, at, "")
 
-    def _stop_of_next_turn(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: _Form, text: str) -> str:
+    def _end_of_run(self, text: str, at: int) -> int:
+        """The end of the special tokens that follow each other at once, as <|END_RESPONSE|><|END_OF_TURN_TOKEN|>."""
+        while following := self._special.at(text, at):
+            at += len(following)
+        return at
+
+    def _stop_of_next_turn(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form, text: str) -> str:
         """The special token that follows the answer at once when the conversation continues, as GLM's `<|user|>`; or ""."""
         calls = marked[-1].get("tool_calls")
         following: dict[str, Any] = {"role": "tool" if calls else "user", "content": "0"}
@@ -319,7 +404,7 @@ class AnswerFinder:
                 {"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}
             )
         try:
-            longer = self._template.render(_give([*marked, following], form), tools)
+            longer = self._template.render(give([*marked, following], form), tools)
         except jinja2.TemplateError:
             return ""
         stop = self._special.at(longer, len(text)) if longer.startswith(text) else ""
@@ -327,28 +412,77 @@ class AnswerFinder:
 
     # Rendering
 
-    def _render_through(self, messages: Sequence[Message], tools: Sequence[Any], form: _Form) -> str:
-        """The rendering of messages that end with an answer; with an open block, the answer stands behind its prompt."""
-        text = self._template.render(_give(messages, form), tools)
-        if form.reasoning != "open":
-            return text
-        prompt = self._template.render(_give(messages[:-1], form), tools, add_generation_prompt=True)
-        opened = OPEN_BLOCK.search(prompt)
-        if text.startswith(prompt) or not opened or not text.startswith(prompt[: opened.start()]):
-            if REASONING in messages[-1]:
+    def _render(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form) -> _Rendering:
+        """Raises LeftOut and jinja2.TemplateError."""
+        text = self._template.render(give(marked, form), tools)
+        prompt = self._render_prompt(marked[:-1], tools, form)
+        if form.reasoning != "spliced":
+            return _Rendering(text, prompt, None)
+        has_reasoning = REASONING in marked[-1]
+        if prompt is None or text.startswith(prompt):
+            if has_reasoning:
                 raise LeftOut(NO_REASONING)
-            return text
-        answer = text[opened.start() :]
-        empty_block = re.match(rf"<{opened[1]}>\s*</{opened[1]}>", answer)
-        answer = answer[empty_block.end() :] if empty_block else answer
-        return f"{prompt}{messages[-1].get(REASONING, '')}\n</{opened[1]}>\n\n{answer.lstrip(chr(10))}"
+            return _Rendering(text, prompt, None)
+        splice = self._find_splice(prompt, text, marked[-1], len(marked) - 1)
+        return _Rendering(splice.apply(prompt, marked[-1].get(REASONING, ""), text), prompt, splice)
 
-    def _render_prompt(self, messages: Sequence[Message], tools: Sequence[Any], form: _Form) -> str | None:
+    def _find_splice(self, prompt: str, text: str, message: Message, number: int) -> _Splice:
+        """How to put the answer in `text` behind `prompt`. Raises LeftOut if its reasoning has no place there."""
+        length = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
+        shared = UNFINISHED_TAG.sub("", prompt[:length])
+        prompt_end, rest = prompt[len(shared) :], text[len(shared) :]
+        opened = OPEN_BLOCK.search(prompt_end)
+        if REASONING in message and not opened:
+            raise LeftOut(NO_REASONING)
+        content = mark(number, "content") if MARKED in message["content"] else ""
+        empty = EMPTY_BLOCK.match(rest)
+        gap = rest[: rest.index(content)] if content and content in rest else empty[0] if empty else ""
+        if not opened:
+            return _Splice(prompt_end, gap, ANY_MARK.sub("", gap))
+        filling = self._block_end(opened[1]) if content else f"\n{closing_of(opened[1])}\n\n"
+        return _Splice(prompt_end, gap, filling)
+
+    def _block_end(self, opening: str) -> str:
+        """What the template writes between the reasoning and the content of an answer."""
+        if opening not in self._block_ends:
+            messages = [PLAIN[0], PLAIN[1] | {REASONING: mark(1, REASONING)}]
+            self._block_ends[opening] = f"\n{closing_of(opening)}\n\n"
+            for reasoning in REASONING_FORMS[:-1]:
+                form = Form(reasoning, arguments_as_text=False)
+                try:
+                    text = self._template.render(give(messages, form))
+                    places = _places(messages[1], text, 1, 0)
+                except (jinja2.TemplateError, Untraceable):
+                    continue
+                self._block_ends[opening] = text[places[REASONING] + len(mark(1, REASONING)) : places["content"]]
+                break
+        return self._block_ends[opening]
+
+    def _render_prompt(self, messages: Sequence[Message], tools: Sequence[Any], form: Form) -> str | None:
         """The prompt for the answer that follows the messages; None if the template refuses it."""
         try:
-            return self._template.render(_give(messages, form), tools, add_generation_prompt=True)
+            return self._template.render(give(messages, form), tools, add_generation_prompt=True)
         except jinja2.TemplateError:
             return None
+
+
+def _row_shape(marked: list[dict[str, Any]], row: _FoundAnswer, answers: Mapping[int, _Answer], form: Form) -> _RowShape:
+    """The row that holds some answers, by message number. Raises Untraceable."""
+    skeleton = Skeleton(row.text)
+    _check_context(marked, skeleton, row.text)
+    shapes = [
+        _AnswerShape(
+            message=number,
+            start=skeleton.position(answer.start),
+            label_start=skeleton.position(answer.label_start),
+            stop_start=skeleton.position(answer.stop_start),
+            end=skeleton.position(answer.end),
+            stop=answer.stop,
+            follows_prompt=answer.follows_prompt,
+        )
+        for number, answer in answers.items()
+    ]
+    return _RowShape(len(marked), form, row.splice, row.suffix, skeleton, shapes)
 
 
 def _shape_key(message: Message) -> tuple[Any, ...]:
@@ -357,46 +491,6 @@ def _shape_key(message: Message) -> tuple[Any, ...]:
         (field, bool(value.strip())) for field, value in message.items() if field != "role" and isinstance(value, str)
     )
     return (message["role"], fields, message.get("train", True))
-
-
-def _forms(messages: Sequence[Message]) -> Iterator[_Form]:
-    """The forms to try, in order. A conversation without reasoning may still need a block closed that its prompt opens."""
-    has_reasoning = any(REASONING in message for message in messages)
-    has_calls = any("tool_calls" in message for message in messages)
-    forms: tuple[ReasoningForm, ...] = REASONING_FORMS if has_reasoning else ("none", "open")
-    for reasoning in forms:
-        yield _Form(reasoning, arguments_as_text=False)
-        if has_calls:
-            yield _Form(reasoning, arguments_as_text=True)
-
-
-def _give(messages: Sequence[Message], form: _Form) -> list[Message]:
-    """The messages as the template gets them."""
-    return [_give_one(message, form) for message in messages]
-
-
-def _give_one(message: Message, form: _Form) -> Message:
-    if "tool_calls" not in message and REASONING not in message:
-        return message
-    given = {key: value for key, value in message.items() if key != REASONING}
-    if form.arguments_as_text and "tool_calls" in message:
-        given["tool_calls"] = [
-            call
-            | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-            for call in message["tool_calls"]
-        ]
-    if REASONING not in message:
-        return given
-    reasoning, content = message[REASONING], message["content"]
-    match form.reasoning:
-        case "reasoning_content" | "thinking" | "reasoning":
-            given[form.reasoning] = reasoning
-        case "parts":
-            given["content"] = [{"type": "thinking", "thinking": reasoning}]
-            given["content"] += [{"type": "text", "text": content}] if content else []
-        case "inline":
-            given["content"] = f"<think>\n{reasoning}\n</think>\n\n{content}"
-    return given
 
 
 def _places(message: Message, text: str, number: int, after: int) -> dict[str, int]:
@@ -412,17 +506,23 @@ def _places(message: Message, text: str, number: int, after: int) -> dict[str, i
             if text.find(mark(number, field), place + 1) >= 0:
                 raise Untraceable(f"the template writes an answer twice (message {number + 1})")
             places[field] = place
-    if PARTS_REPR in text[after:] and len(places) == 2 and PARTS_REPR in text[places[REASONING] : places["content"]]:
+    if REASONING in places and any(
+        text.find(call["function"]["name"], places[REASONING]) < 0 for call in message.get("tool_calls", [])
+    ):
+        raise LeftOut(NO_REASONING)  # not behind the calls, where Gemma 4 writes the content
+    if places and PARTS_AS_TEXT.search(text, after, max(places.values())):
         raise LeftOut(NO_REASONING)
     return places
 
 
-def _check_texts(marked: list[dict[str, Any]], skeleton: Skeleton) -> None:
-    """Raises Untraceable if the text of a system or user message is missing in a row."""
-    present = {slot.message for slot in skeleton.slots}
-    for number, message in enumerate(marked):
-        if message["role"] in ("system", "user") and MARKED in message["content"] and number not in present:
+def _check_context(marked: list[dict[str, Any]], skeleton: Skeleton, text: str) -> None:
+    """Raises LeftOut if a row lacks a text or a call of a message before its last answer. Reasoning may be missing there."""
+    present = {(slot.message, slot.field) for slot in skeleton.slots}
+    for number, message in enumerate(marked[:-1]):
+        fields = {field for field in ("content", "instruction") if MARKED in message.get(field, "")}
+        if message["role"] != "tool" and fields and not any((number, field) in present for field in fields):
             raise LeftOut(f"the template leaves out the {message['role']} message (message {number + 1})")
+        _check_calls(message, text, number)
 
 
 def _check_calls(message: Message, text: str, number: int) -> None:
@@ -435,6 +535,14 @@ def _check_calls(message: Message, text: str, number: int) -> None:
                 and json.dumps(part, ensure_ascii=False)[1:-1] not in text
             ):
                 raise LeftOut(f"the template leaves out {part[:60]!r} of the call in message {number + 1}")
+
+
+def _written_forms(text: str) -> Iterator[str]:
+    """A text as templates write it in a call: as it is, or as in JSON or Python between quotes."""
+    yield text
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+    yield json.dumps(text)[1:-1]
+    yield repr(text)[1:-1]
 
 
 def _argument_texts(value: Any) -> Iterator[str]:

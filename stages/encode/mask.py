@@ -29,6 +29,10 @@ class SpecialTokens:
         found = self._pattern.match(text, position)
         return found[0] if found else ""
 
+    def split(self, text: str) -> list[str]:
+        """The pieces of a text between its special tokens."""
+        return self._pattern.split(text)
+
     def last(self, text: str, start: int, end: int) -> tuple[int, int]:
         """The characters [start, end) of the last special token within a range, (start, start) if there is none."""
         last = (start, start)

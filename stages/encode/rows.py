@@ -126,7 +126,7 @@ class RowMaker:
             Conversation([turns[0], called, result, turns[3]], [tool]),
         ):
             try:
-                rows = self._finder.rows(conversation, last_only=False)
+                rows, _ = self._finder.rows(conversation, last_only=False)
             except (Untraceable, jinja2.TemplateError):
                 continue  # The template may need more than these messages. Each row is checked on its own later.
             found |= {answer.stop for row in rows for answer in row.answers if answer.stop}
@@ -144,23 +144,21 @@ class RowMaker:
         Raises FastTokenizerMismatch.
         """
         rendered = [self._render(example, split) for example in examples]
-        found = [text for texts in rendered if not isinstance(texts, Rejection) for text in texts]
+        found = [text for texts in rendered for text in texts if isinstance(text, _Text)]
         encoded = iter(self.encoder.encode_batch([text.row.text for text in found if text.encoded is None]))
         self._encode_prompt_ends({end for text in found for end in text.prompt_ends})
         for example, texts in zip(examples, rendered, strict=True):
-            if isinstance(texts, Rejection):
-                yield [texts]
-            elif "text" in example:
-                yield self._windows(
-                    example, texts[0].encoded or next(encoded), has_special_text=texts[0].encoded is not None
-                )
-            else:
-                # Every row takes its tokens, also behind one that is rejected.
-                tokens = [text.encoded or next(encoded) for text in texts]
-                yield [
-                    self._row_or_rejection(example, text, tokens[number], split=split, number=number + 1, rows=len(texts))
-                    for number, text in enumerate(texts)
-                ]
+            made: list[TokenRow | Rejection] = []
+            for number, text in enumerate(texts, 1):
+                if isinstance(text, Rejection):
+                    made.append(text)
+                    continue
+                tokens = text.encoded or next(encoded)
+                if "text" in example:
+                    made += self._windows(example, tokens, has_special_text=text.encoded is not None)
+                else:
+                    made.append(self._row_or_rejection(example, text, tokens, split=split, number=number, rows=len(texts)))
+            yield made
 
     def explain(self, example: dict[str, Any], row: TokenRow) -> list[Piece]:
         """The text of a row in pieces, each with what it is and why it is or is not in the loss.
@@ -198,36 +196,38 @@ class RowMaker:
 
     # Rendering
 
-    def _render(self, example: dict[str, Any], split: str) -> list[_Text] | Rejection:
+    def _render(self, example: dict[str, Any], split: str) -> list[_Text | Rejection]:
         if "text" in example:
             return [self._plain(example["text"])]
         conversation = Conversation(example["messages"], example.get("tools", []))
         last_only = split == TEST or self.labels_on != "assistant"
         try:
-            rows = self._finder.rows(conversation, last_only=last_only)
-        except LeftOut as error:
-            return Rejection("not_in_template", str(error))
-        except Untraceable as error:
-            return Rejection("answer_not_traceable", str(error))
-        except jinja2.TemplateError as error:
-            return Rejection("not_in_template", str(error))
+            rows, problems = self._finder.rows(conversation, last_only=last_only)
+        except (Untraceable, jinja2.TemplateError) as error:
+            return [_rejection(error)]
         if conversation.has_tools:
             missing = _missing_in(rows[-1].text, conversation)
             if missing is not None:
-                return Rejection("not_in_template", f"the template leaves out {missing}")
+                return [Rejection("not_in_template", f"the template leaves out {missing}")]
             if self.encoder.special.first_in(_tool_texts(conversation)):
-                return Rejection("special_token_in_text", "a tool, a call or a result contains the text of a special token")
-        if any(self.encoder.special.first_in(text) for message in conversation.messages for text in _texts(message)):
-            return [_Text(row, ["" for _ in row.answers], self._encode_pieces(row)) for row in rows]
-        return [_Text(row, [self._prompt_end(row.text, answer) for answer in row.answers], None) for row in rows]
+                detail = "a tool, a call or a result contains the text of a special token"
+                return [Rejection("special_token_in_text", detail)]
+        has_special_text = any(
+            self.encoder.special.first_in(text) for message in conversation.messages for text in _texts(message)
+        )
+        texts = [self._encode_pieces(row) if has_special_text else self._with_prompt_ends(row) for row in rows]
+        return [*texts, *map(_rejection, problems)]
+
+    def _with_prompt_ends(self, row: RenderedRow) -> _Text:
+        return _Text(row, [self._prompt_end(row.text, answer) for answer in row.answers], None)
 
     def _plain(self, text: str) -> _Text:
         """Raw text, in which the text of a special token is plain text too."""
         has_special = self.encoder.special.first_in(text) is not None
         return _Text(RenderedRow(text, [], []), [], self.encoder.encode_pieces([(text, False)]) if has_special else None)
 
-    def _encode_pieces(self, row: RenderedRow) -> EncodedText:
-        """The tokens of a row in which a message contains the text of a special token."""
+    def _encode_pieces(self, row: RenderedRow) -> _Text:
+        """A row in which a message contains the text of a special token, with its tokens."""
         edges = {0, len(row.text)}
         edges |= {edge for span in row.spans for edge in (span.start, span.end)}
         edges |= {
@@ -237,7 +237,7 @@ class RowMaker:
         for start, end in pairwise(sorted(edges)):
             from_message = any(span.start <= start < span.end for span in row.spans)
             pieces.append((row.text[start:end], not from_message))
-        return self.encoder.encode_pieces(pieces)
+        return _Text(row, ["" for _ in row.answers], self.encoder.encode_pieces(pieces))
 
     def _prompt_end(self, text: str, answer: AnswerSpan) -> str:
         """The end of the prompt for an answer, after its last special token.
@@ -393,6 +393,12 @@ class RowMaker:
 WORD_PARAMETER = {"type": "object", "properties": {"word": {"type": "string", "description": ""}}, "required": ["word"]}
 
 
+def _rejection(error: Exception) -> Rejection:
+    """What is counted for a conversation, or an answer, that the template cannot write."""
+    unchanged = isinstance(error, Untraceable) and not isinstance(error, LeftOut)
+    return Rejection("answer_not_traceable" if unchanged else "not_in_template", str(error))
+
+
 def _texts(message: Mapping[str, Any]) -> Iterator[str]:
     """The texts of a message that the template writes unchanged."""
     if message["role"] != "tool":
@@ -409,11 +415,7 @@ def _tool_texts(conversation: Conversation) -> str:
 
 
 def _missing_in(text: str, conversation: Conversation) -> str | None:
-    """What the rendered text of a conversation with tools lacks: a tool, or the result of a call; None if nothing."""
-    for tool in conversation.tools:
-        name = str(tool.get("function", {}).get("name", ""))
-        if name not in text:
-            return f"the tool {name!r}"
+    """The result of a call that the rendered text of a conversation lacks; None if there is none."""
     for message in conversation.messages:
         if message["role"] == "tool" and not any(form in text for form in tool_result_forms(message["content"])):
             return f"the tool result {message['content'][:60]!r}"
