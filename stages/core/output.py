@@ -69,7 +69,7 @@ def kept_if_stopped(folder: Path, rejected: Path, *, summary: Callable[[], dict[
             raise
         with fresh_folder(folder) as kept:
             write_json(kept / "summary.json", counts)
-            if rejected.stat().st_size:
+            if rejected.exists() and rejected.stat().st_size:
                 shutil.copyfile(rejected, kept / "rejected.jsonl")
             names = " and ".join(f"{folder}/{file.name}" for file in sorted(kept.iterdir()))
         raise Problem(*problem.messages, f"see {names} (removed when this stage succeeds)") from None
