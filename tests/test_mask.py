@@ -7,8 +7,10 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from stages.encode.mask import AnswerSpan, SpecialTokens, find_answers, find_label_ranges, token_range
-from stages.encode.template import ChatTemplate, Untraceable
+from stages.encode.answers import AnswerFinder, Conversation, RenderedRow
+from stages.encode.mask import SpecialTokens, find_label_ranges, token_range
+from stages.encode.spans import Untraceable
+from stages.encode.template import ChatTemplate
 from stages.encode.tokenizer import align
 from tests.tiny import PROJECT
 
@@ -34,6 +36,20 @@ def renderer(source: str) -> ChatTemplate:
 
 def built_in(name: str) -> ChatTemplate:
     return renderer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+
+
+def find_rows(
+    template: ChatTemplate, messages: list[dict[str, Any]], *, tools: Any = (), special: SpecialTokens = SPECIAL
+) -> list[RenderedRow]:
+    finder = AnswerFinder(template, special, bos="", thinking="train", train_empty_thinking=False)
+    rows, problems = finder.rows(Conversation(messages, tools), last_only=False)
+    if problems:
+        raise problems[0]
+    return rows
+
+
+def answer_texts(rows: list[RenderedRow]) -> list[str]:
+    return [row.text[answer.start : answer.end] for row in rows for answer in row.answers]
 
 
 # The exact text that the tutorial's templates render.
@@ -77,51 +93,52 @@ def test_the_prompt_for_an_answer_is_the_start_of_the_training_text(name: str) -
         ("join", ["a1", "a2"]),
         ("join_eos", ["a1</s>", "a2</s>"]),
         ("human_assistant", [" a1</s>", " a2</s>"]),  # the prompt ends in "Assistant:", so the space is generated too
-        ("chatglm", ["a1", "a2</s>"]),
+        ("chatglm", ["a1</s>", "a2</s>"]),
         ("chatml", ["a1<|im_end|>", "a2<|im_end|>"]),
         ("alpaca", ["a1</s>", "a2</s>"]),
     ],
 )
 def test_the_answers_with_their_stop_tokens_are_found(name: str, texts: list[str]) -> None:
-    text, answers, _ = find_answers(built_in(name), MULTI, tools=[], special=SPECIAL)
-    assert [text[answer.start : answer.end] for answer in answers] == texts
+    rows = find_rows(built_in(name), MULTI)
+    assert answer_texts(rows) == texts
+    assert len(rows) == (2 if name == "chatglm" else 1)  # ChatGLM writes the stop token behind the last answer alone
 
 
 def test_an_answer_that_also_occurs_in_the_prompt_is_found_after_it() -> None:
     messages = [{"role": "user", "content": "Assistant: yes"}, {"role": "assistant", "content": "yes"}]
-    text, answers, _ = find_answers(built_in("human_assistant"), messages, tools=[], special=SPECIAL)
-    assert answers == [AnswerSpan(text.rindex(" yes"), len(text), True, "</s>", follows_prompt=True)]
+    (row,) = find_rows(built_in("human_assistant"), messages)
+    (answer,) = row.answers
+    assert (answer.start, answer.end, answer.stop) == (row.text.rindex(" yes"), len(row.text), "</s>")
+    assert answer.follows_prompt
 
 
 def test_a_template_may_strip_an_answer_but_not_change_or_drop_it() -> None:
     padded = [MULTI[0], {"role": "assistant", "content": " a1 \n"}]
-    text, answers, _ = find_answers(
-        renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, tools=[], special=NONE
-    )
-    assert [text[answer.start : answer.end] for answer in answers] == ["a1"]
-    with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(
-            renderer("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}"), padded, tools=[], special=NONE
-        )
-    with pytest.raises(Untraceable, match="leaves out an answer"):
-        find_answers(renderer("{{ messages[0].content }}"), padded, tools=[], special=NONE)
-    twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
-    with pytest.raises(Untraceable, match="writes one twice"):
-        find_answers(renderer(twice), padded, tools=[], special=NONE)
+    rows = find_rows(renderer("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}"), padded, special=NONE)
+    assert rows[0].text == "<q1><a1>"
+    assert [rows[0].text[span.start : span.end] for span in rows[0].spans] == ["q1", "a1"]
+    for source, match in [
+        ("{% for m in messages %}<{{ m.content | upper }}>{% endfor %}", "changes the text"),
+        ("{{ messages[0].content }}", "leaves out an answer"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "writes an answer twice"),
+    ]:
+        with pytest.raises(Untraceable, match=match):
+            find_rows(renderer(source), padded, special=NONE)
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "match"),
     [
-        "{% for m in messages %}{{ m.content | replace('.', ',') }}|{% endfor %}",
-        "{% for m in messages %}{{ m.content | reverse }}|{% endfor %}",
-        "{% for m in messages %}\ue000{{ m.content }}|{% endfor %}",
-        "{% for m in messages %}{{ m.content[1:] }}|{% endfor %}",
+        ("{% for m in messages %}{{ m.content | replace('.', ',') }}|{% endfor %}", "leaves out an answer"),
+        ("{% for m in messages %}{{ m.content | reverse }}|{% endfor %}", "leaves out an answer"),
+        ("{% for m in messages %}\ue000{{ m.content }}|{% endfor %}", "changes the text"),
+        ("{% for m in messages %}{{ m.content[1:] }}|{% endfor %}", "leaves out an answer"),
+        ("{% for m in messages %}{{ m.content if m.role != 'user' }}|{% endfor %}", "leaves out the user message"),
     ],
 )
-def test_a_template_that_changes_the_placeholders_is_refused(source: str) -> None:
-    with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(renderer(source), MULTI, tools=[], special=NONE)
+def test_a_template_that_changes_or_drops_a_text_is_refused(source: str, match: str) -> None:
+    with pytest.raises(Untraceable, match=match):
+        find_rows(renderer(source), MULTI, special=NONE)
 
 
 def test_a_template_that_recurses_without_end_is_refused() -> None:
@@ -131,10 +148,12 @@ def test_a_template_that_recurses_without_end_is_refused() -> None:
 
 def test_each_row_is_checked_even_if_the_shape_is_cached() -> None:
     picky = renderer("{% for m in messages %}{{ m.content if m.content != 'no' else 'NO' }}|{% endfor %}")
+    finder = AnswerFinder(picky, NONE, bos="", thinking="train", train_empty_thinking=False)
     for content in ("yes", "maybe"):
-        assert find_answers(picky, [MULTI[0], {"role": "assistant", "content": content}], tools=[], special=NONE)[1]
+        conversation = Conversation([MULTI[0], {"role": "assistant", "content": content}], [])
+        assert finder.rows(conversation, last_only=False)[0]
     with pytest.raises(Untraceable, match="changes the text"):
-        find_answers(picky, [MULTI[0], {"role": "assistant", "content": "no"}], tools=[], special=NONE)
+        finder.rows(Conversation([MULTI[0], {"role": "assistant", "content": "no"}], []), last_only=False)
 
 
 CALL = {
@@ -142,6 +161,7 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
 }
+OTHER_CALL = {"type": "function", "function": {"name": "subtract", "arguments": {"b": 2}}}
 TOOLED = [MULTI[0], CALL, {"role": "tool", "content": "2"}, MULTI[3]]
 TOOL_TEMPLATE = (
     "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
@@ -153,27 +173,27 @@ TOOL_TEMPLATE = (
 
 def test_a_tool_call_is_an_answer() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    text, answers, text_spans = find_answers(renderer(TOOL_TEMPLATE), TOOLED, tools=tools, special=SPECIAL)
-    assert text_spans is None
+    rows = find_rows(renderer(TOOL_TEMPLATE), TOOLED, tools=tools)
     call = '{"name": "add", "arguments": {"a": 1}}</s>'
-    assert [text[answer.start : answer.end] for answer in answers] == [call, "a2</s>"]
-    with pytest.raises(Untraceable, match="the text before the answer in message 2 is not the prompt"):
-        find_answers(renderer(TOOL_TEMPLATE.replace("[assistant]", "[other]")), TOOLED, tools=tools, special=SPECIAL)
+    assert answer_texts(rows) == [call, "a2</s>"]
+    assert len(rows) == 1
 
 
 def test_a_template_that_leaves_out_a_part_of_a_call_is_refused() -> None:
     tools = [{"type": "function", "function": {"name": "add"}}]
-    two = [MULTI[0], CALL | {"tool_calls": CALL["tool_calls"] * 2}, *TOOLED[2:]]
+    two = [MULTI[0], CALL | {"tool_calls": [*CALL["tool_calls"], OTHER_CALL]}, *TOOLED[2:]]
     first_only = renderer(TOOL_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
-    find_answers(first_only, TOOLED, tools=tools, special=SPECIAL)
-    with pytest.raises(Untraceable, match="leaves out 'add' of the answer in message 2"):
-        find_answers(first_only, two, tools=tools, special=SPECIAL)
+    find_rows(first_only, TOOLED, tools=tools)
+    with pytest.raises(Untraceable, match="leaves out 'subtract' of the call in message 2"):
+        find_rows(first_only, two, tools=tools)
+    with pytest.raises(Untraceable, match="leaves out the tool 'add'"):
+        find_rows(renderer(TOOL_TEMPLATE.replace("<{{ t.function.name }}>", "")), TOOLED, tools=tools)
     no_stop = renderer(
         TOOL_TEMPLATE.replace("{{ m.content }}", "<|im_start|>{{ m.content }}").replace("{{ eos_token }}", "")
     )
-    text, answers, _ = find_answers(no_stop, TOOLED, tools=tools, special=SPECIAL)
-    assert [answer.stop for answer in answers] == ["", ""]
-    assert text[answers[0].start : answers[0].end].endswith('{"a": 1}}')
+    (row,) = find_rows(no_stop, TOOLED, tools=tools)
+    assert [answer.stop for answer in row.answers] == ["", ""]
+    assert row.text[row.answers[0].start : row.answers[0].end].endswith('{"a": 1}}')
 
 
 def test_templates_render_as_in_transformers(tiny_tokenizer: Path) -> None:
@@ -214,12 +234,13 @@ def tokens(text: str) -> tuple[list[str], list[int], list[tuple[int, int]]]:
 
 
 def in_loss(messages: list[dict[str, Any]], labels_on: Any, name: str = "human_assistant") -> list[str]:
-    text, answers, _ = find_answers(built_in(name), messages, tools=[], special=SpecialTokens(["</s>"]))
-    pieces, ids, offsets = tokens(text)
-    ranges = [token_range(answer, offsets) for answer in answers]
+    finder = AnswerFinder(built_in(name), SpecialTokens(["</s>"]), bos="", thinking="train", train_empty_thinking=False)
+    ((row,), _) = finder.rows(Conversation(messages, []), last_only=labels_on != "assistant")
+    pieces, ids, offsets = tokens(row.text)
+    ranges = [token_range(answer.label_start, answer.end, offsets) for answer in row.answers]
     chosen = {
         token
-        for first, last in find_label_ranges(answers, ranges, length=len(ids), labels_on=labels_on)
+        for first, last in find_label_ranges(row.answers, ranges, length=len(ids), labels_on=labels_on)
         for token in range(first, last)
     }
     assert 0 not in chosen

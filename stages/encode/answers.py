@@ -25,6 +25,7 @@ from stages.encode.forms import (
     PARTS_AS_TEXT,
     REASONING,
     REASONING_FORMS,
+    SECOND_BLOCK,
     Form,
     Message,
     closing_of,
@@ -48,7 +49,7 @@ REASONING_NOT_PROMPTED = (
 
 
 ANSWER = mark(1, "content")
-PLAIN = [{"role": "user", "content": mark(0, "content")}, {"role": "assistant", "content": ANSWER}]
+PLAIN: list[dict[str, Any]] = [{"role": "user", "content": mark(0, "content")}, {"role": "assistant", "content": ANSWER}]
 """A small conversation, marked."""
 
 
@@ -77,19 +78,19 @@ class Conversation(NamedTuple):
 class _Splice(NamedTuple):
     """How an answer is put behind a prompt for generation that is not the beginning of its rendering."""
 
-    prompt_end: str
-    """The end of the prompt, which the rendering lacks."""
-    gap: str
-    """What the rendering has in its place."""
+    skeleton: Skeleton
+    """The rendering."""
+    answer: Position
+    """Where the answer begins in it."""
     filling: str
-    """What is written behind the prompt, or behind the reasoning, instead of `gap`."""
+    """What is written behind the prompt, or behind the reasoning, instead of the template's own text."""
 
-    def apply(self, prompt: str, reasoning: str, text: str) -> str:
-        """The prompt, the reasoning and the answer in `text`. Raises Untraceable if they are not as they were."""
-        shared = prompt.removesuffix(self.prompt_end)
-        if not prompt.endswith(self.prompt_end) or not text.startswith(shared + self.gap):
-            raise Untraceable("the template writes this conversation unlike others of its kind")
-        return prompt + reasoning + self.filling + text[len(shared) + len(self.gap) :]
+    def apply(self, prompt: str, messages: Sequence[Message], text: str) -> str:
+        """The prompt, and the answer from `text`, the rendering of the messages. Raises Untraceable if it is not there."""
+        answer = self.skeleton.fill(messages, text).at(self.answer)
+        in_rendering = (len(messages) - 1, REASONING) in self.skeleton.slots
+        reasoning: str = "" if in_rendering else messages[-1].get(REASONING, "")
+        return prompt + reasoning + self.filling + text[answer:]
 
 
 class _Rendering(NamedTuple):
@@ -169,7 +170,7 @@ class AnswerFinder:
         self._template, self._special, self._bos = template, special, bos
         self._thinking, self._train_empty_thinking = thinking, train_empty_thinking
         self._shapes: dict[tuple[Any, ...], _Shapes | Exception] = {}
-        self._plain_gaps: dict[bool, str] = {}
+        self._plain_gap: str | None = None
         self._plain_stop: str | None = None
         self._block_ends: dict[str, str] = {}
 
@@ -211,7 +212,7 @@ class AnswerFinder:
         text = self._template.render(give(messages, shape.form), conversation.tools)
         if shape.splice:
             prompt = self._render_prompt(messages[:-1], conversation.tools, shape.form)
-            text = shape.splice.apply(prompt or "", messages[-1].get(REASONING, ""), text)
+            text = shape.splice.apply(prompt or "", messages, text)
         text += shape.suffix
         filled = shape.skeleton.fill(messages, text)
         answers = [
@@ -305,9 +306,12 @@ class AnswerFinder:
             raise Untraceable(f"the text before the answer in message {number + 1} is not the prompt for it")
         start = after if follows_prompt else min(places.values())
         if follows_prompt:
-            gap = self._template_gap(message, text[after:], places, after, spliced=form.reasoning == "spliced")
+            gap = self._template_gap(message, text[after:], places, after)
             start += 0 if self._train_empty_thinking else len(gap)
         content_end = max((place + len(mark(number, field)) for field, place in places.items()), default=after)
+        for call in calls:
+            name = call["function"]["name"]
+            content_end = max(content_end, text.find(name, content_end) + len(name))
         stop_start, end, stop = self._find_stop(text, content_end, has_calls=bool(calls))
         suffix = ""
         if not stop:
@@ -319,7 +323,7 @@ class AnswerFinder:
         answer = _Answer(start, label_start, stop_start, end, stop, follows_prompt)
         return _FoundAnswer(text, suffix, rendering.splice, answer)
 
-    def _template_gap(self, message: Message, rest: str, places: Mapping[str, int], after: int, *, spliced: bool) -> str:
+    def _template_gap(self, message: Message, rest: str, places: Mapping[str, int], after: int) -> str:
         """What the template writes between the prompt and any plain answer, if it stands at the beginning of `rest`.
 
         White space there is not meant: the model must generate it.
@@ -327,24 +331,23 @@ class AnswerFinder:
         if not message.get("tool_calls") and REASONING not in message and places:
             gap = rest[: min(places.values()) - after]
             return gap if gap.strip() else ""
-        gap = self._gap_of_plain_answers(spliced=spliced)
+        gap = self._gap_of_plain_answers()
         if gap.strip() and rest.startswith(gap):
             return gap
         empty = EMPTY_BLOCK.match(rest)
         return empty[0] if empty else ""
 
-    def _gap_of_plain_answers(self, *, spliced: bool) -> str:
+    def _gap_of_plain_answers(self) -> str:
         """What stands between the prompt and the answer of a small conversation."""
-        if spliced not in self._plain_gaps:
-            self._plain_gaps[spliced] = ""
-            form = Form("spliced" if spliced else "none", arguments_as_text=False)
+        if self._plain_gap is None:
+            self._plain_gap = ""
             try:
-                text, prompt, _ = self._render(PLAIN, (), form)
+                text, prompt, _ = self._render(PLAIN, (), Form("none", arguments_as_text=False))
             except (jinja2.TemplateError, Untraceable):
                 return ""
             if prompt is not None and text.startswith(prompt) and ANSWER in text:
-                self._plain_gaps[spliced] = text[len(prompt) : text.index(ANSWER)]
-        return self._plain_gaps[spliced]
+                self._plain_gap = text[len(prompt) : text.index(ANSWER)]
+        return self._plain_gap
 
     def _stop_of_plain_answers(self) -> str:
         """The last of the special tokens behind the answer of a small conversation, or ""."""
@@ -416,31 +419,43 @@ class AnswerFinder:
         """Raises LeftOut and jinja2.TemplateError."""
         text = self._template.render(give(marked, form), tools)
         prompt = self._render_prompt(marked[:-1], tools, form)
-        if form.reasoning != "spliced":
-            return _Rendering(text, prompt, None)
-        has_reasoning = REASONING in marked[-1]
+        message = marked[-1]
         if prompt is None or text.startswith(prompt):
-            if has_reasoning:
+            if REASONING in message and form.reasoning == "spliced":
                 raise LeftOut(NO_REASONING)
             return _Rendering(text, prompt, None)
-        splice = self._find_splice(prompt, text, marked[-1], len(marked) - 1)
-        return _Rendering(splice.apply(prompt, marked[-1].get(REASONING, ""), text), prompt, splice)
+        splice = self._find_splice(prompt, text, marked, form)
+        return _Rendering(splice.apply(prompt, marked, text) if splice else text, prompt, splice)
 
-    def _find_splice(self, prompt: str, text: str, message: Message, number: int) -> _Splice:
-        """How to put the answer in `text` behind `prompt`. Raises LeftOut if its reasoning has no place there."""
+    def _find_splice(self, prompt: str, text: str, marked: list[dict[str, Any]], form: Form) -> _Splice | None:
+        """How to put the answer in `text` behind `prompt`; None if the answer's beginning is not certain.
+
+        Raises LeftOut if its reasoning has no place there.
+        """
+        number, message = len(marked) - 1, marked[-1]
+        skeleton = Skeleton(text)
         length = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
         shared = UNFINISHED_TAG.sub("", prompt[:length])
         prompt_end, rest = prompt[len(shared) :], text[len(shared) :]
+        has_reasoning = REASONING in message
+        if MARKED in prompt_end or (has_reasoning and form.reasoning != "spliced"):
+            # They differ in an earlier message. The answer begins behind the last header that ends the prompt, too.
+            header = prompt[self._special.last(prompt, 0, len(prompt))[0] :]
+            own = [text.find(mark(number, field)) for field in (REASONING, "content")]
+            at = text.rfind(header, 0, min((place for place in own if place >= 0), default=0))
+            if header == prompt or at < 0 or (has_reasoning and form.reasoning == "spliced"):
+                return None
+            return _Splice(skeleton, skeleton.position(at + len(header)), "")
         opened = OPEN_BLOCK.search(prompt_end)
-        if REASONING in message and not opened:
+        if has_reasoning and not opened:
             raise LeftOut(NO_REASONING)
         content = mark(number, "content") if MARKED in message["content"] else ""
         empty = EMPTY_BLOCK.match(rest)
         gap = rest[: rest.index(content)] if content and content in rest else empty[0] if empty else ""
-        if not opened:
-            return _Splice(prompt_end, gap, ANY_MARK.sub("", gap))
-        filling = self._block_end(opened[1]) if content else f"\n{closing_of(opened[1])}\n\n"
-        return _Splice(prompt_end, gap, filling)
+        filling = ANY_MARK.sub("", gap)
+        if opened:
+            filling = self._block_end(opened[1]) if content else f"\n{closing_of(opened[1])}\n\n"
+        return _Splice(skeleton, skeleton.position(len(shared) + len(gap)), filling)
 
     def _block_end(self, opening: str) -> str:
         """What the template writes between the reasoning and the content of an answer."""
@@ -510,6 +525,8 @@ def _places(message: Message, text: str, number: int, after: int) -> dict[str, i
         text.find(call["function"]["name"], places[REASONING]) < 0 for call in message.get("tool_calls", [])
     ):
         raise LeftOut(NO_REASONING)  # not behind the calls, where Gemma 4 writes the content
+    if REASONING in places and SECOND_BLOCK.search(text, after and after - 20, places[REASONING]):
+        raise LeftOut(REASONING_NOT_PROMPTED)
     if places and PARTS_AS_TEXT.search(text, after, max(places.values())):
         raise LeftOut(NO_REASONING)
     return places
@@ -529,11 +546,7 @@ def _check_calls(message: Message, text: str, number: int) -> None:
     """Raises Untraceable if the rendered answer lacks the name or an argument of a call."""
     for call in message.get("tool_calls", []):
         for part in (call["function"]["name"], *_argument_texts(call["function"]["arguments"])):
-            if (
-                part not in text
-                and json.dumps(part)[1:-1] not in text
-                and json.dumps(part, ensure_ascii=False)[1:-1] not in text
-            ):
+            if not any(form in text for form in _written_forms(part)):
                 raise LeftOut(f"the template leaves out {part[:60]!r} of the call in message {number + 1}")
 
 

@@ -13,7 +13,6 @@ REASONING_FORMS: tuple[ReasoningForm, ...] = ("reasoning_content", "thinking", "
 """How a message gives its reasoning to a template, in the order in which they are tried: a field of that name, content parts
 (Mistral), `<think>…</think>` at the beginning of the content, or not at all: then the answer is put behind a prompt for
 generation that has opened a thinking block (DeepSeek R1)."""
-PLAIN_FORMS: tuple[ReasoningForm, ...] = ("none", "spliced")
 
 THINKING_MARKS = (
     ("<think>", "</think>"),
@@ -32,6 +31,8 @@ EMPTY_BLOCK = re.compile(rf"\s*(?:{OPENING})?\s*(?:{CLOSING})\s*")
 """An empty thinking block, whether the prompt has opened it or not."""
 BLOCK_END = re.compile(rf"\s*(?:{CLOSING})\s*")
 ANY_MARK = re.compile(rf"\s*(?:{OPENING}|{CLOSING})\s*")
+SECOND_BLOCK = re.compile(rf"(?:{CLOSING})\s*(?:{OPENING})\s*\Z")
+"""A thinking block opened behind one that is closed."""
 PARTS_AS_TEXT = re.compile(r"""["']type["']: ["']""")
 """In a rendering: the template wrote a list of parts as Python or JSON does, since it knows only text."""
 
@@ -47,7 +48,8 @@ class Form(NamedTuple):
 def forms_to_try(messages: Sequence[Message]) -> Iterator[Form]:
     """The forms in which a template may write the messages, in order."""
     has_calls = any("tool_calls" in message for message in messages)
-    for reasoning in REASONING_FORMS if any(REASONING in message for message in messages) else PLAIN_FORMS:
+    none: tuple[ReasoningForm, ...] = ("none",)
+    for reasoning in REASONING_FORMS if any(REASONING in message for message in messages) else none:
         yield Form(reasoning, arguments_as_text=False)
         if has_calls:
             yield Form(reasoning, arguments_as_text=True)

@@ -206,7 +206,7 @@ class RowMaker:
         except (Untraceable, jinja2.TemplateError) as error:
             return [_rejection(error)]
         if conversation.has_tools:
-            missing = _missing_in(rows[-1].text, conversation)
+            missing = _missing_result(rows[-1].text, conversation.messages[: rows[-1].answers[-1].message])
             if missing is not None:
                 return [Rejection("not_in_template", f"the template leaves out {missing}")]
             if self.encoder.special.first_in(_tool_texts(conversation)):
@@ -219,7 +219,11 @@ class RowMaker:
         return [*texts, *map(_rejection, problems)]
 
     def _with_prompt_ends(self, row: RenderedRow) -> _Text:
-        return _Text(row, [self._prompt_end(row.text, answer) for answer in row.answers], None)
+        befores = [0, *(answer.stop_start for answer in row.answers)]
+        ends = [
+            self._prompt_end(row.text, before, answer.start) for before, answer in zip(befores, row.answers, strict=False)
+        ]
+        return _Text(row, ends, None)
 
     def _plain(self, text: str) -> _Text:
         """Raw text, in which the text of a special token is plain text too."""
@@ -239,14 +243,22 @@ class RowMaker:
             pieces.append((row.text[start:end], not from_message))
         return _Text(row, ["" for _ in row.answers], self.encoder.encode_pieces(pieces))
 
-    def _prompt_end(self, text: str, answer: AnswerSpan) -> str:
+    def _prompt_end(self, text: str, before: int, start: int) -> str:
         """The end of the prompt for an answer, after its last special token.
 
         Tokenizers split a text at special tokens, and up to the last one the row and its prompt are the same text. So
         tokenizing this end, for most templates a word or two, is enough to see whether the row starts with its prompt's
         tokens.
+
+        Args:
+            text: The row.
+            before: Where to look for the special token first: the end of the answer before.
+            start: Where the answer starts.
         """
-        return text[self.encoder.special.last(text, 0, answer.start)[1] : answer.start]
+        at, end = self.encoder.special.last(text, before, start)
+        if at == end:
+            _, end = self.encoder.special.last(text, 0, start)
+        return text[end:start]
 
     def _encode_prompt_ends(self, ends: set[str]) -> None:
         new = sorted(ends - self._prompt_ends.keys())
@@ -414,9 +426,9 @@ def _tool_texts(conversation: Conversation) -> str:
     return json.dumps([conversation.tools, calls, results], ensure_ascii=False)
 
 
-def _missing_in(text: str, conversation: Conversation) -> str | None:
-    """The result of a call that the rendered text of a conversation lacks; None if there is none."""
-    for message in conversation.messages:
+def _missing_result(text: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first result of a call that the rendered text of the messages lacks; None if it has them all."""
+    for message in messages:
         if message["role"] == "tool" and not any(form in text for form in tool_result_forms(message["content"])):
             return f"the tool result {message['content'][:60]!r}"
     return None
