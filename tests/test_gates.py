@@ -55,16 +55,16 @@ def test_too_many_rejected_rows_stop_the_stage_with_the_reasons_and_the_first_ro
     with pytest.raises(Problem) as caught:
         EncodeRun(tmp_path, tiny_tokenizer, rows, gates={"max_rejected_percent": 49.0})
     gate, no_labels, too_long, _ = caught.value.messages
-    assert gate.startswith("params.yaml: encode.gates.max_rejected_percent: 15 of 30 rows are rejected (50 %), wanted at most")
+    assert gate.startswith(
+        "params.yaml: encode.gates.max_rejected_percent: 15 of 30 rows are rejected (50 %), wanted at most"
+    )
     assert no_labels == "no_labels: 3 rows, the first x.json:5: the row has no labelled tokens"
     found = re.fullmatch(r"too_long: 12 rows, the first (.*)", too_long)
     assert found
     assert [part.partition(": ")[0] for part in found[1].split("; ")] == ["x.json:1", "x.json:2", "x.json:3"]
 
 
-def test_a_conversation_that_loses_one_of_its_rows_counts_once(
-    tmp_path: Path, tiny_tokenizer: Path, template: str
-) -> None:
+def test_a_conversation_that_loses_one_of_its_rows_counts_once(tmp_path: Path, tiny_tokenizer: Path, template: str) -> None:
     long = [*chat("q"), REASONING, *chat("q " * 300), REASONING, *chat("q"), REASONING]
     run = EncodeRun(tmp_path, tiny_tokenizer, [long, chat("q", "a")], template=template)
     rejected = rejected_lines(tmp_path / "tokens" / "rejected.jsonl")
@@ -95,13 +95,16 @@ def test_a_gate_that_a_sample_exceeds_beyond_doubt_stops_the_stage_at_once(
     encoded: list[int] = []
     encode_chunk = chunks.encode_chunk
     monkeypatch.setattr(
-        "stages.encode.workers.encode_chunk", lambda maker, task: encoded.append(len(task.lines)) or encode_chunk(maker, task)
+        "stages.encode.workers.encode_chunk",
+        lambda maker, task: encoded.append(len(task.lines)) or encode_chunk(maker, task),
     )
     with pytest.raises(Problem) as caught:
         EncodeRun(tmp_path, tiny_tokenizer, [LONG, chat("q", "a")] * 100, gates={"max_too_long_percent": 1.0})
     gate, stopped, kept = caught.value.messages
     assert sum(encoded) == 20
-    wanted = r"in a sample of 20 of the 600 rows, \d+ of 20 rows are longer than encode.max_length \(.* %\), wanted at most 1 %"
+    wanted = (
+        r"in a sample of 20 of the 600 rows, \d+ of 20 rows are longer than encode.max_length \(.* %\), wanted at most 1 %"
+    )
     assert re.search(wanted, gate)
     assert stopped == "stopped before the other 580 rows were encoded"
     assert "failed/encode/rejected.jsonl and " in kept
@@ -158,7 +161,9 @@ def test_a_stopped_stage_leaves_the_rejected_rows_and_the_counts_until_it_succee
     with pytest.raises(Problem) as caught:
         EncodeRun(tmp_path, tiny_tokenizer, rows, gates={"max_rejected_percent": 0.0})
     kept = tmp_path / "failed" / "encode"
-    assert caught.value.messages[-1] == f"see {kept}/rejected.jsonl and {kept}/summary.json (removed when this stage succeeds)"
+    assert (
+        caught.value.messages[-1] == f"see {kept}/rejected.jsonl and {kept}/summary.json (removed when this stage succeeds)"
+    )
     assert [(row["source"], row["split"]) for row in rejected_lines(kept / "rejected.jsonl")] == [
         ("x.json:1", split) for split in ("train", "validation", "test")
     ]
@@ -190,7 +195,9 @@ def test_ingest_leaves_them_too(tmp_path: Path) -> None:
 
     section = dict(YAML(typ="safe").load(PROJECT / "params.yaml")["ingest"]) | {"max_rejected_percent": 10}
     (tmp_path / "raw").mkdir()
-    rows: list[Any] = [{"instruction": f"q{n}", "output": "a"} for n in range(40)] + [{"instruction": "q", "output": ""}] * 10
+    rows: list[Any] = [{"instruction": f"q{n}", "output": "a"} for n in range(40)] + [
+        {"instruction": "q", "output": ""}
+    ] * 10
     (tmp_path / "raw" / "x.json").write_text("\n".join(map(json.dumps, rows)))
 
     def run(**given: Any) -> None:
@@ -219,7 +226,11 @@ def test_the_report_counts_conversations_thinking_tools_and_formats(
     rows = [
         {"format": "alpaca", "messages": chat("q", "a")},
         {"format": "messages", "messages": [*chat("q"), REASONING, *chat("q"), REASONING]},
-        {"format": "messages", "tools": [TOOL], "messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        {
+            "format": "messages",
+            "tools": [TOOL],
+            "messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        },
     ]
     run = EncodeRun(tmp_path, tiny_tokenizer, rows, template=template)
     lengths = [len(ids) for ids in run.train.column("input_ids").to_pylist()]
@@ -266,7 +277,11 @@ def test_the_masks_page_shows_each_kind_with_its_source_and_what_each_piece_is(
         {"source": "zh.json:17", "format": "alpaca", "messages": chat("你好", "再见")},
         {"source": "zh.json:18", "format": "alpaca", "messages": chat("你好", "again")},
         {"source": "r1.json:2", "format": "messages", "messages": [*chat("q"), REASONING, *chat("x"), REASONING]},
-        {"source": "t.json:3", "tools": [TOOL], "messages": [*chat("q"), call, {"role": "tool", "content": '{"t": 2}'}, *chat("", "two")[1:]]},
+        {
+            "source": "t.json:3",
+            "tools": [TOOL],
+            "messages": [*chat("q"), call, {"role": "tool", "content": '{"t": 2}'}, *chat("", "two")[1:]],
+        },
         {"source": "m.json:4", "messages": [{"role": "system", "content": "sys"}, *chat("q", "a", "q", "b")]},
         {"source": "u.json:5", "messages": [*UNTRAINED, *chat("q", "b")]},
         {"source": "s.json:6", "messages": chat("say <|im_end|>", "a")},
@@ -286,8 +301,8 @@ def test_the_masks_page_shows_each_kind_with_its_source_and_what_each_piece_is(
     assert '[user 用户]你好</span><span class="template"' in shown
     assert "[reasoning 思考]because b</mark>" in shown
     assert "[answer 回答: earlier answer, here only context 之前的回答，此处只作上文]a</span>" in shown
-    assert '[answer 回答: &#34;train&#34;: false, not in the loss &#34;train&#34;: false，不计入损失]a</span>' in shown
-    assert '[tool result 工具结果]{&#34;t&#34;: 2}</span>' in shown
+    assert "[answer 回答: &#34;train&#34;: false, not in the loss &#34;train&#34;: false，不计入损失]a</span>" in shown
+    assert "[tool result 工具结果]{&#34;t&#34;: 2}</span>" in shown
     assert "[stop token 停止符]&lt;|im_end|&gt;</mark>" in shown
     assert re.search(r"\[\d+ tokens cut off 已截去: longer than encode.max_length 超过 encode.max_length\]", shown)
     assert "[raw text 纯文本]raw &lt;b&gt;text&lt;/b&gt;</mark>" in shown

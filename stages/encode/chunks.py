@@ -75,8 +75,8 @@ def read_tasks(examples: Path) -> Iterator[ChunkTask]:
 def read_sample(examples: Path, rows: dict[str, int]) -> list[ChunkTask]:
     """A sample of the rows of all splits: one row from each of equal parts, so that sorted files are covered too.
 
-    Which row of its part it is is random, with a fixed seed, so that rows which alternate are covered too. Empty if there are
-    too few rows for a sample to save time.
+    It is a random row of its part, with a fixed seed, so that rows which alternate are covered too. Empty if there are too
+    few rows for a sample to save time.
     """
     total = sum(rows.values())
     if total <= MIN_SAMPLED:

@@ -113,9 +113,9 @@ class Counts:
     def check_sample(self, template: Path, gates: Gates, *, rows: int, long_row_is_error: bool) -> None:
         """Raises Problem with what `check` would certainly say of all `rows`, if these counts are those of a sample.
 
-        A gate is exceeded beyond doubt if data at its limit would have as many wrong rows in a sample with a probability below
-        DOUBT. The tokens of a row depend on each other: for the gate that counts tokens, a row is one draw, as if it were
-        unknown or known as a whole.
+        A gate is exceeded beyond doubt if data at its limit would have as many wrong rows in a sample with a probability
+        below DOUBT. The tokens of a row depend on each other: for the gate that counts tokens, a row is one draw, as if it
+        were unknown or known as a whole.
         """
         sampled = self._total()["read"]
         problems = [*self._certain_problems(template, long_row_is_error=long_row_is_error)]

@@ -16,7 +16,7 @@ from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
 from stages.core.tokens import PROMPTS, TRAINING, open_tokens
 from stages.encode.answers import Thinking
-from stages.encode.chunks import SPLITS, count_rows, prompt_batch, read_sample, read_tasks
+from stages.encode.chunks import count_rows, prompt_batch, read_sample, read_tasks
 from stages.encode.counts import Counts, Gates
 from stages.encode.mask import LabelsOn
 from stages.encode.masks_page import render_masks_page
@@ -71,11 +71,11 @@ def encode(
     prompts.arrow.
 
     `tokens` also contains text.arrow (raw text of the test split, as training rows), rejected.jsonl (rejected rows with the
-    reason) and the chat template, which `merge` saves with the model. `report` contains the counts, `masks` a page that shows
-    the text in the loss, `lengths` a histogram.
+    reason) and the chat template, which `merge` saves with the model. `report` contains the counts, `masks` a page that
+    shows the text in the loss, `lengths` a histogram.
 
-    Rows are encoded on all cores; the number of cores does not change the output. Of many rows, a sample is encoded first, so
-    that a gate which is exceeded by far stops the stage within seconds. A stopped stage leaves rejected.jsonl and
+    Rows are encoded on all cores; the number of cores does not change the output. Of many rows, a sample is encoded first,
+    so that a gate which is exceeded by far stops the stage within seconds. A stopped stage leaves rejected.jsonl and
     summary.json in reports/failed/encode.
 
     Raises Problem if the template, the prompts or the tokenizer cannot be used, a gate is exceeded, or no rows are left.

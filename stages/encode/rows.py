@@ -176,6 +176,7 @@ class RowMaker:
             spans, messages, trained, moved = text_spans(row.ids, self.encoder.tokenizer.eos_token_id), [], set[int](), 0
         else:
             text = texts[row.number - 1]
+            assert not isinstance(text, Rejection)
             encoded = text.encoded or self.encoder.encode_batch([text.row.text])[0]
             messages, trained = example["messages"], {answer.message for answer in text.row.answers if answer.in_loss}
             moved = len(row.ids) + row.tokens_cut - len(encoded.ids)  # 1 if a BOS token was put before the text

@@ -231,7 +231,7 @@ def is_nfc(text: str) -> bool:
 
 
 def _bytes_of_tokens(backend: Any, settings: Mapping[str, Any]) -> Ids | None:
-    """(vocabulary,) Bytes of each token; None if the tokenizer is not a byte-level BPE that keeps all bytes of a text in NFC.
+    """(vocabulary,) Bytes of each token; None if the tokenizer is not a byte-level BPE, or changes texts that are in NFC.
 
     `settings` are those of tokenizer.json.
     """

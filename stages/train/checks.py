@@ -79,8 +79,8 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
     raise Problem(
         bad_param(
             "train.warmup_steps",
-            f"{found}, and the learning rate is 0 in all of them, since the warm-up of {warmup} begins at 0: nothing would be "
-            "trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
+            f"{found}, and the learning rate is 0 in all of them, since the warm-up of {warmup} begins at 0: nothing would "
+            "be trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
         )
     )
 
