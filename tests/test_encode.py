@@ -5,22 +5,24 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from stages.core.params import parse_section
+from stages.core.params import parse_section, read_yaml
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
 from stages.encode import tokenizer as encoder_module
 from stages.encode.encode import Params, encode
 from stages.encode.prompts import read_prompts
 from stages.encode.tokenizer import Encoder
-from tests.tiny import PROJECT, sample
+from tests.tiny import PROJECT, load_script, sample
 
-GATES = {f"max_{gate}_percent": 100.0 for gate in ("unlabelled", "without_stop", "prompt_mismatch", "too_long", "unknown")}
+GATE_NAMES = ("rejected", "unlabelled", "without_stop", "prompt_mismatch", "too_long", "unknown")
+GATES = {f"max_{gate}_percent": 100.0 for gate in GATE_NAMES}
 
 DEFAULTS = {
     "labels_on": "assistant",
@@ -35,12 +37,14 @@ DEFAULTS = {
 class EncodeRun:
     """A run of encode with the same conversations in all three splits, and its output."""
 
-    def __init__(self, root: Path, tokenizer: Path, conversations: list[list[dict[str, Any]]], **params: Any) -> None:
+    def __init__(self, root: Path, tokenizer: Path, conversations: list[Any], **params: Any) -> None:
+        """`conversations` are lists of messages, or rows of data/examples, whose missing fields are filled in."""
         examples = root / "examples"
         examples.mkdir(exist_ok=True)
         lines = [
-            json.dumps({"id": f"id{n}", "source": f"x.json:{n + 1}", "messages": messages}) + "\n"
-            for n, messages in enumerate(conversations)
+            json.dumps({"id": f"id{n}", "source": f"x.json:{n + 1}"} | (row if isinstance(row, dict) else {"messages": row}))
+            + "\n"
+            for n, row in enumerate(conversations)
         ]
         for split in ("train", "validation", "test"):
             (examples / f"{split}.jsonl").write_text("".join(lines))
@@ -157,7 +161,9 @@ def test_a_tokenizer_that_adds_bos_gives_exactly_one(tmp_path: Path, bos_tokeniz
 
 def test_two_bos_tokens_are_always_an_error(tmp_path: Path, bos_tokenizer: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    message = r"t\.jinja: 6 rows begin with two BOS tokens, wanted one; the first x\.json:1; remove a bos_token"
+    message = (
+        r"t\.jinja: 6 rows begin with two BOS tokens, wanted one; the first x\.json:1, then x\.json:2; remove a bos_token"
+    )
     with pytest.raises(Problem, match=message):
         EncodeRun(tmp_path, bos_tokenizer, [chat("q", "a"), chat("q", "b")], template=str(tmp_path / "t.jinja"))
 
@@ -195,8 +201,9 @@ def test_the_report_matches_the_rows(tmp_path: Path, tiny_tokenizer: Path) -> No
 def test_the_masks_page_marks_the_text_in_the_loss(tmp_path: Path, tiny_tokenizer: Path) -> None:
     EncodeRun(tmp_path, tiny_tokenizer, [chat("<b>q1", "a1", "q2", "a2")])
     page = (tmp_path / "masks.html").read_text(encoding="utf-8")
-    assert "&lt;b&gt;q1&lt;|im_end|&gt;" in page
-    assert "assistant\n<mark>a1&lt;|im_end|&gt;</mark>\n&lt;|im_start|&gt;user\nq2" in page
+    marked = [re.sub("<b>.*?</b>", "", text) for text in re.findall(r"<mark class=.*?>(.*?)</mark>", page, re.DOTALL)]
+    assert marked == ["a1", "&lt;|im_end|&gt;", "a2", "&lt;|im_end|&gt;"]
+    assert "&lt;b&gt;q1<" in page
 
 
 # Special tokens in a user's text
@@ -287,7 +294,9 @@ def test_every_gate_can_fail_and_names_the_first_row(
         params = params | {"template": str(PROJECT / f"stages/templates/{params['template']}.jinja")}
     rows = [messages, chat("good", "row")]
     EncodeRun(tmp_path, tiny_tokenizer, rows, **params)
-    with pytest.raises(Problem, match=rf"encode\.gates\.max_{gate}_percent: .* wanted at most 0 %; the first x\.json:1[:;]"):
+    with pytest.raises(
+        Problem, match=rf"encode\.gates\.max_{gate}_percent: .* wanted at most 0 %; the first x\.json:1[:;,]"
+    ):
         EncodeRun(tmp_path, tiny_tokenizer, rows, **params, gates={f"max_{gate}_percent": 0.0})
 
 
@@ -300,13 +309,7 @@ def test_every_gate_can_fail_and_names_the_first_row(
     ],
 )
 def test_a_removed_gate_says_what_to_write_instead(old: str, advice: str) -> None:
-    section = {
-        "template": "t",
-        "labels_on": "all",
-        "max_length": 9,
-        "truncation_strategy": "drop",
-        "gates": GATES | {old: 0.0},
-    }
+    section = dict(read_yaml(PROJECT / "params.yaml")["encode"]) | {"gates": GATES | {old: 0.0}}
     with pytest.raises(Problem) as caught:
         parse_section("encode", Params, section)
     assert caught.value.messages == (f"params.yaml: encode.gates.{old}: removed; {advice}",)
@@ -317,7 +320,8 @@ def test_all_gates_that_fail_are_reported_together(tmp_path: Path, tiny_tokenize
     gates = {"max_unlabelled_percent": 0.0, "max_too_long_percent": 1.5}
     with pytest.raises(Problem) as caught:
         EncodeRun(tmp_path, tiny_tokenizer, rows, gates=gates)
-    unlabelled, too_long = caught.value.messages
+    unlabelled, too_long, kept = caught.value.messages
+    assert kept.endswith("(removed when this stage succeeds)")
     found = "3 of 9 rows have no labelled tokens (33.3 %), wanted at most 0 %; the first x.json:2: "
     assert unlabelled.startswith(f"params.yaml: encode.gates.max_unlabelled_percent: {found}")
     found = "3 of 9 rows are longer than encode.max_length (33.3 %), wanted at most 1.5 %; the first x.json:1: 6"
@@ -524,8 +528,7 @@ def test_counting_bytes_locates_tokens_as_offsets_do(tiny_tokenizer: Path) -> No
         assert encoded.ids.tolist() == other.ids.tolist()
         for start in range(len(text)):
             for end in range(start + 1, len(text) + 1):
-                span = AnswerSpan(start, end, True, "", True)
-                assert encoded.token_range(span) == other.token_range(span), (text, start, end)
+                assert encoded.token_range(start, end) == other.token_range(start, end), (text, start, end)
 
 
 def test_the_output_is_the_same_with_and_without_fastokens(
@@ -577,7 +580,101 @@ def test_if_fastokens_differs_from_the_tokenizer_it_is_not_used(
     assert (tmp_path / "tokens" / "train.arrow").read_bytes() == wanted
 
 
+# Tokenizers with a normalizer
+
+
+@pytest.fixture
+def qwen_tokenizer(tmp_path: Path, tiny_tokenizer: Path) -> Path:
+    """The tiny tokenizer with Qwen's NFC normalizer, pre-tokenizer and added tokens."""
+    load_script("benchmarks/data.py").make_like_qwen(tmp_path / "qwen", tiny_tokenizer)
+    return tmp_path / "qwen"
+
+
+MIXED = [
+    "",
+    "plain <think>你好 it's</think>\n\n<tool_call>12 34",
+    "é 你好 🎉\r\n",
+    "e\u0301 decomposed",
+    "\u212b \u0958 shorter and longer",
+    "한글 \u1112\u1161\u11ab",
+]
+
+
+def test_a_text_that_is_nfc_is_located_by_bytes_and_another_by_offsets(
+    qwen_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(qwen_tokenizer)
+    slow = encoder._encode_with_offsets
+    by_offsets = []
+    monkeypatch.setattr(encoder, "_encode_with_offsets", lambda text: by_offsets.append(text) or slow(text))
+    encoded = encoder.encode_batch(MIXED)
+    assert by_offsets == ["", *MIXED[3:]]
+    assert encoder.fastokens_error == ""
+    for text, found in zip(MIXED, encoded, strict=True):
+        other = slow(text)
+        assert found.ids.tolist() == other.ids.tolist()
+        if text in MIXED[1:3]:
+            for start in range(len(text)):
+                for end in range(start + 1, len(text) + 1):
+                    assert found.token_range(start, end) == other.token_range(start, end), (text, start, end)
+    assert encoder.tokenizer.convert_tokens_to_ids("<think>") in encoded[1].ids
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "counts_bytes"),
+    [
+        (None, True),
+        ({"type": "NFC"}, True),
+        ({"type": "Sequence", "normalizers": []}, True),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFC"}]}, True),
+        ({"type": "NFKC"}, False),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, False),
+        ({"type": "Prepend", "prepend": "a"}, False),
+        ({"type": "Replace", "pattern": {"String": " "}, "content": "_"}, False),
+    ],
+)
+def test_bytes_are_counted_with_no_other_normalizer_than_nfc(
+    qwen_tokenizer: Path, normalizer: Any, counts_bytes: bool
+) -> None:
+    file = qwen_tokenizer / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+    assert (Encoder(qwen_tokenizer)._token_bytes is not None) == counts_bytes
+
+
+def test_the_labels_with_a_normalizer_are_the_answers(tmp_path: Path, qwen_tokenizer: Path) -> None:
+    rows = [chat(f"q {text}", text or "a") for text in MIXED]
+    encoded = EncodeRun(tmp_path, qwen_tokenizer, rows)
+    for number, text in enumerate(MIXED):
+        assert encoded.labelled_text(number) == unicodedata.normalize("NFC", text or "a") + "<|im_end|>"
+
+
 # Extra prompts
+
+
+def test_extra_prompts_may_have_tools_calls_results_and_reasoning(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}:"
+        "{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "", "reasoning_content": "sum", "tool_calls": [call]}
+    asked = [
+        {"messages": [USER], "tools": [tool]},
+        {"messages": [USER, called, {"role": "tool", "content": "2", "name": "add"}], "tools": [tool]},
+        {"messages": [USER]},
+    ]
+    EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked, template=str(tmp_path / "t.jinja"))
+    rows = read_tokens(tmp_path / "tokens" / "prompts.arrow").to_pylist()
+    user, answer = "<|im_start|>user:q<|im_end|>", "<|im_start|>assistant:"
+    called_text = f'{answer}[sum]{{"name": "add", "arguments": {{"a": 1}}}}<|im_end|>'
+    assert [row["prompt"] for row in rows] == [
+        f"add;{user}{answer}",
+        f"add;{user}{called_text}<|im_start|>tool:2<|im_end|>{answer}",
+        f"{user}{answer}",
+    ]
 
 
 def test_extra_prompts_are_the_start_of_a_training_row(tmp_path: Path, tiny_tokenizer: Path) -> None:
@@ -615,6 +712,15 @@ USER = {"role": "user", "content": "q"}
         (None, "prompts.json: found null, wanted a JSON list"),
         ([1], "entry 1: found a number, wanted a text or a list of messages"),
         ([USER], "entry 1: found an object, wanted a text or a list of messages"),
+        ([{"messages": "q"}], 'entry 1: "messages" is a text, wanted a list of messages'),
+        ([{"messages": [USER], "tool": []}], 'entry 1: "tool" is not read; an entry has "messages" and "tools"'),
+        ([{"messages": [USER], "tools": {}}], 'entry 1: "tools" is an object, wanted a list of functions'),
+        ([{"messages": [USER], "tools": [{"name": "f"}]}], 'entry 1: tool 1: wanted {"type": "function", "function": '),
+        (
+            [[USER | {"role": "human"}]],
+            "entry 1: message 1: \"role\" is 'human', wanted one of system, user, assistant, tool",
+        ),
+        ([[USER | {"reasoning_content": "r"}]], 'entry 1: message 1: "reasoning_content" belongs to an assistant message'),
         ([[]], "entry 1: found an empty list, wanted at least one message"),
         ([["q"]], 'entry 1: message 1: found a text, wanted an object with "role" and "content"'),
         ([[{"role": "user"}]], 'entry 1: message 1: "content" is missing'),

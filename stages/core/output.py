@@ -5,7 +5,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from stages.core.jsonl import write_json
+from stages.core.problem import Problem
 
 
 class Done(NamedTuple):
@@ -44,6 +47,33 @@ def fresh_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def kept_if_stopped(folder: Path, rejected: Path, *, summary: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """Keeps what explains a Problem that is raised in the block, since the stage's outputs are removed then.
+
+    `folder` gets a copy of the rows of `rejected`, if there are any, and summary.json; the Problem gets a line that names
+    them. It is no output: git and DVC ignore reports/failed. If the block succeeds, the folder is removed.
+
+    Args:
+        folder: reports/failed/<stage>.
+        rejected: The rejected rows, as JSON lines. They must be flushed when the block ends.
+        summary: Makes the counts so far; nothing is kept if it returns no counts.
+    """
+    try:
+        yield
+    except Problem as problem:
+        counts = summary()
+        if not counts:
+            raise
+        with fresh_folder(folder) as kept:
+            write_json(kept / "summary.json", counts)
+            if rejected.exists() and rejected.stat().st_size:
+                shutil.copyfile(rejected, kept / "rejected.jsonl")
+            names = " and ".join(f"{folder}/{file.name}" for file in sorted(kept.iterdir()))
+        raise Problem(*problem.messages, f"see {names} (removed when this stage succeeds)") from None
+    _remove(folder)
 
 
 def sha256_of(path: Path) -> str:

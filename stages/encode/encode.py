@@ -2,6 +2,7 @@
 
 import csv
 from contextlib import ExitStack, closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,13 +10,13 @@ import jinja2
 from pydantic import Field
 
 from stages.core.jsonl import write_json, write_line
-from stages.core.output import Done, fresh_file, fresh_folder
+from stages.core.output import Done, fresh_file, fresh_folder, kept_if_stopped
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
 from stages.core.tokens import PROMPTS, TRAINING, open_tokens
 from stages.encode.answers import Thinking
-from stages.encode.chunks import SPLITS, count_rows, prompt_batch, read_tasks
+from stages.encode.chunks import count_rows, prompt_batch, read_sample, read_tasks
 from stages.encode.counts import Counts, Gates
 from stages.encode.mask import LabelsOn
 from stages.encode.masks_page import render_masks_page
@@ -69,19 +70,23 @@ def encode(
     `prompts` is a JSON list of extra prompts without a reference answer: texts or lists of messages. They become
     prompts.arrow.
 
-    `tokens` also contains rejected.jsonl (rejected rows with the reason) and the chat template, which `merge` saves with
-    the model. `report` contains the counts, `masks` a page that shows the text in the loss, `lengths` a histogram.
+    `tokens` also contains text.arrow (raw text of the test split, as training rows), rejected.jsonl (rejected rows with the
+    reason) and the chat template, which `merge` saves with the model. `report` contains the counts, `masks` a page that
+    shows the text in the loss, `lengths` a histogram.
 
-    Rows are encoded on all cores; the number of cores does not change the output.
+    Rows are encoded on all cores; the number of cores does not change the output. Of many rows, a sample is encoded first,
+    so that a gate which is exceeded by far stops the stage within seconds. A stopped stage leaves rejected.jsonl and
+    summary.json in reports/failed/encode.
 
     Raises Problem if the template, the prompts or the tokenizer cannot be used, a gate is exceeded, or no rows are left.
     """
     extra_prompts = read_prompts(prompts)
+    failed = report.parent / "failed" / "encode"
     try:
         maker = _load_maker(params, tokenizer, use_fastokens=True)
         if maker.encoder.fastokens_error:
             print(f"encode: tokenizing without fastokens, which is slower: {maker.encoder.fastokens_error}", flush=True)
-        counts = _write_tokens(params, maker, examples=examples, extra_prompts=extra_prompts, tokens=tokens)
+        counts = _write_tokens(params, maker, examples, extra_prompts, tokens=tokens, failed=failed)
     except FastTokenizerMismatch as mismatch:
         print(
             f"encode: fastokens and the model's tokenizer give different tokens for {str(mismatch)!r}; starting again "
@@ -89,11 +94,14 @@ def encode(
             flush=True,
         )
         maker = _load_maker(params, tokenizer, use_fastokens=False)
-        counts = _write_tokens(params, maker, examples=examples, extra_prompts=extra_prompts, tokens=tokens)
-    summary = counts.report(maker.stop_token_ids)
+        counts = _write_tokens(params, maker, examples, extra_prompts, tokens=tokens, failed=failed)
+    for note in counts.notes(truncates=params.truncation_strategy in ("left", "right")):
+        print(f"encode: {note}", flush=True)
+    summary, shown = counts.report(maker.stop_token_ids), counts.previews.choose()
     with fresh_file(report) as report_file, fresh_file(masks) as masks_file, fresh_file(lengths) as lengths_file:
         write_json(report_file, summary)
-        masks_file.write_text(render_masks_page(counts.preview), encoding="utf-8", newline="\n")
+        explained = [(preview, [maker.explain(preview.example, row) for row in preview.rows]) for preview in shown]
+        masks_file.write_text(render_masks_page(explained), encoding="utf-8", newline="\n")
         _write_histogram(lengths_file, counts)
     trained, labelled, rejected = summary["train_tokens"], summary["train_label_tokens"], summary["rows_rejected"]
     return Done(
@@ -144,28 +152,41 @@ def _read_template(path: str) -> str:
 
 
 def _write_tokens(
-    params: Params, maker: RowMaker, *, examples: Path, extra_prompts: list[dict[str, Any]], tokens: Path
+    params: Params, maker: RowMaker, examples: Path, extra_prompts: list[dict[str, Any]], *, tokens: Path, failed: Path
 ) -> Counts:
     """Writes the folder `tokens`. Raises Problem if a gate is exceeded, and FastTokenizerMismatch."""
-    counts = Counts()
-    rows = count_rows(examples)
+    rows_by_split = count_rows(examples)
+    rows = sum(rows_by_split.values())
+    sample = read_sample(examples, rows_by_split)
+    of_sample, counts = Counts(), Counts()
+    template, long_row_is_error = Path(params.template), params.truncation_strategy == "error"
     with ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(tokens))
+        rejected_file = folder / "rejected.jsonl"
+        summary = lambda: counts.summary() or of_sample.summary()  # noqa: E731
+        stack.enter_context(kept_if_stopped(failed, rejected_file, summary=summary))
+        schemas = {"train": TRAINING, "validation": TRAINING, "test": PROMPTS, "text": TRAINING}
         out = {
-            split: stack.enter_context(
-                open_tokens(folder / f"{split}.arrow", PROMPTS if split == "test" else TRAINING, maker.stop_token_ids)
-            )
-            for split in SPLITS
+            name: stack.enter_context(open_tokens(folder / f"{name}.arrow", schema, maker.stop_token_ids))
+            for name, schema in schemas.items()
         }
-        rejected = stack.enter_context((folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n"))
-        chunks = stack.enter_context(closing(encode_chunks(maker, read_tasks(examples), rows=rows)))
+        rejected = stack.enter_context(rejected_file.open("w", encoding="utf-8", newline="\n"))
+        chunks = stack.enter_context(closing(encode_chunks(maker, chain(sample, read_tasks(examples)), rows=rows)))
+        for chunk in islice(chunks, len(sample)):
+            of_sample.add(chunk)
+            for row in chunk.rejected:
+                write_line(rejected, row)
+        of_sample.check_sample(template, params.gates, rows=rows, long_row_is_error=long_row_is_error)
+        rejected.seek(0)
+        rejected.truncate()
         for chunk in progress(chunks, "encode", total=rows, size=lambda chunk: chunk.rows):
-            if chunk.batch.num_rows:
-                out[chunk.split].write_batch(chunk.batch)
+            for name, batch in ((chunk.split, chunk.batch), ("text", chunk.text)):
+                if batch.num_rows:
+                    out[name].write_batch(batch)
             for row in chunk.rejected:
                 write_line(rejected, row)
             counts.add(chunk)
-        counts.check(Path(params.template), params.gates, long_row_is_error=params.truncation_strategy == "error")
+        counts.check(template, params.gates, long_row_is_error=long_row_is_error)
         _write_prompts(maker, extra_prompts, folder / "prompts.arrow")
         (folder / "chat_template.jinja").write_text(maker.template.source, encoding="utf-8", newline="\n")
     return counts

@@ -20,6 +20,7 @@ from stages.encode.answers import (
     tool_result_forms,
 )
 from stages.encode.mask import AnswerSpan, LabelsOn, find_label_ranges
+from stages.encode.pieces import KindSpan, Piece, cut_pieces, kind_spans, text_spans
 from stages.encode.spans import LeftOut, Untraceable
 from stages.encode.template import ChatTemplate
 from stages.encode.tokenizer import EncodedText, Encoder, Ids
@@ -67,6 +68,14 @@ class TokenRow(NamedTuple):
     """Its number among the rows of the conversation, from 1."""
     split_answers: int
     """The number of rows that the conversation became."""
+
+
+class TooLong(Rejection):
+    """A row with more tokens than max_length."""
+
+    def __init__(self, tokens: int, max_length: int, more: str = "") -> None:
+        super().__init__("too_long", f"{tokens} tokens, encode.max_length is {max_length}{more}")
+        self.tokens = tokens
 
 
 class _Text(NamedTuple):
@@ -154,6 +163,41 @@ class RowMaker:
                 else:
                     made.append(self._row_or_rejection(example, text, tokens, split=split, number=number, rows=len(texts)))
             yield made
+
+    def explain(self, example: dict[str, Any], row: TokenRow) -> list[Piece]:
+        """The text of a row in pieces, each with what it is and why it is or is not in the loss.
+
+        Args:
+            example: The line of `data/examples` that the row was made of, in a split that is trained.
+            row: The row.
+        """
+        texts = self._render(example, "train")
+        assert not isinstance(texts, Rejection)  # as it was not when the row was made
+        kept = len(self.encoder.bos_ids)
+        cut = row.tokens_cut if self.truncation_strategy == "left" else 0
+        spans: list[KindSpan]
+        if "text" in example:
+            spans, messages, trained, moved = text_spans(row.ids, self.encoder.tokenizer.eos_token_id), [], set[int](), 0
+        else:
+            text = texts[row.number - 1]
+            assert not isinstance(text, Rejection)
+            encoded = text.encoded or self.encoder.encode_batch([text.row.text])[0]
+            messages, trained = example["messages"], {answer.message for answer in text.row.answers if answer.in_loss}
+            moved = len(row.ids) + row.tokens_cut - len(encoded.ids)  # 1 if a BOS token was put before the text
+            spans = [
+                span._replace(start=max(start + moved - cut, kept), end=end + moved - cut)
+                for span in kind_spans(text.row, messages)
+                for start, end in [encoded.token_range(span.start, span.end)]
+            ]
+        return cut_pieces(
+            row.ids,
+            row.label_ranges,
+            spans,
+            messages=messages,
+            trained=trained,
+            cut=(cut, row.tokens_cut - cut),
+            decode=self.encoder.decode,
+        )
 
     # Rendering
 
@@ -262,10 +306,7 @@ class RowMaker:
         label_ranges = find_label_ranges(answers, ranges, length=len(ids), labels_on=self.labels_on)
         prompt_or_answer_cut = self.truncation_strategy == "left" or prompt_length >= self.max_length
         if split == TEST and label_ranges and len(ids) > self.max_length and prompt_or_answer_cut:
-            detail = (
-                f"{len(ids)} tokens, encode.max_length is {self.max_length}; the prompt or all of the answer would be cut"
-            )
-            raise Rejection("too_long", detail)
+            raise TooLong(len(ids), self.max_length, "; the prompt or all of the answer would be cut")
         ids, label_ranges, prompt_length, cut = self._truncate(ids, label_ranges, prompt_length)
         if cut and prompt_length <= len(self.encoder.bos_ids):
             raise Rejection("too_long", "no token of the prompt is left after truncation")
@@ -362,7 +403,7 @@ class RowMaker:
                 ids = ids[: self.max_length]
                 label_ranges = [(start, min(end, len(ids))) for start, end in label_ranges]
             case "drop" | "error":
-                raise Rejection("too_long", f"{len(ids)} tokens, encode.max_length is {self.max_length}")
+                raise TooLong(len(ids), self.max_length)
         return ids, [(start, end) for start, end in label_ranges if end > start], prompt_length, cut
 
 

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -48,7 +49,8 @@ class Encoder:
 
     For byte-level BPE (as in GPT-2, Llama 3, Qwen, SmolLM) a token's position follows from counting bytes, without the
     tokenizer's offsets, and `fastokens` tokenizes several times as fast as `tokenizers`. Some of the texts, always
-    including the first ones, are tokenized with both to check that the tokens are the same.
+    including the first ones, are tokenized with both to check that the tokens are the same. With Qwen's NFC normalizer this
+    holds for texts that are in NFC already, as nearly all are; the others are located by the tokenizer's offsets.
     """
 
     def __init__(self, folder: Path, *, use_fastokens: bool = True) -> None:
@@ -73,7 +75,9 @@ class Encoder:
         self.unk_id = self.tokenizer.unk_token_id
         self._backend: Any = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else None
         self._plain_backend: Any = None
-        self._token_bytes = _bytes_of_tokens(self._backend) if self._backend is not None else None
+        settings = json.loads(self._backend.to_str()) if self._backend is not None else {}
+        self._token_bytes = _bytes_of_tokens(self._backend, settings) if self._backend is not None else None
+        self._normalizes = bool(settings.get("normalizer"))
         self._fastokens: Any = None
         self.fastokens_error = ""
         """Why fastokens is not used although it should be, "" otherwise."""
@@ -109,9 +113,12 @@ class Encoder:
             return []
         if self._backend is None:
             return [self._encode_slow(text) for text in texts]
-        if self._token_bytes is not None:
-            return self._encode_bytes(list(texts), self._token_bytes)
-        return [self._encode_with_offsets(text) for text in texts]
+        if self._token_bytes is None:
+            return [self._encode_with_offsets(text) for text in texts]
+        changed = {n for n, text in enumerate(texts) if self._normalizes and not is_nfc(text)}
+        counted = [text for n, text in enumerate(texts) if n not in changed] if changed else list(texts)
+        encoded = iter(self._encode_bytes(counted, self._token_bytes))
+        return [self._encode_with_offsets(text) if n in changed else next(encoded) for n, text in enumerate(texts)]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text."""
@@ -136,6 +143,8 @@ class Encoder:
 
     def _encode_bytes(self, texts: list[str], token_bytes: Ids) -> list[EncodedText]:
         """For byte-level BPE: all tokens together are the bytes of the text, so counting bytes locates each token."""
+        if not texts:
+            return []
         ids, bounds = self._tokenize(texts)
         ends = np.cumsum(token_bytes[ids], dtype=np.int64)
         encoded = []
@@ -216,13 +225,22 @@ def load_fastokens(backend: Any) -> Any:
     return fastokens.Tokenizer.from_json_str(backend.to_str())
 
 
-def _bytes_of_tokens(backend: Any) -> Ids | None:
-    """(vocabulary,) Bytes of each token; None if the tokenizer is not a byte-level BPE that keeps all bytes."""
-    settings = json.loads(backend.to_str())
+def is_nfc(text: str) -> bool:
+    """Whether Unicode's normalization NFC leaves the text as it is."""
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+def _bytes_of_tokens(backend: Any, settings: Mapping[str, Any]) -> Ids | None:
+    """(vocabulary,) Bytes of each token; None if the tokenizer is not a byte-level BPE, or changes texts that are in NFC.
+
+    `settings` are those of tokenizer.json.
+    """
     pre_tokenizer = settings.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     is_byte_level = "ByteLevel" in [step["type"] for step in steps if "type" in step]
-    if settings["model"].get("type") != "BPE" or settings.get("normalizer") or not is_byte_level:
+    normalizer = settings.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    keeps_nfc = all(step["type"] == "NFC" for step in normalizer.get("normalizers", [normalizer]))
+    if settings["model"].get("type") != "BPE" or not keeps_nfc or not is_byte_level:
         return None
     if any(step.get("add_prefix_space") for step in steps):
         return None

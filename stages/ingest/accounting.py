@@ -5,6 +5,8 @@ from typing import Any
 
 from stages.core.params import bad_param
 from stages.core.problem import Problem, Rejection
+from stages.ingest.checks import TooManyCharacters
+from stages.ingest.example import Example
 from stages.ingest.formats import Format
 from stages.ingest.raw_files import RawRow
 from stages.ingest.splits import SPLITS
@@ -19,6 +21,10 @@ class Accounting:
         """Rows kept, by split."""
         self.reasons: Counter[str] = Counter()
         """Rows rejected, by reason."""
+        self._lengths: Counter[int] = Counter()
+        """Kept rows by characters."""
+        self._too_long: Counter[int] = Counter()
+        """Rows that are rejected for their length, by characters."""
         self._first: dict[str, str] = {}
         self._files: dict[str, Counter[str]] = {}
 
@@ -37,7 +43,27 @@ class Accounting:
     def reject(self, row: RawRow, rejection: Rejection) -> None:
         """Counts a row that was rejected."""
         self.reasons[rejection.reason] += 1
+        if isinstance(rejection, TooManyCharacters):
+            self._too_long[rejection.characters] += 1
         self._first.setdefault(rejection.reason, f"{row.source}: {rejection.detail}")
+
+    def measure(self, example: Example) -> None:
+        """Counts the characters of a row that was kept."""
+        self._lengths[sum(len(message["content"]) for message in example.conversation.messages)] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """What a stopped run has counted; {} if it has read nothing."""
+        if not self.rows_read:
+            return {}
+        return {
+            "rows_read": self.rows_read,
+            "rows_kept": self.kept.total(),
+            "rows_rejected": self.reasons.total(),
+            "rejected_by_reason": dict(sorted(self.reasons.items())),
+            "characters_percentiles": _percentiles(self._lengths),
+            "characters_percentiles_of_rejected_too_long": _percentiles(self._too_long),
+            "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self._files.items())},
+        }
 
     def check(self, *, max_rejected_percent: float) -> None:
         """Raises Problem if too many rows were rejected, or else if a split is empty."""
@@ -73,6 +99,12 @@ class Accounting:
             **near_duplicates,
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self._files.items())},
         }
+
+
+def _percentiles(lengths: Counter[int]) -> dict[str, int]:
+    """Percentiles of rows by length; {} if there are none."""
+    ordered = sorted(lengths.elements())
+    return {f"p{p}": ordered[(len(ordered) - 1) * p // 100] for p in (50, 90, 99)} if ordered else {}
 
 
 def _empty_split(split: str) -> str:

@@ -9,6 +9,15 @@ from stages.core.problem import Rejection
 from stages.ingest.formats import Message
 from stages.ingest.json_stream import Broken
 
+
+class TooManyCharacters(Rejection):
+    """A row longer than `max_chars`."""
+
+    def __init__(self, characters: int, max_chars: int) -> None:
+        super().__init__("too_long", f"{characters} characters, ingest.max_chars is {max_chars}")
+        self.characters = characters
+
+
 NEXT_ROLES = {
     "start": ("user",),
     "user": ("assistant",),
@@ -66,7 +75,7 @@ def check_length(messages: Sequence[Message], max_chars: int) -> None:
     """The contents of all messages may have `max_chars` characters together."""
     length = sum(len(message["content"]) for message in messages)
     if length > max_chars:
-        raise Rejection("too_long", f"{length} characters, ingest.max_chars is {max_chars}")
+        raise TooManyCharacters(length, max_chars)
 
 
 def check_placeholders(messages: Sequence[Message]) -> None:

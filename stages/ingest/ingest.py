@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from stages.core.jsonl import dump_line, write_json, write_line
-from stages.core.output import Done, fresh_file, fresh_folder
+from stages.core.output import Done, fresh_file, fresh_folder, kept_if_stopped
 from stages.core.params import Section
 from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
@@ -60,7 +60,7 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     memory holds a few hashes per row.
 
     Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, or if a
-    split is empty.
+    split is empty. The rejected rows and a summary are then in reports/failed/ingest.
     """
     files = _files(raw)
     accounting = Accounting()
@@ -73,8 +73,10 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
         grouped=bool(params.group_by),
     )
     with fresh_folder(examples) as folder, fresh_file(report) as report_file, ExitStack() as stack:
+        failed, rejected_file = report.parent / "failed" / "ingest", folder / "rejected.jsonl"
+        stack.enter_context(kept_if_stopped(failed, rejected_file, summary=accounting.summary))
         kept = {split: stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS}
-        rejected = stack.enter_context((folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n"))
+        rejected = stack.enter_context(rejected_file.open("w", encoding="utf-8", newline="\n"))
         for row in progress(read_rows(raw, files, formats=params.formats), "ingest"):
             accounting.read(row)
             try:
@@ -88,6 +90,7 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
                 write_line(rejected, _rejected_row(row, rejection))
                 continue
             accounting.keep(row, example.format, split=split)
+            accounting.measure(example)
             duplicates.add(example, row.source)
             splits.add(example, split)
             kept[split].write(dump_line(_kept_row(row, example)))

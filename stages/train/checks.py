@@ -1,11 +1,12 @@
 """What can be refused before the model is loaded: parameters that do not fit each other, the hardware or the vocabulary."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments, get_scheduler
 
 from stages.core.jsonl import read_json
 from stages.core.params import bad_param
@@ -47,6 +48,41 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
         attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
     if problems:
         raise Problem(*problems)
+
+
+def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
+    """Raises Problem if the learning rate of every optimizer step is 0, so that nothing would be trained.
+
+    A warm-up begins at 0: so it is with a single step.
+
+    Args:
+        arguments: Those of the training; a batch is one optimizer step.
+        rows: The number of training rows.
+    """
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * -(-rows // batch))
+    warmup = arguments.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for _ in range(steps):  # ends at the second step, but for unusual schedules
+        if scheduler.get_last_lr()[0] > 0:
+            return
+        optimizer.step()
+        scheduler.step()
+    found = f"{rows:,} training rows in batches of {batch:,} are {steps} optimizer step{'s' if steps > 1 else ''}"
+    raise Problem(
+        bad_param(
+            "train.warmup_steps",
+            f"{found}, and the learning rate is 0 in all of them, since the warm-up of {warmup} begins at 0: nothing would "
+            "be trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
+        )
+    )
 
 
 def load_loss_of(section: Mapping[str, Any], base: Path, *, label_smoothing_factor: float) -> Loss:

@@ -24,7 +24,7 @@ from stages.model.quantize import Quantization, Quantized, load_quantized
 from stages.train.arguments import make_arguments
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_parameters, load_loss_of
+from stages.train.checks import check_learning_rate, check_parameters, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.fsdp import shard_frozen
 from stages.train.gradient_checkpointing import decoder_blocks
@@ -163,6 +163,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     logging.disable_progress_bar()
     rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
+    check_learning_rate(arguments, len(rows))
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
