@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from stages.core.jsonl import parse_line
 from stages.core.problem import Rejection
-from stages.core.tokens import IGNORE, PROMPTS, TRAINING
+from stages.core.tokens import IGNORE, PROMPTS, TRAINING, decode_answer
 from stages.encode.masks_page import MarkedRow
 from stages.encode.rows import RowMaker, TokenRow
 
@@ -106,11 +106,19 @@ def prompt_batch(maker: RowMaker, rows: list[TokenRow]) -> pa.RecordBatch:
             "id": row.id,
             "prompt": maker.encoder.decode(row.ids[: row.prompt_length]),
             "prompt_ids": row.ids[: row.prompt_length],
-            "reference": row.reference,
+            "reference": decode_answer(maker.encoder.tokenizer, _reference_ids(maker, row)) if row.reference else "",
         }
         for row in rows
     ]
     return pa.RecordBatch.from_pylist(columns, schema=PROMPTS)
+
+
+def _reference_ids(maker: RowMaker, row: TokenRow) -> list[int]:
+    """The tokens of the last answer, without its stop token and what the template writes after it."""
+    ids: list[int] = row.ids[row.prompt_length :].tolist()
+    stops = set(maker.stop_token_ids)
+    end = next((place for place in reversed(range(len(ids))) if ids[place] in stops), len(ids))
+    return ids[:end]
 
 
 def _training_batch(rows: list[TokenRow]) -> pa.RecordBatch:

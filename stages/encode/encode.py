@@ -149,6 +149,8 @@ def _write_tokens(
             counts.add(chunk)
         counts.check(Path(params.template), params.gates, long_row_is_error=params.truncation_strategy == "error")
         _write_prompts(maker, extra_prompts, folder / "prompts.arrow")
+        with open_tokens(folder / "text.arrow", TRAINING, maker.stop_token_ids):
+            pass  # windows of raw text
         (folder / "chat_template.jinja").write_text(maker.template.source, encoding="utf-8", newline="\n")
     return counts
 
