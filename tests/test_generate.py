@@ -16,12 +16,12 @@ import torch
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
-from stages.core.tokens import PROMPTS, open_tokens, read_tokens
+from stages.core.tokens import PROMPTS, decode_answer, open_tokens, read_tokens
 from stages.generate import decoder
 from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
-from stages.generate.generate import KeptAnswers, Params, answer_share, generate
+from stages.generate.generate import Params, answer_share, generate, kept_answers
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
@@ -59,8 +59,10 @@ def answer(
         model=workspace.root / "models" / "merged",
         test_prompts=prompts,
         extra_prompts=tokens / "prompts.arrow",
+        test_text=tokens / "text.arrow",
         predictions=out,
         extra_predictions=extra,
+        text_losses=out.with_suffix(".text.jsonl"),
     ).clean_up()
     assert [json.loads(line)["id"] for line in extra.read_text().splitlines()] == ["prompt-1", "prompt-2", "prompt-3"]
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -92,7 +94,7 @@ def test_greedy_answer_is_the_most_likely_token_at_every_position(workspace: Wor
         new = ids[len(row["prompt_ids"]) :]
         assert found["answer_tokens"] == len(new)
         assert found["finish_reason"] == ("stop" if new[-1] == 2 else "length")
-        assert found["answer"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert found["answer"] == decode_answer(tokenizer, new[:-1] if new[-1] == 2 else new)
         assert (found["prompt"], found["reference"]) == (row["prompt"], row["reference"])
 
 
@@ -311,15 +313,15 @@ def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_
 
 def test_an_incomplete_last_line_of_kept_answers_is_dropped(tmp_path: Path) -> None:
     first, second = [(3, Answer([5, 6], stopped=True))], [(0, Answer([7], stopped=False)), (1, Answer([8], stopped=False))]
-    kept = KeptAnswers(tmp_path, 1)
+    kept = kept_answers(tmp_path, 1)
     kept.add(first)
     with (tmp_path / "1.jsonl").open("ab") as file:
         file.write(b"[[0, [[7")
-    kept = KeptAnswers(tmp_path, 1)
-    assert kept.answers == dict(first)
+    kept = kept_answers(tmp_path, 1)
+    assert kept.results == dict(first)
     kept.add(second)
-    assert KeptAnswers(tmp_path, 1).answers == dict(first + second)
-    assert KeptAnswers(tmp_path, 0).answers == {}
+    assert kept_answers(tmp_path, 1).results == dict(first + second)
+    assert kept_answers(tmp_path, 0).results == {}
 
 
 def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(workspace: Workspace, scratch: Path) -> None:
@@ -331,8 +333,10 @@ def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(wo
             model=workspace.root / "models" / "merged",
             test_prompts=tokens / "prompts.arrow",
             extra_prompts=tokens / "prompts.arrow",
+            test_text=tokens / "text.arrow",
             predictions=scratch / "out.jsonl",
             extra_predictions=scratch / "extra.jsonl",
+            text_losses=scratch / "text.jsonl",
         )
 
     done = run()  # python -m stages has yet to call its clean_up

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,8 +96,8 @@ def test_answers_of_the_baselines() -> None:
         {"messages": [{"content": prompt}, {"content": answer}]}
         for prompt, answer in (("two apples", "apple"), ("a red car", "car"), ("two pears", "apple"), ("my bike", "bike"))
     ]
-    assert most_frequent_answer(examples) == "apple"
-    assert nearest_answers(examples, ["red cars", "bikes"]) == ["car", "bike"]
+    assert most_frequent_answer(examples).text == "apple"
+    assert [answer.text for answer in nearest_answers(examples, ["red cars", "bikes"])] == ["car", "bike"]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +133,29 @@ class Inputs:
             ]
             for system in ("base", "merged")
         }
+        self.losses: dict[str, list[dict[str, Any]]] = {"base": [], "merged": []}
+        self.examples = workspace.root / "data/examples"
+        self.encode: dict[str, Any] = {}
 
     def score(self, **given: Any) -> dict[str, Any]:
         for system, rows in self.rows.items():
             (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (self.root / f"{system}.text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.losses[system]))
         project = self.workspace.root
+        reports = self.root / "reports"
+        shutil.copytree(project / "reports", reports, dirs_exist_ok=True)
+        encode = json.loads((project / "reports/encode.json").read_text(encoding="utf-8"))
+        (reports / "encode.json").write_text(json.dumps(encode | self.encode))
         score(
             Params(**{"judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
-            examples=project / "data/examples",
+            examples=self.examples,
             base_predictions=self.root / "base.jsonl",
             merged_predictions=self.root / "merged.jsonl",
             base_extra=project / "data/predictions/base.prompts.jsonl",
             merged_extra=project / "data/predictions/merged.prompts.jsonl",
-            reports=project / "reports",
+            base_text=self.root / "base.text.jsonl",
+            merged_text=self.root / "merged.text.jsonl",
+            reports=reports,
             metrics=self.root / "score.json",
             bars=self.root / "scores.csv",
             page=self.root / "report.html",
@@ -292,11 +303,14 @@ def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Input
 
 
 class Files:
-    """Four small prediction files to damage."""
+    """Six small files of `generate` to damage."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.names = ("base.jsonl", "merged.jsonl", "base.prompts.jsonl", "merged.prompts.jsonl")
+        self.text_names = ("base.text.jsonl", "merged.text.jsonl")
+        for name in self.text_names:
+            (root / name).write_text('{"id": "a.1", "tokens": 3, "loss": 4.5}\n{"id": "a.2", "tokens": 2, "loss": 1}\n')
         row = {"prompt": "p", "reference": "r", "answer": "a", "finish_reason": "stop", "prompt_tokens": 1}
         for name in self.names:
             (root / name).write_text("".join(json.dumps({"id": f"row {n}"} | row) + "\n" for n in range(8)))
@@ -310,9 +324,11 @@ class Files:
 
     def read(self) -> Predictions:
         base, merged, base_extra, merged_extra = (self.root / name for name in self.names)
+        base_text, merged_text = (self.root / name for name in self.text_names)
         return read_predictions(
             {"base": base, "merged": merged},
             {"base": base_extra, "merged": merged_extra},
+            {"base": base_text, "merged": merged_text},
             test_examples=self.root / "test.jsonl",
             test_rows=8,
         )
@@ -342,13 +358,15 @@ def replace_line(number: int, line: bytes) -> Callable[[bytes], bytes]:
 def test_good_files_are_read(files: Files) -> None:
     found = files.read()
     assert [row.merged.id for row in found.rows] == [f"row {n}" for n in range(8)]
-    assert {(row.source, row.question, row.reference, row.base.answer) for row in found.rows} == {
+    assert {(row.source, row.question, row.reference.answer, row.base.answer) for row in found.rows} == {
         ("zh.json:1", "q", "r", "a")
     }
+    assert [row.loss for row in found.text_losses["merged"]] == [4.5, 1]
     assert len(found.extra) == 8
-    for name in files.names[2:]:
-        files.edit(name, lambda _: b"")  # data/prompts.json may have no prompts
+    for name in (*files.names[2:], *files.text_names):
+        files.edit(name, lambda _: b"")  # data/prompts.json may have no prompts, and the data no raw text
     assert files.read().extra == []
+    assert files.read().text_losses == {"base": [], "merged": []}
 
 
 @pytest.mark.parametrize(
@@ -490,9 +508,23 @@ def test_a_judge_sees_both_orders_and_its_verdicts_are_cached(endpoint: Endpoint
 
 @pytest.mark.parametrize(
     ("reply", "verdict"),
-    [("B", "B"), ("**A**", "A"), ("b.", "B"), ("A: it is right", "A"), ("TIE", "TIE"), ("", "TIE"), ("hm", "TIE")],
+    [
+        ("B", "B"),
+        ("**A**", "A"),
+        ("b.", "B"),
+        ("A: it is right", "A"),
+        ("TIE", "TIE"),
+        ("Answer A", "A"),
+        ("The better answer is **B**.", "B"),
+        ("<think>A is short. B</think>\n\nA", "A"),
+        ("Both are right, but one is short.\n\nVerdict: B", "B"),
+        ("<think>A or B", None),
+        ("", None),
+        ("hm", None),
+        ("A better one would be B", None),
+    ],
 )
-def test_the_verdict_in_a_reply(reply: str, verdict: str) -> None:
+def test_the_verdict_in_a_reply(reply: str, verdict: str | None) -> None:
     assert judge_module._verdict(reply) == verdict
 
 
