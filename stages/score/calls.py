@@ -141,7 +141,7 @@ def _unmarked(text: str) -> list[Call]:
 
 
 SPECIAL_TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>")
-PYTHON_CALL = re.compile(r"[A-Za-z_][\w.]*\s*\(")
+PYTHON_CALL = re.compile(r"[A-Za-z_][\w.]*\(")
 CALL_KEYS = {"name", "tool_name", "function", "arguments", "parameters", "args", "id", "tool_call_id", "call_id", "type"}
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
 
@@ -229,25 +229,35 @@ def _mistral(text: str) -> list[Call]:
     return _named_json(MISTRAL_NAME)(text) if MISTRAL_NAME.search(text) else _json_calls(text.partition("[TOOL_CALLS]")[2])
 
 
-INVOKE = re.compile(r"<[^<>\s]{0,20}invoke name=\"([^\"]+)\"\s*>(.*?)</[^<>\s]{0,20}invoke>", re.DOTALL)
-INVOKE_PARAMETER = re.compile(
-    r"<[^<>\s]{0,20}parameter name=\"([^\"]+)\"([^<>]{0,40})>(.*?)</[^<>\s]{0,20}parameter>", re.DOTALL
+def _blocks(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> Iterator[tuple[re.Match[str], str]]:
+    """The match of each opening mark, and the text up to the closing mark; one without a closing mark ends the search."""
+    at = 0
+    while (start := opening.search(text, at)) and (end := closing.search(text, start.end())):
+        yield start, text[start.end() : end.start()]
+        at = end.end()
+
+
+INVOKE = re.compile(r"<[^<>\s]{0,20}invoke name=\"([^\"<>]+)\"\s*>"), re.compile(r"</[^<>\s]{0,20}invoke>")
+INVOKE_PARAMETER = (
+    re.compile(r"<[^<>\s]{0,20}parameter name=\"([^\"<>]+)\"([^<>]{0,40})>"),
+    re.compile(r"</[^<>\s]{0,20}parameter>"),
 )
 
 
 def _invoke(text: str) -> list[Call]:
     """MiniMax's tags, DeepSeek V3.2's, in which string="false" marks JSON, and Muse's."""
     calls = []
-    for name, body in INVOKE.findall(text):
+    for match, body in _blocks(text, *INVOKE):
         arguments: dict[str, Any] = {}
-        for key, attributes, value in INVOKE_PARAMETER.findall(body):
+        for parameter, value in _blocks(body, *INVOKE_PARAMETER):
+            key, attributes = parameter[1], parameter[2]
             if 'string="true"' in attributes:
                 arguments[key] = value
             elif 'string="false"' in attributes:
                 arguments[key] = _json_or_text(value)
             else:
                 arguments[key] = WrittenText(value)
-        calls.append(Call(name, arguments if arguments or not body.strip() else _object_at(body, 0)))
+        calls.append(Call(match[1], arguments if arguments or not body.strip() else _object_at(body, 0)))
     return calls
 
 
@@ -258,30 +268,30 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-FUNCTION = re.compile(r"<function=([^<>\n]+)>(.*?)</function>", re.DOTALL)
-FUNCTION_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+FUNCTION = re.compile(r"<function=([^<>\n]+)>"), re.compile("</function>")
+FUNCTION_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?"), re.compile(r"\n?</parameter>")
 
 
 def _function_tags(text: str) -> list[Call]:
     """Qwen3-Coder, Qwen3.5, Nemotron 3, Seed-OSS: a tag for each argument. Llama 3.1's <function=name>: JSON."""
     calls = []
-    for name, body in FUNCTION.findall(text):
+    for match, body in _blocks(text, *FUNCTION):
         if body.lstrip().startswith("{"):
-            calls.append(Call(name.strip(), _object_at(body, 0)))
+            arguments = _object_at(body, 0)
         else:
-            found = FUNCTION_PARAMETER.findall(body)
-            calls.append(Call(name.strip(), {key.strip(): WrittenText(value) for key, value in found}))
+            arguments = {key[1].strip(): WrittenText(value) for key, value in _blocks(body, *FUNCTION_PARAMETER)}
+        calls.append(Call(match[1].strip(), arguments))
     return calls
 
 
-GLM_CALL = re.compile(r"<tool_call>\s*([^\s<{\[]+)\s*(.*?)</tool_call>", re.DOTALL)
-GLM_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+GLM_CALL = re.compile(r"<tool_call>\s*([^\s<{\[]+)"), re.compile("</tool_call>")
+GLM_ARGUMENT = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>"), re.compile("</arg_value>")
 
 
 def _glm(text: str) -> list[Call]:
     return [
-        Call(name, {key.strip(): WrittenText(value) for key, value in GLM_ARGUMENT.findall(body)})
-        for name, body in GLM_CALL.findall(text)
+        Call(match[1], {key[1].strip(): WrittenText(value) for key, value in _blocks(body, *GLM_ARGUMENT)})
+        for match, body in _blocks(text, *GLM_CALL)
     ]
 
 
@@ -370,8 +380,9 @@ class _GemmaValue:
 
 
 PYTHON_TAG_CALL = re.compile(r"<\|python_tag\|>\s*([\w]+)\.call\((.*)\)", re.DOTALL)
-PYTHON_BLOCK = re.compile(
-    r"(?:<\|tool_call_start\|>|<function_calls>)(.*?)(?:<\|tool_call_end\|>|</function_calls>)", re.DOTALL
+PYTHON_BLOCK = (
+    re.compile(r"<\|tool_call_start\|>|<function_calls>"),
+    re.compile(r"<\|tool_call_end\|>|</function_calls>"),
 )
 
 
@@ -381,7 +392,7 @@ def _python_block(text: str) -> list[Call]:
     if tagged:
         return _python_calls(f"[{tagged[1]}({tagged[2]})]")
     calls = []
-    for block in PYTHON_BLOCK.findall(text):
+    for _, block in _blocks(text, *PYTHON_BLOCK):
         body = block.strip()
         calls += _python_calls(body if body.startswith("[") else f"[{','.join(body.splitlines())}]")
     return calls
