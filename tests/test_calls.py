@@ -66,6 +66,7 @@ FORMATS = {
         f'<|START_ACTION|>[\n    {{"tool_call_id": "0", "tool_name": "book_room", "parameters": {JSON}}}\n]<|END_ACTION|>'
     ),
     "Command R": f'Action: ```json\n[{{"tool_name": "book_room", "parameters": {JSON}}}]\n```',
+    "ReAct": f"Thought: a room.\nAction: book_room\nAction Input: {JSON}",
     "Granite, Phi-4-mini": f'<|tool_call|>[{{"name": "book_room", "arguments": {JSON}}}]',
     "OpenAI, text arguments": json.dumps({"type": "function", "function": {"name": "book_room", "arguments": JSON}}),
     "a template's own mark": f'<|endoftext|>{{"name": "book_room", "arguments": {JSON}}}',

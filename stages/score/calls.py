@@ -464,6 +464,10 @@ FORMATS: tuple[tuple[re.Pattern[str], Callable[[str], list[Call]]], ...] = (
     (re.compile(r"<tool_call>\s*[^\s<{\[]"), _glm),
     (re.compile(r"<\|tool_call>|<start_function_call>"), _gemma),
     (re.compile(r"<\|tool_call_start\|>|<function_calls>|<\|python_tag\|>\s*\w+\.call\("), _python_block),
+    (
+        re.compile(r"^Action:.*\nAction Input:", re.MULTILINE),  # ReAct
+        _named_json(re.compile(r"^Action:[ \t]*(\S+)[ \t]*\nAction Input:", re.MULTILINE)),
+    ),
     (re.compile(JSON_MARKS, re.MULTILINE), _json_calls),
 )
 """The mark that shows a format, and its reader; the first format whose mark stands in the text is read."""

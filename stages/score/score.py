@@ -224,4 +224,4 @@ def write_plot_scores(
                     writer.writerow([f"{metric}: {SHORT_NAMES[system]}", f"{100 * interval.mean:.2f}"])
         if perplexity:
             for system, share in (("base", 1.0), ("merged", perplexity.ratio.mean)):
-                writer.writerow([f"perplexity, of the base model's: {SHORT_NAMES[system]}", f"{100 * share:.2f}"])
+                writer.writerow([f"perplexity relative to base: {SHORT_NAMES[system]}", f"{100 * share:.2f}"])
