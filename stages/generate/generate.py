@@ -50,13 +50,14 @@ class Params(Section):
     seed: int
     """Sampling: a different seed gives different answers."""
     batch_size: int = Field(gt=0)
-    """Prompts per batch. Halved if memory runs out."""
+    """Prompts, or windows of raw text, per batch. Halved if memory runs out."""
     dtype: DtypeName
     """The type that the model computes in. auto: bfloat16 if the hardware supports it, otherwise float32."""
     num_processes: int = Field(gt=0)
     """GPUs of this machine; each answers its share of the prompts with its own copy of the model."""
     use_vllm: bool
-    """Answer with vLLM, which must be installed. vLLM shards the model across num_processes GPUs instead."""
+    """Answer with vLLM, which must be installed. vLLM shards the model across num_processes GPUs instead. Not with raw text
+    in the test split, whose losses need Transformers."""
 
 
 class Prompts(NamedTuple):
