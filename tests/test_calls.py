@@ -136,6 +136,8 @@ def test_an_answer_without_a_call_has_none(text: str) -> None:
         "<|tool_call>call:x{a:" + "[" * 5000,
         "<tool_call>" + "[" * MAX_CHARS * 2,
         "<tool_call>" + '{"a":' * 50_000,
+        '<tool_call>{"name": "x", "arguments": ' + '{"a": ' * 400 + "1" + "}" * 402,
+        "[a" + ".b" * 4000 + "(c=1)]",
         "<function=a>" * 10_000,
         '<invoke name="a">' * 10_000,
         "<tool_call>a" * 10_000,
@@ -170,6 +172,8 @@ def test_values_of_any_kind_are_read() -> None:
     call = Call("f", VALUES)
     assert recovers(hermes(json.dumps({"name": "f", "arguments": VALUES})), [call])
     assert recovers(f"[f({', '.join(f'{key}={value!r}' for key, value in VALUES.items())})]", [call])
+
+    assert recovers("[f(from='a', class=1, to='(in=2)')]", [Call("f", {"from": "a", "class": 1, "to": "(in=2)"})])
 
     def written(value: Any) -> str:  # as a template writes a value that it does not put in quotation marks
         return json.dumps(value) if isinstance(value, list | dict) else str(value)

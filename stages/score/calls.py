@@ -2,6 +2,7 @@
 
 import ast
 import json
+import keyword
 import re
 import warnings
 from collections import Counter
@@ -51,6 +52,8 @@ def reference_calls(message: Mapping[str, Any]) -> list[Call]:
 
 def recovers(text: str, calls: Sequence[Call]) -> bool:
     """Whether `parse_calls` finds in the text exactly the calls that are known to stand in it."""
+    if not all(_is_shallow(call.arguments) for call in calls):
+        return False
     found = parse_calls(text)
     return len(found) == len(calls) and (not calls or compare_calls(calls, found).exact == 1)
 
@@ -118,25 +121,29 @@ def parse_calls(text: str) -> list[Call]:
     A call that has the marks of one and cannot be read has the name "".
     """
     text = text[:MAX_CHARS]
-    for mark, read in FORMATS:
-        if not mark.search(text):
-            continue
-        try:
-            calls = read(text)
-        except (Unreadable, RecursionError, MemoryError):
-            calls = []
-        return calls or [Call("", {})]
-    return _unmarked(text)
+    read = next((reader for mark, reader in FORMATS if mark.search(text)), None)
+    try:
+        calls = read(text) if read else _unmarked(text)
+    except (Unreadable, RecursionError, MemoryError):
+        calls = [Call("", {})]
+    if read and not calls:
+        calls = [Call("", {})]
+    return [call if _is_shallow(call.arguments) else Call("", {}) for call in calls]
+
+
+def _is_shallow(value: Any, depth: int = 0) -> bool:
+    """Whether a value is nested no deeper than MAX_DEPTH."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value
+    return depth < MAX_DEPTH and all(_is_shallow(item, depth + 1) for item in items)
 
 
 def _unmarked(text: str) -> list[Call]:
-    """Calls without marks, as Llama 3 and Llama 4 write them, or with marks of one's own template."""
+    """Calls without marks, as Llama 3 and Llama 4 write them, or with marks of one's own template. Raises Unreadable."""
     inner = SPECIAL_TOKEN.sub("", text).strip()
-    if inner.startswith("[") and PYTHON_CALL.match(inner[1:].lstrip()):
-        try:
-            return _python_calls(inner)
-        except Unreadable:
-            return [Call("", {})] if inner.endswith("]") else []
+    if inner.startswith("[") and inner.endswith("]") and PYTHON_CALL.match(inner[1:].lstrip()):
+        return _python_calls(inner)
     return _json_calls(text, strict=True)
 
 
@@ -398,12 +405,17 @@ def _python_block(text: str) -> list[Call]:
     return calls
 
 
+ESCAPE = "_is_no_keyword"
+"""Is put behind the name of an argument that is a word of Python, as `from`, and taken off again."""
+KEYWORD_ARGUMENT = re.compile(rf"(?<=[(,\s])({'|'.join(keyword.kwlist)})(?=\s*=)")
+
+
 def _python_calls(source: str) -> list[Call]:
     """[name(key=value), ...]: parsed, never run. Raises Unreadable."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of backslashes in the text
         try:
-            tree = ast.parse(source, mode="eval").body
+            tree = ast.parse(KEYWORD_ARGUMENT.sub(rf"\1{ESCAPE}", source), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise Unreadable from None
     if not isinstance(tree, ast.List):
@@ -415,10 +427,10 @@ def _python_call(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name | ast.Attribute):
         raise Unreadable
     arguments = {}
-    for keyword in node.keywords:
-        if keyword.arg is None:
+    for argument in node.keywords:
+        if argument.arg is None:
             raise Unreadable
-        arguments[keyword.arg] = _python_value(keyword.value, 0)
+        arguments[argument.arg.removesuffix(ESCAPE)] = _python_value(argument.value, 0)
     return Call(ast.unparse(node.func), arguments)
 
 
@@ -439,7 +451,9 @@ def _python_value(node: ast.expr, depth: int) -> Any:
                 value = ast.literal_eval(node)
             except (ValueError, TypeError):
                 raise Unreadable from None
-            if value is None or isinstance(value, str | int | float):
+            if isinstance(value, str):
+                return value.replace(ESCAPE, "")
+            if value is None or isinstance(value, int | float):
                 return value
     raise Unreadable
 
