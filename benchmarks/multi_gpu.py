@@ -46,7 +46,7 @@ def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, An
     import pyarrow as pa
 
     from stages.core.params import read_yaml
-    from stages.core.tokens import PROMPTS, open_tokens
+    from stages.core.tokens import PROMPTS, TRAINING, open_tokens
     from stages.generate.generate import Params, generate
 
     vocabulary = vocabulary_of(folder / "base")
@@ -57,17 +57,21 @@ def answer(folder: Path, processes: int, prompts: int, new: int) -> dict[str, An
         ]
         with open_tokens(folder / f"{name}.arrow", PROMPTS, []) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPTS))
+    with open_tokens(folder / "text.arrow", TRAINING, []):
+        pass  # no raw text
     section = read_yaml(ROOT / "params.yaml")["generate"]
     params = Params(**section | {"num_processes": processes, "max_new_tokens": new, "batch_size": 128})
-    files = [folder / f"{name}.jsonl" for name in ("prompts", "extra")]
+    files = [folder / f"{name}.jsonl" for name in ("prompts", "extra", "text")]
     started = time.monotonic()
     generate(
         params,
         model=folder / "base",
         test_prompts=folder / "prompts.arrow",
         extra_prompts=folder / "extra.arrow",
+        test_text=folder / "text.arrow",
         predictions=files[0],
         extra_predictions=files[1],
+        text_losses=files[2],
     ).clean_up()
     seconds = time.monotonic() - started
     answers = [json.loads(line) for line in files[0].read_text().splitlines()]

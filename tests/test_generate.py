@@ -10,18 +10,19 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
-from stages.core.tokens import PROMPTS, open_tokens, read_tokens
-from stages.generate import decoder
+from stages.core.tokens import PROMPTS, TRAINING, decode_answer, open_tokens, read_tokens
+from stages.generate import decoder, text_losses
 from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
-from stages.generate.generate import KeptAnswers, Params, answer_share, generate
+from stages.generate.generate import Params, answer_share, generate, kept_answers
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
@@ -59,8 +60,10 @@ def answer(
         model=workspace.root / "models" / "merged",
         test_prompts=prompts,
         extra_prompts=tokens / "prompts.arrow",
+        test_text=tokens / "text.arrow",
         predictions=out,
         extra_predictions=extra,
+        text_losses=out.with_suffix(".text.jsonl"),
     ).clean_up()
     assert [json.loads(line)["id"] for line in extra.read_text().splitlines()] == ["prompt-1", "prompt-2", "prompt-3"]
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -92,7 +95,7 @@ def test_greedy_answer_is_the_most_likely_token_at_every_position(workspace: Wor
         new = ids[len(row["prompt_ids"]) :]
         assert found["answer_tokens"] == len(new)
         assert found["finish_reason"] == ("stop" if new[-1] == 2 else "length")
-        assert found["answer"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert found["answer"] == decode_answer(tokenizer, new[:-1] if new[-1] == 2 else new)
         assert (found["prompt"], found["reference"]) == (row["prompt"], row["reference"])
 
 
@@ -273,6 +276,228 @@ def test_the_removed_preset_names_the_values_to_write() -> None:
     )
 
 
+# The text of an answer
+
+
+def test_special_tokens_stay_in_an_answer_and_padding_at_its_end_does_not(tiny_tokenizer: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    ids = tokenizer("<|endoftext|> a , 'b' <|im_start|>\n", add_special_tokens=False).input_ids
+    pad = tokenizer.pad_token_id
+    assert decode_answer(tokenizer, [*ids, pad, pad]) == "<|endoftext|> a , 'b' <|im_start|>\n"
+    assert decode_answer(tokenizer, np.array(ids, np.int32)) == decode_answer(tokenizer, ids)
+    assert decode_answer(tokenizer, [pad]) == decode_answer(tokenizer, []) == ""
+    assert (
+        decode_answer(tokenizer, [ids[1], pad, ids[1]]) == f"{tokenizer.decode(ids[1])}<|im_end|>{tokenizer.decode(ids[1])}"
+    )
+
+
+def test_slow_tokenizers_keep_special_tokens_and_words_apart_too(sentencepiece_tokenizers: tuple[Path, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    for folder in sentencepiece_tokenizers:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        tokenizer.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=True)
+        call, end = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+        words = tokenizer.encode("three red apples", add_special_tokens=False)
+        assert decode_answer(tokenizer, words) == "three red apples"
+        found = decode_answer(tokenizer, [call, *words, tokenizer.bos_token_id, end, tokenizer.eos_token_id])
+        assert found.replace("> ", ">").replace(" <", "<") == "<tool_call>three red apples<s></tool_call>", folder
+
+
+def test_a_perfect_call_behind_a_special_token_is_the_reference(workspace: Workspace, tmp_path: Path) -> None:
+    """The template writes a special token before a call; reference and answer go through one decoder."""
+    from stages.encode.chunks import prompt_batch
+    from stages.encode.rows import RowMaker, TokenRow
+
+    template = (
+        "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls -%}{{ '<|endoftext|>' + "
+        "(m.tool_calls[0].function | tojson) }}{%- else -%}{{ m.content }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+    )
+    maker = RowMaker(
+        workspace.root / "models" / "tokenizer",
+        template,
+        labels_on="assistant",
+        max_length=200,
+        truncation_strategy="drop",
+        use_fastokens=False,
+    )
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "Köln"}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (row,) = maker.rows([{"id": "x", "source": "s", "messages": messages}])
+    assert isinstance(row, TokenRow)
+    (prompt,) = prompt_batch(maker, [row]).to_pylist()
+    answer_ids = row.ids[row.prompt_length :].tolist()
+    stop = maker.stop_token_ids[0]
+    assert prompt["reference"] == decode_answer(maker.encoder.tokenizer, answer_ids[: answer_ids.index(stop)])
+    assert prompt["reference"].startswith('<|endoftext|>{"')
+
+
+# Raw text
+
+
+def make_windows(lengths: Sequence[int]) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    windows = []
+    for number, length in enumerate(lengths):
+        ids = rng.integers(3, 400, length).tolist()
+        windows.append({"id": f"doc{number // 2}.{number % 2 + 1}", "input_ids": ids, "labels": [-100, *ids[1:]]})
+    return windows
+
+
+def text_run(
+    workspace: Workspace, out: Path, windows: list[dict[str, Any]], *, prompts: bool = False, **given: Any
+) -> list[dict[str, Any]]:
+    tokens = workspace.root / "data" / "tokens"
+    files = {name: out / f"{name}.arrow" for name in ("text", "none")}
+    out.mkdir(exist_ok=True)
+    with open_tokens(files["text"], TRAINING, [2]) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist(windows, schema=TRAINING))
+    with open_tokens(files["none"], PROMPTS, [2]):
+        pass
+    generate(
+        Params(**PARAMS | given),
+        model=workspace.root / "models" / "merged",
+        test_prompts=tokens / "test.arrow" if prompts else files["none"],
+        extra_prompts=tokens / "prompts.arrow" if prompts else files["none"],
+        test_text=files["text"],
+        predictions=out / "out.jsonl",
+        extra_predictions=out / "extra.jsonl",
+        text_losses=out / "text.jsonl",
+    ).clean_up()
+    return [json.loads(line) for line in (out / "text.jsonl").read_text().splitlines()]
+
+
+def plain_losses(model: Any, windows: list[dict[str, Any]]) -> list[float]:
+    """The definition, a window at a time."""
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([window["input_ids"]])).logits[0, :-1].float()
+        labels = torch.tensor(window["labels"][1:], dtype=torch.long)
+        losses.append(float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")))
+    return losses
+
+
+def test_the_losses_of_raw_text_are_those_of_single_windows(workspace: Workspace, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    windows = make_windows([9, 30, 2, 30, 1, 17, 30])
+    windows[1]["labels"][5] = -100
+    found = text_run(workspace, tmp_path / "a", windows)
+    model = AutoModelForCausalLM.from_pretrained(workspace.root / "models" / "merged", dtype=torch.float32).eval()
+    assert [row["id"] for row in found] == [window["id"] for window in windows]
+    assert [row["tokens"] for row in found] == [8, 28, 1, 29, 0, 16, 29]
+    assert [row["loss"] for row in found] == pytest.approx(plain_losses(model, windows), rel=1e-5)
+    assert (tmp_path / "a" / "out.jsonl").read_text() == (tmp_path / "a" / "extra.jsonl").read_text() == ""
+    assert text_run(workspace, tmp_path / "b", windows, batch_size=1) == [
+        row | {"loss": pytest.approx(row["loss"], rel=1e-5)} for row in found
+    ]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_the_losses_include_what_a_model_does_after_its_head_and_need_few_logits_at_a_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "gemma2": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "final_logit_softcapping": 0.5,
+        },
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    }[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=400, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    windows = make_windows([9, 30, 12])
+    expected = plain_losses(model, windows)
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(logits.shape[1]))
+    monkeypatch.setattr(text_losses, "MAX_LOGITS", 7 * 400)
+    assert text_losses.window_losses(model, windows) == pytest.approx(expected, rel=1e-5)
+    assert max(rows) == 7
+    assert len(rows) == 1 + math.ceil((8 + 29 + 11) / 7)
+
+
+def test_an_adapter_of_virtual_tokens_gives_losses_too() -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, initializer_range=0.3, **sizes))
+    adapted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    windows = make_windows([9, 20])
+    assert text_losses.window_losses(adapted, windows) == pytest.approx(plain_losses(adapted, windows), rel=1e-5)
+
+
+def test_batches_of_windows_are_bounded_and_shortest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_losses, "MAX_BATCH_TOKENS", 20)
+    assert text_losses.make_batches([30, 5, 5, 5, 10, 10, 6], batch_size=3) == [[1, 2, 3], [6, 4], [5], [0]]
+    assert text_losses.make_batches([], batch_size=3) == []
+
+
+def test_windows_that_do_not_fit_into_memory_are_halved(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, real = make_windows([4, 4, 4]), text_losses._batch_losses
+    most = 1
+
+    def small(model: Any, some: Any) -> Any:
+        if len(some) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, some)
+
+    model: Any = torch.nn.Module()
+    monkeypatch.setattr(text_losses, "_batch_losses", small)
+    real = lambda _, some: [float(len(window["id"])) for window in some]  # noqa: E731
+    assert text_losses.window_losses(model, windows) == [6.0] * 3
+    most = 0
+    with pytest.raises(Problem, match=r"out of memory on a single window of raw text, doc0\.1 with 4 tokens; lower encode"):
+        text_losses.window_losses(model, windows)
+    most, real = 3, lambda _, some: [1.0, math.nan, 1.0]
+    with pytest.raises(Problem, match=r"the loss on raw text, doc0\.2, is nan; set generate\.dtype to float32 or bfloat16"):
+        text_losses.window_losses(model, windows)
+
+
+def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = make_windows([9, 30, 2, 30, 1, 17, 30, 12, 14])
+    text_run(workspace, scratch / "whole", windows, prompts=True)
+    text_run(workspace, scratch / "two", windows, num_processes=2)
+    whole = (scratch / "whole" / "text.jsonl").read_bytes()
+    assert (scratch / "two" / "text.jsonl").read_bytes() == whole
+    calls, real = [], TransformersBackend.text_losses
+
+    def killed(self: Any, batch: Any) -> Any:
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(TransformersBackend, "text_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        text_run(workspace, scratch / "again", windows)
+    text_run(workspace, scratch / "again", windows)
+    assert calls == [4, 4, 4, 1]
+    assert (scratch / "again" / "text.jsonl").read_bytes() == whole
+
+
+def test_raw_text_is_refused_with_vllm(workspace: Workspace, scratch: Path) -> None:
+    with pytest.raises(
+        Problem, match=r"params\.yaml: generate\.use_vllm: true, but the losses on the 2 windows of raw text in .* to false"
+    ):
+        text_run(workspace, scratch / "a", make_windows([3, 4]), use_vllm=True)
+
+
 # Interrupted runs, and too little memory
 
 
@@ -311,15 +536,15 @@ def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_
 
 def test_an_incomplete_last_line_of_kept_answers_is_dropped(tmp_path: Path) -> None:
     first, second = [(3, Answer([5, 6], stopped=True))], [(0, Answer([7], stopped=False)), (1, Answer([8], stopped=False))]
-    kept = KeptAnswers(tmp_path, 1)
+    kept = kept_answers(tmp_path, 1)
     kept.add(first)
     with (tmp_path / "1.jsonl").open("ab") as file:
         file.write(b"[[0, [[7")
-    kept = KeptAnswers(tmp_path, 1)
-    assert kept.answers == dict(first)
+    kept = kept_answers(tmp_path, 1)
+    assert kept.results == dict(first)
     kept.add(second)
-    assert KeptAnswers(tmp_path, 1).answers == dict(first + second)
-    assert KeptAnswers(tmp_path, 0).answers == {}
+    assert kept_answers(tmp_path, 1).results == dict(first + second)
+    assert kept_answers(tmp_path, 0).results == {}
 
 
 def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(workspace: Workspace, scratch: Path) -> None:
@@ -331,8 +556,10 @@ def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(wo
             model=workspace.root / "models" / "merged",
             test_prompts=tokens / "prompts.arrow",
             extra_prompts=tokens / "prompts.arrow",
+            test_text=tokens / "text.arrow",
             predictions=scratch / "out.jsonl",
             extra_predictions=scratch / "extra.jsonl",
+            text_losses=scratch / "text.jsonl",
         )
 
     done = run()  # python -m stages has yet to call its clean_up

@@ -226,8 +226,8 @@ def test_an_edit_during_the_run_is_seen(here: Workspace, file: str) -> None:
 
 
 def test_a_matrix_stage_watches_its_own_model(here: Workspace) -> None:
-    tokens = ("data/tokens/test.arrow", "data/tokens/prompts.arrow")
-    outs = ("data/predictions/merged.jsonl", "data/predictions/merged.prompts.jsonl")
+    tokens = ("data/tokens/test.arrow", "data/tokens/prompts.arrow", "data/tokens/text.arrow")
+    outs = tuple(f"data/predictions/merged{kind}.jsonl" for kind in ("", ".prompts", ".text"))
     taken = Snapshot.take("generate", ("models/merged", *tokens, *outs), Path())
     assert {"models/merged", *tokens} == set(taken.data)
     assert all(taken.data.values())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +18,11 @@ from stages.core.problem import Problem
 from stages.score import intervals
 from stages.score import judge as judge_module
 from stages.score.baselines import NearestPrompt, most_frequent_answer, nearest_answers
+from stages.score.calls import Call
 from stages.score.intervals import RESAMPLES, Interval, mean_interval
 from stages.score.judge import Judge
 from stages.score.metrics import METRICS, bleu_signature, score_answer
+from stages.score.perplexity import TextLoss, measure_perplexity
 from stages.score.predictions import LISTED_LINES, Predictions, read_predictions
 from stages.score.score import Params, score
 from tests.tiny import Workspace
@@ -95,8 +98,8 @@ def test_answers_of_the_baselines() -> None:
         {"messages": [{"content": prompt}, {"content": answer}]}
         for prompt, answer in (("two apples", "apple"), ("a red car", "car"), ("two pears", "apple"), ("my bike", "bike"))
     ]
-    assert most_frequent_answer(examples) == "apple"
-    assert nearest_answers(examples, ["red cars", "bikes"]) == ["car", "bike"]
+    assert most_frequent_answer(examples).text == "apple"
+    assert [answer.text for answer in nearest_answers(examples, ["red cars", "bikes"])] == ["car", "bike"]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +135,29 @@ class Inputs:
             ]
             for system in ("base", "merged")
         }
+        self.losses: dict[str, list[dict[str, Any]]] = {"base": [], "merged": []}
+        self.examples = workspace.root / "data/examples"
+        self.encode: dict[str, Any] = {}
 
     def score(self, **given: Any) -> dict[str, Any]:
         for system, rows in self.rows.items():
             (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (self.root / f"{system}.text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.losses[system]))
         project = self.workspace.root
+        reports = self.root / "reports"
+        shutil.copytree(project / "reports", reports, dirs_exist_ok=True)
+        encode = json.loads((project / "reports/encode.json").read_text(encoding="utf-8"))
+        (reports / "encode.json").write_text(json.dumps(encode | self.encode))
         score(
             Params(**{"judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
-            examples=project / "data/examples",
+            examples=self.examples,
             base_predictions=self.root / "base.jsonl",
             merged_predictions=self.root / "merged.jsonl",
             base_extra=project / "data/predictions/base.prompts.jsonl",
             merged_extra=project / "data/predictions/merged.prompts.jsonl",
-            reports=project / "reports",
+            base_text=self.root / "base.text.jsonl",
+            merged_text=self.root / "merged.text.jsonl",
+            reports=reports,
             metrics=self.root / "score.json",
             bars=self.root / "scores.csv",
             page=self.root / "report.html",
@@ -292,11 +305,14 @@ def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Input
 
 
 class Files:
-    """Four small prediction files to damage."""
+    """Six small files of `generate` to damage."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.names = ("base.jsonl", "merged.jsonl", "base.prompts.jsonl", "merged.prompts.jsonl")
+        self.text_names = ("base.text.jsonl", "merged.text.jsonl")
+        for name in self.text_names:
+            (root / name).write_text('{"id": "a.1", "tokens": 3, "loss": 4.5}\n{"id": "a.2", "tokens": 2, "loss": 1}\n')
         row = {"prompt": "p", "reference": "r", "answer": "a", "finish_reason": "stop", "prompt_tokens": 1}
         for name in self.names:
             (root / name).write_text("".join(json.dumps({"id": f"row {n}"} | row) + "\n" for n in range(8)))
@@ -310,9 +326,11 @@ class Files:
 
     def read(self) -> Predictions:
         base, merged, base_extra, merged_extra = (self.root / name for name in self.names)
+        base_text, merged_text = (self.root / name for name in self.text_names)
         return read_predictions(
             {"base": base, "merged": merged},
             {"base": base_extra, "merged": merged_extra},
+            {"base": base_text, "merged": merged_text},
             test_examples=self.root / "test.jsonl",
             test_rows=8,
         )
@@ -342,13 +360,15 @@ def replace_line(number: int, line: bytes) -> Callable[[bytes], bytes]:
 def test_good_files_are_read(files: Files) -> None:
     found = files.read()
     assert [row.merged.id for row in found.rows] == [f"row {n}" for n in range(8)]
-    assert {(row.source, row.question, row.reference, row.base.answer) for row in found.rows} == {
+    assert {(row.source, row.question, row.reference.answer, row.base.answer) for row in found.rows} == {
         ("zh.json:1", "q", "r", "a")
     }
+    assert [row.loss for row in found.text_losses["merged"]] == [4.5, 1]
     assert len(found.extra) == 8
-    for name in files.names[2:]:
-        files.edit(name, lambda _: b"")  # data/prompts.json may have no prompts
+    for name in (*files.names[2:], *files.text_names):
+        files.edit(name, lambda _: b"")  # data/prompts.json may have no prompts, and the data no raw text
     assert files.read().extra == []
+    assert files.read().text_losses == {"base": [], "merged": []}
 
 
 @pytest.mark.parametrize(
@@ -435,6 +455,8 @@ class Endpoint:
         self.fail: list[int] = []
         self.reply: str | None = None
         self.broken = False
+        self.empty = False
+        self.refuses: tuple[str, ...] = ()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -442,6 +464,13 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append(body)
                 outer.keys.append(self.headers.get("Authorization"))
+                refused = [name for name in outer.refuses if name in body]
+                if refused:
+                    self.send_response(400)
+                    self.end_headers()
+                    hint = "max_completion_tokens" if refused[0] == "max_tokens" else "the default"
+                    self.wfile.write(f"Unsupported: {refused[0]}; use {hint}".encode())
+                    return
                 if outer.fail:
                     self.send_response(outer.fail.pop())
                     self.end_headers()
@@ -450,7 +479,7 @@ class Endpoint:
                 text = body["messages"][0]["content"]
                 a, _, b = text.partition("[Answer A]")[2].partition("[Answer B]")
                 a, b = a.strip(), b.partition("Reply with one word")[0].strip()
-                verdict = outer.reply or ("B" if len(b) > len(a) else "A")
+                verdict = None if outer.empty else outer.reply or ("B" if len(b) > len(a) else "A")
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(
@@ -490,9 +519,23 @@ def test_a_judge_sees_both_orders_and_its_verdicts_are_cached(endpoint: Endpoint
 
 @pytest.mark.parametrize(
     ("reply", "verdict"),
-    [("B", "B"), ("**A**", "A"), ("b.", "B"), ("A: it is right", "A"), ("TIE", "TIE"), ("", "TIE"), ("hm", "TIE")],
+    [
+        ("B", "B"),
+        ("**A**", "A"),
+        ("b.", "B"),
+        ("A: it is right", "A"),
+        ("TIE", "TIE"),
+        ("Answer A", "A"),
+        ("The better answer is **B**.", "B"),
+        ("<think>A is short. B</think>\n\nA", "A"),
+        ("Both are right, but one is short.\n\nVerdict: B", "B"),
+        ("<think>A or B", None),
+        ("", None),
+        ("hm", None),
+        ("A better one would be B", None),
+    ],
 )
-def test_the_verdict_in_a_reply(reply: str, verdict: str) -> None:
+def test_the_verdict_in_a_reply(reply: str, verdict: str | None) -> None:
     assert judge_module._verdict(reply) == verdict
 
 
@@ -518,3 +561,247 @@ def test_the_report_has_the_result_of_the_judge(inputs: Inputs, endpoint: Endpoi
     page = (inputs.root / "report.html").read_text(encoding="utf-8")
     assert "the judge judged 5 rows, each in both orders" in page
     assert len(endpoint.requests) <= 10
+
+
+# Thinking, tool calls and raw text
+
+
+def test_thinking_is_shown_and_not_scored(inputs: Inputs) -> None:
+    for system, rows in inputs.rows.items():
+        for number, row in enumerate(rows):
+            answer = row["reference"]
+            row["reference"] = f"<think>\nwhy {number}\n</think>\n\n{answer}"
+            row["answer"] = f"<think>other</think>{answer}" if system == "merged" else f"<think>{answer}"
+    inputs.rows["merged"][0]["answer"] = "plain"
+    metrics = inputs.score()
+    count = len(inputs.rows["merged"])
+    assert metrics["em_merged"] == round(100 * (count - 1) / count, 1)
+    assert metrics["em_base"] == 0
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    share = f"{100 * (count - 1) / count:.1f} % of the fine-tuned model&#39;s"
+    assert "before 100.0 % of the reference answers, 100.0 % of the base" in page
+    assert share.replace("&#39;", "'") in page
+    assert page.count("<summary>thinking, which never ends</summary><") == page.count("<details") - 2 * count + 1 == count
+    assert "<pre>why 1</pre></details>" in page
+    assert "<td>thinking cut" in page
+    assert "thinking" not in (inputs.root / "scores.csv").read_text()
+
+
+def test_a_run_without_thinking_or_tools_says_nothing_of_them(inputs: Inputs) -> None:
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    for text in ("<td>thinking", "Thinking stands", "<td>call", "Tool calls", "<details", "erplexity"):
+        assert text not in page, text
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def hermes(*calls: dict[str, Any]) -> str:
+    return "\n".join(f"<tool_call>\n{json.dumps(each['function'])}\n</tool_call>" for each in calls)
+
+
+class ToolInputs(Inputs):
+    """Test rows with tools: two whose references call, one that does not, and one whose call its text does not show."""
+
+    def __init__(self, workspace: Workspace, root: Path) -> None:
+        super().__init__(workspace, root)
+        self.examples = root / "examples"
+        self.examples.mkdir()
+        self.encode = {"test_rows": 4}
+        one, other = call("find", city="Köln", nights=2), call("find", city="上海", nights=1)
+        references = [hermes(one), hermes(other, one), "No rooms.", "I look."]
+        calls = [[one], [other, one], [], [one]]
+        tools = [{"type": "function", "function": {"name": "find"}}]
+        question = {"role": "user", "content": "A room?"}
+        answers = [{"role": "assistant", "content": "", "tool_calls": each} if each else None for each in calls]
+        answers[2] = {"role": "assistant", "content": "No rooms."}
+        lines = [
+            {"id": f"{n}", "source": f"t.json:{n}", "tools": tools, "messages": [question, answer]}
+            for n, answer in enumerate(answers)
+        ]
+        (self.examples / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (self.examples / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
+
+        def rows(answers: list[str]) -> list[dict[str, Any]]:
+            return [
+                {"id": str(n), "prompt": "p", "reference": reference, "answer": answer, "finish_reason": "stop"}
+                for n, (reference, answer) in enumerate(zip(references, answers, strict=True))
+            ]
+
+        spaced = '<tool_call>{"arguments":{"nights":2,"city":"Köln"},"name":"find"}</tool_call>'
+        self.rows = {
+            "merged": rows([spaced, hermes(one, other), "No.", hermes(one)]),
+            "base": rows([hermes(call("find", city="Köln", nights=3)), "I cannot.", hermes(one), "x"]),
+        }
+
+
+def test_tool_calls_are_scored_by_name_and_arguments(workspace: Workspace, tmp_path: Path) -> None:
+    inputs = ToolInputs(workspace, tmp_path)
+    metrics = inputs.score()
+    assert (metrics["calls_base"], metrics["calls_merged"]) == (0.0, 100.0)
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert "Tool calls are not scored in 1 rows with tools" in page
+    bars = dict(line.rsplit(",", 1) for line in (inputs.root / "scores.csv").read_text(encoding="utf-8").splitlines())
+    assert bars["call_exact: fine-tuned"] == "100.00"
+    assert bars["call_arguments_f1: base"] == "25.00", "half of the arguments in the first row, none in the second"
+    assert bars["call_exact: nearest"] == bars["call_exact: frequent"] == "50.00", "the one training answer is a call too"
+    assert bars["exact_match: nearest"] == "50.00", "rows 1 and 4 have its very call, though it knows no template"
+
+
+def test_whether_a_tool_is_called_counts_in_rows_without_a_call_too(workspace: Workspace, tmp_path: Path) -> None:
+    from stages.score.metrics import score_answer
+
+    def decision(wanted: list[Call], found: list[Call]) -> float | None:
+        return score_answer("r", "a", finish_reason="stop", calls=(wanted, found))["call_decision"]
+
+    one = Call("f", {})
+    assert [decision([], []), decision([], [one]), decision([one], []), decision([one], [one])] == [1, 0, 0, 1]
+    assert score_answer("r", "a", finish_reason="stop", calls=([], [one]))["call_exact"] is None
+    assert score_answer("r", "a", finish_reason="stop")["call_decision"] is None
+
+
+def test_a_row_is_found_by_the_number_of_its_answer(files: Files) -> None:
+    turns = [{"role": role, "content": f"{role} {n}"} for n in (1, 2) for role in ("user", "assistant")]
+    example = {"id": "row 7", "source": "a.json:3", "messages": turns}
+    lines = (files.root / "test.jsonl").read_text().splitlines()
+    (files.root / "test.jsonl").write_text("\n".join([*lines[:7], json.dumps(example)]) + "\n")
+    for name in files.names[:2]:
+        files.edit(name, lambda data: data.replace(b'"row 7"', b'"row 7.1"'))
+    row = files.read().rows[-1]
+    assert (row.question, row.message, row.source) == ("user 1", turns[1], "a.json:3")
+    for name in files.names[:2]:
+        files.edit(name, lambda data: data.replace(b'"row 7.1"', b'"row 7.3"'))
+    assert [message.partition(" rows are not in ")[0] for message in files.messages()] == [
+        "base.jsonl: 1",
+        "merged.jsonl: 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_line(1, b'{"id": "a.1", "tokens": 3}'), "merged.text.jsonl: line 1: lacks loss"),
+        (
+            replace_line(1, b'{"id": "a.1", "tokens": 3, "loss": NaN}'),
+            "merged.text.jsonl: line 1: wanted a text in id, and numbers in tokens and loss",
+        ),
+        (
+            replace_line(1, b'{"id": "a.1", "tokens": 4, "loss": 4.5}'),
+            "base.text.jsonl and merged.text.jsonl: 1 windows of raw text differ, the first is a.1",
+        ),
+        (lambda _: b"", "base.text.jsonl and merged.text.jsonl: 2 windows of raw text differ, the first is a.1"),
+    ],
+)
+def test_damaged_losses_on_raw_text_are_reported(files: Files, change: Callable[[bytes], bytes], message: str) -> None:
+    files.edit("merged.text.jsonl", change)
+    assert files.messages() == [message]
+
+
+def losses(values: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    return [{"id": id, "tokens": tokens, "loss": loss} for id, tokens, loss in values]
+
+
+def test_perplexity_is_per_token_and_resamples_documents() -> None:
+    rng = np.random.default_rng(0)
+    windows = [(f"d{n}.{part}", int(rng.integers(1, 50))) for n in range(12) for part in (1, 2)] + [("lone", 7), ("none", 0)]
+    base = [TextLoss(id, tokens, tokens * float(rng.random() + 2)) for id, tokens in windows]
+    merged = [TextLoss(row.id, row.tokens, 0.9 * row.loss) for row in base]
+    found = measure_perplexity({"base": base, "merged": merged})
+    assert found is not None
+    total = sum(row.tokens for row in base)
+    assert (found.documents, found.tokens) == (13, total)
+    assert found.base.mean == pytest.approx(np.exp(sum(row.loss for row in base) / total))
+    assert found.merged.mean == pytest.approx(found.base.mean**0.9)
+    assert found.difference.mean == pytest.approx(found.merged.mean - found.base.mean)
+    assert found.base.low < found.base.mean < found.base.high
+    # The definition, one resample at a time.
+    by_document = [
+        [row for row in base if row.document == name] for name in dict.fromkeys(row.document for row in base[:-1])
+    ]
+    rng = np.random.default_rng(0)
+    perplexities = []
+    for _ in range(2000):
+        rows = [row for at in rng.integers(0, 13, 13) for row in by_document[at]]
+        perplexities.append(np.exp(sum(row.loss for row in rows) / sum(row.tokens for row in rows)))
+    assert tuple(found.base[1:]) == pytest.approx(np.quantile(perplexities, [0.025, 0.975]))
+    assert measure_perplexity({"base": base, "merged": base}).difference == (0, 0, 0)  # type: ignore[union-attr]
+    assert measure_perplexity({"base": [], "merged": []}) is None
+
+
+def test_raw_text_adds_its_perplexity_to_the_report_and_the_plot(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs.losses = {
+        "base": losses([("a.1", 10, 20.0), ("a.2", 10, 20.0)]),
+        "merged": losses([("a.1", 10, 10.0), ("a.2", 10, 10.0)]),
+    }
+    metrics = inputs.score()
+    assert (metrics["perplexity_base"], metrics["perplexity"]) == (7.389, 2.718)
+    assert list(metrics)[-2:] == ["perplexity_base", "perplexity"]
+    assert "em_merged" in metrics
+    lines = (inputs.root / "scores.csv").read_text().splitlines()
+    assert lines[-2:] == [
+        '"perplexity, of the base model\'s: base",100.00',
+        '"perplexity, of the base model\'s: fine-tuned",36.79',
+    ]
+    assert "<h2>Perplexity on raw text</h2>" in (inputs.root / "report.html").read_text(encoding="utf-8")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "perplexity per token on 1 raw texts: base model 7.389 (7.389 to 7.389), fine-tuned model 2.718" in printed
+
+
+def test_a_project_of_raw_text_alone_is_scored(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs.rows = {"base": [], "merged": []}
+    inputs.losses = {"base": losses([("a", 10, 20.0), ("b", 5, 9.0)]), "merged": losses([("a", 10, 10.0), ("b", 5, 9.0)])}
+    inputs.encode = {"test_rows": 0}
+    inputs.examples = tmp_path / "examples"
+    inputs.examples.mkdir()
+    for split in ("train", "test"):
+        line = json.dumps({"id": "a", "source": "a.txt", "format": "text", "text": "once"})
+        (inputs.examples / f"{split}.jsonl").write_text(line + "\n")
+    metrics = inputs.score(judge_url="http://127.0.0.1:9/v1")
+    assert [name for name in metrics if name.startswith(("em_", "calls_"))] == []
+    assert metrics["perplexity"] == 3.549
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    for text in ("test rows", "side by side", "BLEU", "<script>", "None"):
+        assert text not in page, text
+    assert "in 2 documents of the test split" in page
+    assert len((inputs.root / "scores.csv").read_text().splitlines()) == 3
+    printed = capsys.readouterr().out
+    assert "test rows" not in printed
+    assert "exact match" not in printed
+
+
+def test_a_judge_without_a_verdict_is_no_tie(inputs: Inputs, endpoint: Endpoint) -> None:
+    endpoint.reply = "<think>A or B, that is the question"
+    with pytest.raises(Problem) as caught:
+        inputs.score(judge_url=endpoint.url)
+    assert caught.value.messages == (
+        "params.yaml: score.judge_model: 'm' gave no verdict on 5 of 5 rows, wanted at most 10%; the first such reply is "
+        "'<think>A or B, that is the question', wanted A, B or TIE. Name a model that follows the question",
+    )
+    endpoint.reply = "<think>It is longer.</think>B"
+    inputs.score(judge_url=endpoint.url)  # nothing unreadable was cached
+    endpoint.reply = None
+    judge = Judge(endpoint.url, "m2")
+    endpoint.empty = True
+    assert judge.compare("q", "r", base="short", fine_tuned="much longer") is None
+    endpoint.empty = False
+    assert judge.compare("q", "r", base="short", fine_tuned="much longer") == 1
+
+
+def test_a_judge_that_refuses_the_usual_settings_is_asked_with_others(endpoint: Endpoint) -> None:
+    endpoint.refuses = ("max_tokens", "temperature")
+    judge = Judge(endpoint.url, "m")
+    assert judge.compare("q", "r", base="short", fine_tuned="much longer") == 1
+    assert endpoint.requests[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    assert len(endpoint.requests) == 4, "two refusals, which are remembered"
+
+
+def test_the_judge_reads_what_stands_behind_the_thinking(inputs: Inputs, endpoint: Endpoint) -> None:
+    for rows in inputs.rows.values():
+        for row in rows:
+            row["answer"] = f"<think>secret</think>{row['answer']}"
+            row["reference"] = f"<think>secret</think>{row['reference']}"
+    inputs.score(judge_url=endpoint.url)
+    assert endpoint.requests
+    assert not [body for body in endpoint.requests if "secret" in body["messages"][0]["content"]]

@@ -6,6 +6,7 @@ They are IPC streams with an explicit schema. The batches depend only on the row
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ TRAINING = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), 
 PROMPTS = pa.schema(
     [("id", pa.string()), ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("reference", pa.string())]
 )
-"""A prompt to answer: its text, its tokens (how a training row with this prompt starts) and the reference answer."""
+"""A prompt to answer: its text, its tokens (how a training row with this prompt starts) and the reference answer.
+
+`reference` is what `decode_answer` makes of the answer's tokens, as `generate` writes the answers of the models."""
 
 
 @contextmanager
@@ -47,6 +50,36 @@ def read_tokens(path: Path) -> pa.Table:
 def stop_token_ids(table: pa.Table) -> list[int]:
     """The tokens that end an answer, as `encode` found them after the answers in the rendered template."""
     return [int(token) for token in table.schema.metadata[b"stop_token_ids"].split()]
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens. References and answers of models go through it, so that equal tokens are equal texts.
+
+    Special tokens stay in the text, since thinking and tool calls are marked by them; only padding and EOS tokens at the
+    end are left out. A space that SentencePiece puts before the first word is dropped or kept by the tokenizer, on both
+    sides alike.
+
+    Args:
+        tokenizer: A fast or slow tokenizer of Transformers.
+        ids: Without the stop token.
+    """
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    tokens = list(map(int, ids))
+    while tokens and tokens[-1] in ends:
+        tokens.pop()
+    if tokenizer.is_fast:
+        return _decode(tokenizer, tokens)
+    # Slow tokenizers hand special tokens to SentencePiece, which drops them or makes " ⁇ " of them.
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    pieces = ((is_special, list(piece)) for is_special, piece in groupby(tokens, key=special.__contains__))
+    return "".join(
+        "".join(tokenizer.convert_ids_to_tokens(piece)) if is_special else _decode(tokenizer, piece)
+        for is_special, piece in pieces
+    )
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class TokenRows:

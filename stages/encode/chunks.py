@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from stages.core.jsonl import parse_line
 from stages.core.problem import Rejection
-from stages.core.tokens import IGNORE, PROMPTS, TRAINING
+from stages.core.tokens import IGNORE, PROMPTS, TRAINING, decode_answer
 from stages.encode.previews import Preview, Previews
 from stages.encode.rows import RowMaker, TokenRow, TooLong
 
@@ -207,7 +207,7 @@ def prompt_batch(maker: RowMaker, rows: Sequence[TokenRow]) -> pa.RecordBatch:
             "id": row.id,
             "prompt": maker.encoder.decode(row.ids[: row.prompt_length]),
             "prompt_ids": row.ids[: row.prompt_length],
-            "reference": maker.encoder.decode(row.ids[row.prompt_length : row.answer_end]),
+            "reference": decode_answer(maker.encoder.tokenizer, row.ids[row.prompt_length : row.answer_end].tolist()),
         }
         for row in rows
     ]

@@ -37,3 +37,12 @@ class Backend(Protocol):
 
         Raises Problem if a single row does not fit into memory.
         """
+
+    def text_losses(self, windows: Sequence[dict[str, Any]]) -> list[float]:
+        """The summed loss in nats of each window of raw text in one batch.
+
+        Args:
+            windows: {"id", "input_ids", "labels"} each.
+
+        Raises Problem if a single window does not fit into memory, or if the backend cannot give losses.
+        """

@@ -14,6 +14,7 @@ from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
 from stages.generate.sampling import RowSampler
+from stages.generate.text_losses import window_losses
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
@@ -40,13 +41,20 @@ class TransformersBackend:
         )
         # The sampling values in the folder's generation_config.json must not mix with those in params.yaml.
         self.model.generation_config = self.config
-        self.uses_decoder = self._prepare_decoder()
+        self.uses_decoder: bool | None = None
+        """Found out at the first prompts; the losses on raw text come before, from the model as it was loaded."""
         self._reported_sizes: set[int] = set()
 
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
+        if self.uses_decoder is None:
+            self.uses_decoder = self._prepare_decoder()
         for group in self._decode(rows) if self.uses_decoder else self._generate(rows):
             yield [(index, self._to_answer(tokens)) for index, tokens in group]
+
+    def text_losses(self, windows: Sequence[dict[str, Any]]) -> list[float]:
+        """See `Backend`."""
+        return window_losses(self.model, windows)
 
     def _prepare_decoder(self) -> bool:
         """Optimizes the model for `Decoder` if it fits; otherwise says why not, and leaves the model as it was."""

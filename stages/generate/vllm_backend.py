@@ -74,5 +74,9 @@ class VllmBackend:
             answers = (self._to_answer(list(output.outputs[0].token_ids)) for output in outputs)
             yield list(enumerate(answers, start))
 
+    def text_losses(self, windows: Sequence[dict[str, Any]]) -> list[float]:
+        """Not called: `generate` refuses raw text with vLLM, whose log-probabilities of a prompt nothing here checks."""
+        raise NotImplementedError
+
     def _to_answer(self, tokens: list[int]) -> Answer:
         return Answer(tokens, stopped=bool(tokens) and tokens[-1] in self._stops)

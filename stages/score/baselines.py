@@ -1,28 +1,42 @@
 """Two baselines that a fine-tuned model must beat, made from the training answers without a model."""
 
+import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from stages.score.calls import Call, reference_calls
 from stages.score.predictions import question_of
 
 
-def most_frequent_answer(examples: Sequence[dict[str, Any]]) -> str:
+class TrainingAnswer(NamedTuple):
+    """The last message of a training example."""
+
+    text: str
+    """The content, and a line of JSON for each call."""
+    calls: list[Call]
+
+
+def most_frequent_answer(examples: Sequence[dict[str, Any]]) -> TrainingAnswer:
     """The answer that most training examples have; the first of them if there are several."""
-    return Counter(_answer_of(example) for example in examples).most_common(1)[0][0]
+    answers = {answer.text: answer for answer in (answer_of(example["messages"][-1]) for example in reversed(examples))}
+    return answers[Counter(answer_of(example["messages"][-1]).text for example in examples).most_common(1)[0][0]]
 
 
-def nearest_answers(examples: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[str]:
+def nearest_answers(examples: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[TrainingAnswer]:
     """For each question, the answer of the training example with the most similar prompt: what a lookup would answer."""
     nearest = NearestPrompt([question_of(example) for example in examples])
-    return [_answer_of(examples[nearest.find(question)]) for question in questions]
+    return [answer_of(examples[nearest.find(question)]["messages"][-1]) for question in questions]
 
 
-def _answer_of(example: dict[str, Any]) -> str:
-    return str(example["messages"][-1]["content"])
+def answer_of(message: Mapping[str, Any]) -> TrainingAnswer:
+    """A message of data/examples as an answer, without its thinking."""
+    calls = reference_calls(message)
+    lines = (json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in calls)
+    return TrainingAnswer("\n".join([*filter(None, [str(message["content"])]), *lines]), calls)
 
 
 class NearestPrompt:

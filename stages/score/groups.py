@@ -15,7 +15,7 @@ METRICS_BY_GROUP = ("exact_match", "rouge_l")
 
 def score_groups(rows: Sequence[PredictedRow], scores: Mapping[str, Sequence[RowScores]]) -> dict[str, dict[str, Any]]:
     """Group → {"rows": count, "<model>_<metric>": interval}. A grouping with only one group is left out."""
-    languages = _group("Chinese" if is_chinese(row.question + row.reference) else "other" for row in rows)
+    languages = _group("Chinese" if is_chinese(row.question + row.reference.answer) else "other" for row in rows)
     files = _group(row.source.rpartition(":")[0] for row in rows)
     files = dict(sorted(files.items(), key=lambda item: -len(item[1]))[:SHOWN_FILES])
     return {

@@ -1,10 +1,12 @@
 """Confidence intervals of a mean over the rows of the test set."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy.stats import bootstrap  # type: ignore[import-untyped]
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 SEED = 0
 CONFIDENCE = 0.95
@@ -54,3 +56,28 @@ def mean_interval(values: Iterable[float | None]) -> Interval | None:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(result.bootstrap_distribution, [tail, 1 - tail])
     return Interval(mean, float(low), float(high))
+
+
+def resampled_interval(units: Floats, statistics: Callable[[Floats], Floats]) -> list[Interval]:
+    """The percentile bootstrap intervals of statistics that are no means of rows, as a ratio of two sums.
+
+    All statistics are computed on the same resamples, so those of two systems are paired.
+
+    Args:
+        units: (units, sums) What is resampled, as documents: the sums over each.
+        statistics: (..., sums), the sums over all units of a sample, to (..., statistics).
+
+    Returns:
+        One for each statistic.
+    """
+    rng, count = np.random.default_rng(SEED), len(units)
+    found = []
+    batch = max(1, BATCH_VALUES // count)
+    for start in range(0, RESAMPLES, batch):
+        indices = rng.integers(0, count, (min(batch, RESAMPLES - start), count))
+        weights = np.stack([np.bincount(row, minlength=count) for row in indices]).astype(float)
+        found.append(statistics(weights @ units))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail], axis=0)
+    means = statistics(units.sum(0))
+    return [Interval(*map(float, values)) for values in zip(means, low, high, strict=True)]

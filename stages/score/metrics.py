@@ -3,12 +3,16 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import jieba
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
+
+from stages.score.calls import Call, compare_calls
+from stages.score.thinking import SplitAnswer
 
 jieba.setLogLevel(logging.WARNING)
 CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -20,6 +24,10 @@ METRICS = {
     "exact_match": "the answer equals the reference, apart from leading and trailing white space",
     "valid_json": "the answer is a JSON object; only for rows whose reference is one",
     "json_field_f1": "F1 over the top-level fields of the object, each with its value",
+    "call_decision": "the answer calls a tool exactly if the reference does; only for rows with tools",
+    "call_names": "right names of called tools; only for rows whose reference calls one",
+    "call_arguments_f1": "F1 over the arguments of all calls, each with its value",
+    "call_exact": "all calls have the right names and arguments, in any order",
     "chrf": "chrF (Popović 2015), computed by sacrebleu",
     "bleu": "sentence BLEU (Papineni et al. 2002), smoothed, computed by sacrebleu; Chinese by characters",
     "rouge_1": "ROUGE-1 F1 (Lin 2004); Chinese by characters",
@@ -29,23 +37,38 @@ METRICS = {
     "distinct_2": "unique token bigrams as a share of all bigrams of the answer (Li et al. 2016)",
     "repetition": f"share of the answer's {NGRAM}-grams that repeat an earlier one",
     "stopped": "the model ended the answer itself, before generate.max_new_tokens",
-    "empty": "the answer is empty",
+    "empty": "the answer is empty, apart from its thinking",
+    "thinking": "the model thinks before its answer; all other metrics look at what stands behind the thinking",
+    "thinking_cut": "the thinking never ends, so there is no answer",
 }
-"""Name and meaning, in the order of the report. Higher is better, except for `repetition` and `empty`; `stopped` says
-nothing about the quality."""
-HEADLINE = ("exact_match", "valid_json", "json_field_f1", "chrf")
+"""Name and meaning, in the order of the report. Higher is better, except for `repetition`, `empty` and `thinking_cut`;
+`stopped` and `thinking` say nothing about the quality."""
+HEADLINE = ("exact_match", "valid_json", "json_field_f1", "call_exact", "call_arguments_f1", "chrf")
 """The metrics in the printed table and in the plot; the report has all of them."""
 
 RowScores = dict[str, float | None]
 """Metric → the score of one answer; None where the metric does not apply to the row."""
 
 
-def score_answer(reference: str, answer: str, *, finish_reason: str | None) -> RowScores:
+def score_answer(
+    reference: str,
+    answer: str,
+    *,
+    finish_reason: str | None,
+    calls: tuple[Sequence[Call], Sequence[Call]] | None = None,
+    thinking: SplitAnswer | None = None,
+) -> RowScores:
     """All of `METRICS` for one answer. An empty answer scores 0 in each metric where higher is better, except `stopped`.
 
     Args:
+        reference: Without its thinking.
+        answer: Without its thinking.
         finish_reason: "stop" or "length"; None for a baseline, which does not generate.
+        calls: Those of the reference and of the answer; None if the row has no tools, or they cannot be read.
+        thinking: The whole answer; None for a baseline, and in a run without any thinking.
     """
+    wanted_calls, found_calls = calls or ((), ())
+    call_scores = compare_calls(wanted_calls, found_calls) if wanted_calls else None
     wanted, found = _json(reference), _json(answer)
     chinese = is_chinese(reference)
     tokens = split(answer)
@@ -54,6 +77,10 @@ def score_answer(reference: str, answer: str, *, finish_reason: str | None) -> R
         "exact_match": float(answer.strip() == reference.strip()),
         "valid_json": None if wanted is None else float(found is not None),
         "json_field_f1": None if wanted is None else _field_f1(wanted, found),
+        "call_decision": None if calls is None else float(bool(wanted_calls) == bool(found_calls)),
+        "call_names": call_scores and call_scores.names,
+        "call_arguments_f1": call_scores and call_scores.arguments_f1,
+        "call_exact": call_scores and call_scores.exact,
         "chrf": CHRF().sentence_score(answer, [reference]).score / 100,
         "bleu": _bleu(chinese).sentence_score(answer, [reference]).score / 100,
         "rouge_1": rouge["rouge1"],
@@ -64,7 +91,14 @@ def score_answer(reference: str, answer: str, *, finish_reason: str | None) -> R
         "repetition": 1 - _distinct(tokens, NGRAM) if len(tokens) >= NGRAM else 0.0,
         "stopped": None if finish_reason is None else float(finish_reason == "stop"),
         "empty": float(not answer.strip()),
+        "thinking": thinking and float(bool(thinking.thinking)),
+        "thinking_cut": thinking and float(thinking.cut),
     }
+
+
+def no_scores() -> RowScores:
+    """The scores of a system that has no answer to a row."""
+    return dict.fromkeys(METRICS)
 
 
 def bleu_signature(references: list[str]) -> str:

@@ -10,7 +10,8 @@ import jinja2
 from stages.score.intervals import Interval
 from stages.score.judge import JudgeResult
 from stages.score.metrics import METRICS, RowScores, bleu_signature
-from stages.score.predictions import Predictions
+from stages.score.perplexity import Perplexity
+from stages.score.predictions import PredictedRow, Predictions
 from stages.score.systems import SYSTEMS
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -26,6 +27,7 @@ def render_report(
     differences: Mapping[str, Mapping[str, Interval | None]],
     groups: Mapping[str, Mapping[str, Any]],
     judged: JudgeResult | None,
+    perplexity: Perplexity | None,
 ) -> str:
     """The report as HTML; the rows with the worst answers of the fine-tuned model come first.
 
@@ -46,7 +48,10 @@ def render_report(
         metrics={metric: meaning for metric, meaning in METRICS.items() if summary["merged"][metric]},
         summary=summary,
         differences=differences,
-        bleu_signature=bleu_signature([row.reference for row in predictions.rows]),
+        bleu_signature=bleu_signature([row.reference.answer for row in predictions.rows]) if rows else "",
+        thinking=_thinking_counts(predictions.rows),
+        unread_calls=sum(row.has_tools and row.wanted_calls is None for row in predictions.rows),
+        perplexity=perplexity,
         groups=groups,
         judged=judged,
         rows=rows,
@@ -55,6 +60,16 @@ def render_report(
         validation_curve=_read_curve(reports / "loss" / "validation.csv"),
         lengths=_read_histogram(reports / "lengths.csv"),
     )
+
+
+def _thinking_counts(rows: Sequence[PredictedRow]) -> dict[str, int] | None:
+    """The rows with thinking in the reference and in each model's answer; None if there is none at all."""
+    counts = {
+        "reference": sum(bool(row.reference.thinking) for row in rows),
+        "base": sum(bool(row.base.split.thinking) for row in rows),
+        "merged": sum(bool(row.merged.split.thinking) for row in rows),
+    }
+    return counts if any(counts.values()) else None
 
 
 def _read_curve(path: Path) -> list[tuple[float, float]]:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from stages.score.intervals import Interval
 from stages.score.metrics import HEADLINE
+from stages.score.perplexity import Perplexity
 from stages.score.systems import SYSTEMS
 
 
@@ -15,8 +16,29 @@ def print_table(
     differences: Mapping[str, Mapping[str, Interval | None]],
     *,
     row_count: int,
+    perplexity: Perplexity | None,
 ) -> None:
-    """Prints the headline metrics of each system, and by how much the fine-tuned model differs from each of the others."""
+    """Prints the headline metrics of each system, and by how much the fine-tuned model differs from each of the others.
+
+    The perplexity of both models follows, if there is raw text.
+    """
+    console = Console(width=120)
+    if row_count:
+        _print_scores(console, summary, differences, row_count=row_count)
+    if perplexity:
+        console.print(
+            f"perplexity per token on {perplexity.documents:,} raw texts: base model {_number(perplexity.base)}, "
+            f"fine-tuned model {_number(perplexity.merged)}; difference {_number(perplexity.difference)}"
+        )
+
+
+def _print_scores(
+    console: Console,
+    summary: Mapping[str, Mapping[str, Interval | None]],
+    differences: Mapping[str, Mapping[str, Interval | None]],
+    *,
+    row_count: int,
+) -> None:
     metrics = [metric for metric in HEADLINE if summary["merged"][metric]]
     table = Table(title=f"{row_count} test rows, mean and 95 % interval, in percent")
     table.add_column("")
@@ -24,10 +46,14 @@ def print_table(
         table.add_column(metric, justify="right")
     for system, name in SYSTEMS.items():
         table.add_row(name, *(_cell(summary[system][metric]) for metric in metrics))
-    console = Console(width=120)
     console.print(table)
     for other, difference in differences.items():
-        console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(difference['exact_match'])} points")
+        if difference["exact_match"]:
+            console.print(f"exact match, fine-tuned minus {SYSTEMS[other]}: {_cell(difference['exact_match'])} points")
+
+
+def _number(interval: Interval) -> str:
+    return f"{interval.mean:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 
 
 def _cell(interval: Interval | None) -> str:
