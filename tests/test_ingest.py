@@ -20,6 +20,9 @@ COLUMNS = {
 PARAMS: dict[str, Any] = {
     "formats": {},
     "columns": COLUMNS,
+    "columns_by_file": {},
+    "roles": {},
+    "preference": "error",
     "input_separator": "",
     "group_by": "",
     "near_duplicates": "off",
@@ -129,7 +132,7 @@ def test_input_separator_is_added_only_between_instruction_and_input(folder: Fol
         ('{"a": 1} {"b": 2}', "not_json", "Extra data"),
         ("[1]x", "not_json", "Extra data"),
         ("3", "not_an_object", "found int"),
-        ('{"text": "x"}', "unknown_format", "fields text"),
+        ('{"score": 1}', "unknown_format", "fields score; none of them holds text"),
         ('{"instruction": "a"}', "missing_field", "output"),
         ('{"output": "a"}', "missing_field", "instruction"),
         ('{"instruction": 1, "output": "a"}', "wrong_type", "instruction: wanted text, found int"),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.formats import Message
 from stages.ingest.json_stream import Broken
+from stages.ingest.tools import Message
 
 NEXT_ROLES = {
     "start": ("user",),
@@ -44,6 +44,13 @@ def _check_utf8(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise Rejection("bad_encoding", f"not UTF-8: {text[error.start]!r} in {where}") from None
+
+
+def check_text(text: str) -> None:
+    """A raw text must be valid Unicode, and hold more than white space."""
+    _check_utf8(text, "text")
+    if not text.strip():
+        raise Rejection("empty_text", repr(text[:20]))
 
 
 def check_turns(messages: Sequence[Message]) -> None:

@@ -1,0 +1,79 @@
+"""Reads OpenAssistant's trees of messages: a prompt, its replies, their replies.
+
+One conversation of a tree is read, its best-ranked path: at each message the reply that people ranked first. Replies beside
+it were ranked worse, and training on them would teach what people liked less. They are counted as unread replies.
+"""
+
+from typing import Any
+
+from stages.core.problem import Rejection
+from stages.ingest.row import Message, Row, answer, text_of
+
+TREE_ROLES = ("prompter", "assistant")
+READ = frozenset(("text", "role", "replies", "rank", "deleted"))
+KNOWN = frozenset(
+    (
+        *READ, "parent_id", "review_count", "review_result", "synthetic", "emojis", "labels", "detoxify",
+        "events", "message_tree_id", "tree_state", "deleted",
+    )
+)  # fmt: skip
+"""Fields of a message that are read, or describe how it was reviewed."""
+
+
+def is_tree(row: Row) -> bool:
+    """Whether the prompt is a message of a tree."""
+    tree = row.get("tree")
+    return isinstance(tree, dict) and "replies" in tree and "text" in tree
+
+
+def read_tree(row: Row) -> list[Message]:
+    """The best-ranked path of a tree, up to the last answer on it."""
+    messages: list[Message] = []
+    where, node = row.field("tree"), row.get("tree")
+    while node is not None:
+        if not isinstance(node, dict):
+            raise Rejection("wrong_type", f"{where}: wanted an object with text, role and replies")
+        role = node.get("role")
+        if role not in TREE_ROLES:
+            raise Rejection("unknown_role", f"{where}.role: {role!r}")
+        row.books(node, KNOWN, where)
+        text = text_of(node, "text", where=f"{where}.")
+        messages.append(answer(text, f"{where}.text") if role == "assistant" else {"role": "user", "content": text})
+        replies = node.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise Rejection("wrong_type", f"{where}.replies: wanted a list of objects")
+        best, others = _best(replies)
+        row.unread += ["replies that are not ranked first"] * bool(others)
+        node, where = best, f"{where}.replies"
+    if messages and messages[-1]["role"] == "user" and len(messages) > 1:
+        row.unread.append("a last question without a reply")
+        messages.pop()
+    return messages
+
+
+def _best(replies: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, int]:
+    """The reply that is ranked first, and the number of the others. Unranked replies: the one with the longest conversation."""
+    alive = [reply for reply in replies if not reply.get("deleted")]
+    if not alive:
+        return None, len(replies)
+    best = min(alive, key=lambda reply: (_rank(reply), -_depth(reply)))
+    return best, len(replies) - 1
+
+
+def _rank(reply: dict[str, Any]) -> float:
+    rank = reply.get("rank")
+    return rank if isinstance(rank, int | float) else float("inf")
+
+
+def _depth(reply: dict[str, Any]) -> int:
+    """The number of messages of the longest conversation below a reply; counted level by level, since a tree may be deep."""
+    depth, level = 0, [reply]
+    while level:
+        depth += 1
+        level = [
+            below
+            for message in level
+            for below in (message.get("replies") if isinstance(message.get("replies"), list) else None) or []
+            if isinstance(below, dict) and not below.get("deleted")
+        ]
+    return depth
