@@ -5,7 +5,7 @@ from typing import Any
 
 from stages.core.params import bad_param
 from stages.core.problem import Problem, Rejection
-from stages.ingest.formats import Format
+from stages.ingest.formats import Conversation, Format
 from stages.ingest.raw_files import RawRow
 from stages.ingest.splits import SPLITS
 
@@ -19,6 +19,10 @@ class Accounting:
         """Rows kept, by split."""
         self.reasons: Counter[str] = Counter()
         """Rows rejected, by reason."""
+        self.unread: Counter[str] = Counter()
+        """Rows kept that have a field which was not read, by field."""
+        self.changes: Counter[str] = Counter()
+        """Rows kept that were changed beyond their form, by change."""
         self._first: dict[str, str] = {}
         self._files: dict[str, Counter[str]] = {}
 
@@ -27,9 +31,13 @@ class Accounting:
         self.rows_read += 1
         self._files.setdefault(row.file, Counter())["rows_read"] += 1
 
-    def keep(self, row: RawRow, format: Format, *, split: str) -> None:
-        """Counts a row that was kept."""
+    def keep(self, row: RawRow, format: Format, *, split: str, conversation: Conversation) -> None:
+        """Counts a row that was kept, with what was not read of it and what was changed."""
         self.kept[split] += 1
+        if conversation.unread:
+            self.unread.update(set(conversation.unread))
+        if conversation.changes:
+            self.changes.update(set(conversation.changes))
         file = self._files[row.file]
         file["rows_kept"] += 1
         file[format] += 1
@@ -71,6 +79,8 @@ class Accounting:
             **{split: self.kept[split] for split in SPLITS},
             "leaked_prompts": leaked_prompts,
             **near_duplicates,
+            "unread_fields": dict(sorted(self.unread.items())),
+            "changes": dict(sorted(self.changes.items())),
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self._files.items())},
         }
 

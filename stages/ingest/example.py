@@ -21,7 +21,7 @@ class Example(NamedTuple):
     texts: list[str]
     """The normalized text of each message."""
     digest: bytes
-    """Hash of the complete conversation: roles, texts, tool calls and tools. Equal for duplicates."""
+    """Hash of the complete conversation: roles, texts, thinking, tool calls and tools. Equal for duplicates."""
     prompt: bytes
     """Hash of the first user message. No prompt may be in two splits."""
     group: str
@@ -50,8 +50,10 @@ def _digest(conversation: Conversation, texts: list[str]) -> bytes:
     parts = []
     for message, text in zip(conversation.messages, texts, strict=True):
         parts += [message["role"], text]
-        if "tool_calls" in message:
-            parts.append(json.dumps(message["tool_calls"], sort_keys=True))
+        if "reasoning_content" in message:
+            parts.append("thinking " + _normalize(message["reasoning_content"]))
+        if "tool_calls" in message:  # without the ids, which are random
+            parts.append(json.dumps([call["function"] for call in message["tool_calls"]], sort_keys=True))
     if conversation.tools:
         parts.append(json.dumps(conversation.tools, sort_keys=True))
     # With its length before it, no part can be mistaken for two.

@@ -4,26 +4,17 @@ A message has a role (system, user, assistant, tool) and content, and an assista
 describes the tools that may be called. `"train": false` in a message keeps it out of the loss.
 """
 
-import json
 import re
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stages.core.params import Section
 from stages.core.problem import Rejection
+from stages.ingest.keys import unread_keys
+from stages.ingest.tools import Message, Tool, read_tools
+from stages.ingest.turns import add_system, read_answer, read_turns
 
 Format: TypeAlias = Literal["alpaca", "belle_multiturn", "sharegpt", "messages"]
-Message: TypeAlias = dict[str, Any]
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "function_call": "function_call",
-    "observation": "tool",
-    "tool": "tool",
-}
 TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
 
 
@@ -52,7 +43,11 @@ class Conversation(NamedTuple):
     """A row in the common format."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]]
+    tools: list[Tool]
+    unread: list[str]
+    """The keys that hold something and were not read, by name."""
+    changes: list[str]
+    """What was changed beyond the form, see `turns.Turns`."""
 
 
 def guess_format(value: dict[str, Any], columns: Columns) -> Format:
@@ -83,16 +78,19 @@ def read_conversation(value: dict[str, Any], format: Format, *, columns: Columns
     match format:
         case "alpaca":
             messages = _alpaca(value, columns, input_separator=input_separator)
+            read = {columns.instruction, columns.input, columns.output, columns.history, columns.system}
+            conversation = Conversation(messages, [], unread_keys(value, read, ""), [])
         case "belle_multiturn":
-            messages = _belle_multiturn(value, columns)
+            read = {columns.instruction, columns.input, columns.output, columns.system}
+            conversation = Conversation(_belle_multiturn(value, columns), [], unread_keys(value, read, ""), [])
         case "sharegpt":
-            messages = _turns(value, columns.conversations, role_field="from", content_field="value")
+            conversation = _read_turns(value, columns.conversations, columns)
         case "messages":
-            messages = _turns(value, columns.messages, role_field="role", content_field="content")
-    tools = _tools(value, columns.tools) if format in ("sharegpt", "messages") else []
-    if messages and messages[0]["role"] != "system" and _text(value, columns.system, default=""):
-        messages = [{"role": "system", "content": value[columns.system]}, *messages]
-    return Conversation(messages, tools)
+            conversation = _read_turns(value, columns.messages, columns)
+    system = _text(value, columns.system, default="")
+    if system and conversation.messages:
+        return conversation._replace(messages=add_system(conversation.messages, system, conversation.changes))
+    return conversation
 
 
 def _alpaca(value: dict[str, Any], columns: Columns, *, input_separator: str) -> list[Message]:
@@ -103,12 +101,12 @@ def _alpaca(value: dict[str, Any], columns: Columns, *, input_separator: str) ->
     for question, answer in history:
         if not isinstance(question, str) or not isinstance(answer, str):
             raise Rejection("wrong_type", f"{columns.history}: wanted pairs of text")
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": question}, read_answer(answer, columns.history)]
     instruction, query = _text(value, columns.instruction), _text(value, columns.input, default="")
     user: Message = {"role": "user", "content": instruction + (input_separator if query else "") + query}
     if query:
         user |= {"instruction": instruction, "input": query}  # for chat templates that place them separately
-    return [*messages, user, {"role": "assistant", "content": _text(value, columns.output)}]
+    return [*messages, user, read_answer(_text(value, columns.output), columns.output)]
 
 
 def _belle_multiturn(value: dict[str, Any], columns: Columns) -> list[Message]:
@@ -120,89 +118,16 @@ def _belle_multiturn(value: dict[str, Any], columns: Columns) -> list[Message]:
     if not turns or turns[-1] != ("Assistant", ""):
         raise Rejection("no_answer_at_the_end", f"{columns.instruction}: does not end in Assistant:")
     turns[-1] = ("Assistant", _text(value, columns.output))
-    return [{"role": "user" if name == "Human" else "assistant", "content": text} for name, text in turns]
-
-
-def _turns(value: dict[str, Any], field: str, *, role_field: str, content_field: str) -> list[Message]:
-    turns = value.get(field)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Rejection("wrong_type", f"{field}: wanted a list of objects")
     return [
-        _message(turn, f"{field}[{number}]", role_field=role_field, content_field=content_field)
-        for number, turn in enumerate(turns, 1)
+        {"role": "user", "content": text} if name == "Human" else read_answer(text, columns.output) for name, text in turns
     ]
 
 
-def _message(turn: dict[str, Any], where: str, *, role_field: str, content_field: str) -> Message:
-    """The message of one turn; `where` names the turn in a Rejection."""
-    name = _text(turn, role_field, where=f"{where}.")
-    role = ROLES.get(name)
-    if role is None:
-        raise Rejection("unknown_role", f"{where}.{role_field}: {name!r}")
-    calls = turn.get("tool_calls")
-    content = _text(turn, content_field, default="" if calls else None, where=f"{where}.")
-    message: Message = {"role": role, "content": content}
-    if role == "function_call":
-        message = {"role": "assistant", "content": "", "tool_calls": _parse_calls(content, where)}
-    elif calls and role != "assistant":
-        raise Rejection("roles_out_of_order", f"{where}: tool_calls in a {role} message")
-    elif calls:
-        message["tool_calls"] = _check_calls(calls, f"{where}.tool_calls")
-    if not _is_trained_on(turn, where):
-        message["train"] = False
-    return message
-
-
-def _is_trained_on(turn: dict[str, Any], where: str) -> bool:
-    """Our `train`: false, or OpenAI's `weight`: 0, keeps a turn out of the loss."""
-    weight, train = turn.get("weight", 1), turn.get("train", True)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise Rejection("wrong_type", f"{where}.weight: wanted 0 or 1")
-    if not isinstance(train, bool):
-        raise Rejection("wrong_type", f"{where}.train: wanted true or false")
-    return train and weight == 1
-
-
-def _parse_calls(text: str, where: str) -> list[dict[str, Any]]:
-    """The content of ShareGPT's function_call: JSON of one call, or of a list of calls."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Rejection("wrong_type", f"{where}: function_call: wanted JSON") from None
-    return _check_calls(value if isinstance(value, list) else [value], where)
-
-
-def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    checked = []
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Rejection("wrong_type", f"{where}: wanted calls with a name and arguments")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI's form; a chat template would encode the text as JSON again
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise Rejection("wrong_type", f"{where}: arguments of {function['name']}: wanted JSON") from None
-        if not isinstance(arguments, dict):
-            raise Rejection("wrong_type", f"{where}: arguments of {function['name']}: wanted an object")
-        checked.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return checked
-
-
-def _tools(value: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    tools = value.get(field) or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else []
-        except (ValueError, RecursionError):
-            raise Rejection("wrong_type", f"{field}: wanted JSON") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Rejection("wrong_type", f"{field}: wanted a list of objects")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in tools):
-        raise Rejection("wrong_type", f"{field}: wanted functions with a name")
-    return tools
+def _read_turns(value: dict[str, Any], field: str, columns: Columns) -> Conversation:
+    tools = [tool for key in (columns.tools, "functions") for tool in read_tools(value.get(key), key)]
+    turns = read_turns(value.get(field), field, roles={}, has_tools=bool(tools))
+    unread = unread_keys(value, {field, columns.tools, "functions", columns.system}, "")
+    return Conversation(turns.messages, tools + turns.tools, unread + turns.unread, turns.changes)
 
 
 def _text(value: dict[str, Any], field: str, *, default: str | None = None, where: str = "") -> str:

@@ -87,7 +87,7 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
                 accounting.reject(row, rejection)
                 write_line(rejected, _rejected_row(row, rejection))
                 continue
-            accounting.keep(row, example.format, split=split)
+            accounting.keep(row, example.format, split=split, conversation=example.conversation)
             duplicates.add(example, row.source)
             splits.add(example, split)
             kept[split].write(dump_line(_kept_row(row, example)))
@@ -125,7 +125,7 @@ def _read_example(params: Params, row: RawRow) -> Example:
 
 
 def _kept_row(row: RawRow, example: Example) -> dict[str, Any]:
-    messages, tools = example.conversation
+    messages, tools = example.conversation.messages, example.conversation.tools
     content: dict[str, Any] = {"messages": messages} | ({"tools": tools} if tools else {})
     return {"id": hashlib.sha256(dump_line(content)).hexdigest()[:16], "source": row.source, **content}
 
