@@ -464,7 +464,7 @@ def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Fold
         "params.yaml: ingest.max_rejected_percent: 3 of 43 rows (7.0 %) were rejected, the limit is 5 %; correct the "
         "rows, or raise it if they may be left out",
         "empty_answer: 1 rejected, the first is x.jsonl:3: ''",
-        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a",
+        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them holds text or a list of turns",
     )
     assert not (folder.root / "examples").exists()
 

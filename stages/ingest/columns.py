@@ -107,7 +107,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "plain_text": ("plain_text",),
     "tree": ("prompt",),
 }  # fmt: skip
-"""The usual names of the other columns; the last four are those of preference data, MOSS and OpenAssistant, and not in params.yaml.
+"""The usual names of the other columns. The last four, of preference data, MOSS and OpenAssistant, have no others.
 `instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
 PRIMARY = {"messages": ("messages", "conversations"), "instruction": ("instruction",), "output": ("output",)}
 """Names that tell the format even where another field of it is missing, or of the wrong kind."""

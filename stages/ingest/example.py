@@ -1,4 +1,4 @@
-"""An example: a conversation, or a raw text, that passed the checks, with the hashes that splitting and deduplication compare.
+"""An example: a conversation or a raw text that passed the checks, with the hashes that splits and duplicates are found by.
 
 All comparisons use normalized text: two texts that differ only in white space, upper and lower case or the width of
 characters (Unicode NFKC) are equal.
@@ -55,9 +55,9 @@ def _digest(conversation: Conversation, texts: list[str]) -> bytes:
     for message, text in zip(conversation.messages, texts, strict=True):
         parts += [message["role"], text]
         if "reasoning_content" in message:
-            parts.append(_normalize(message["reasoning_content"]))
-        if "tool_calls" in message:
-            parts.append(json.dumps(message["tool_calls"], sort_keys=True))
+            parts.append("thinking " + _normalize(message["reasoning_content"]))
+        if "tool_calls" in message:  # without the ids, which are random
+            parts.append(json.dumps([call["function"] for call in message["tool_calls"]], sort_keys=True))
     if conversation.tools:
         parts.append(json.dumps(conversation.tools, sort_keys=True))
     # With its length before it, no part can be mistaken for two.

@@ -1,8 +1,8 @@
 """Converts the usual formats of conversation data into one: the messages of Transformers' chat templates.
 
 A message has a role (system, user, assistant, tool) and content; an assistant message may have `reasoning_content` and
-`tool_calls`. `tools` describes the tools that may be called. `"train": false` in a message keeps it out of the loss. A row of
-raw text has `text` instead.
+`tool_calls`. `tools` describes the tools that may be called. `"train": false` in a message keeps it out of the loss. A row
+of raw text has `text` instead.
 
 FORMATS is the table: a row has the first format whose needed columns it has, each of a kind given. columns.py says under
 which names a column is found.
@@ -18,11 +18,11 @@ from stages.ingest.lists import is_from_value, read_list, read_prompt_completion
 from stages.ingest.marked_text import is_marked, is_moss_text, read_marked, read_moss, read_moss_text
 from stages.ingest.pairs import is_multiturn, read_belle_multiturn, read_pair
 from stages.ingest.preference import read_kto, read_preference
-from stages.ingest.row import Message, Row, Settings
+from stages.ingest.row import Row, Settings
 from stages.ingest.suggest import columns_line, suggest_columns
-from stages.ingest.tools import read_tools
+from stages.ingest.tools import Message, Tool, read_tools
 from stages.ingest.trees import is_tree, read_tree
-from stages.ingest.turns import split_thinking
+from stages.ingest.turns import add_system
 
 Format: TypeAlias = Literal[
     "alpaca", "belle_multiturn", "sharegpt", "messages", "prompt_completion", "text_list", "moss", "oasst", "guanaco",
@@ -36,7 +36,7 @@ class Conversation(NamedTuple):
     format: Format
     messages: list[Message]
     """Empty in a row of raw text."""
-    tools: list[dict[str, Any]]
+    tools: list[Tool]
     text: str | None
     """Raw text; None in a conversation."""
     unread: tuple[str, ...]
@@ -74,7 +74,7 @@ def _read_text(row: Row) -> list[Message]:
 
 
 _SYSTEM = {"system": (TEXT,)}
-_TURNS = {**_SYSTEM, "tools": ANYTHING}
+_TURNS = {**_SYSTEM, "tools": (TEXT, OBJECT, OBJECTS, TEXTS, LISTS)}
 _PAIR = {**_SYSTEM, "input": (TEXT,), "history": ANYTHING, "reasoning": (TEXT, TEXTS)}
 _ONE_SIDE = {**_TURNS, "prompt": (TEXT, OBJECTS, OBJECT), "messages": (OBJECTS,), "input": (TEXT,)}
 _TEXTS = {"instruction": (TEXT,), "output": (TEXT,)}
@@ -132,7 +132,9 @@ class Formats:
     def __init__(self, names: Names, settings: Settings, *, group_by: str) -> None:
         self._names, self._settings = names, settings
         self._group_by = group_by.split(".")[0]
-        self._paths = tuple(name for column, name in names.given.items() if "." in name and column not in ("role", "content"))
+        self._paths = tuple(
+            name for column, name in names.given.items() if "." in name and column not in ("role", "content")
+        )
         self._plans: dict[tuple[Any, ...], tuple[Plan, ...]] = {}
 
     def read(self, value: dict[str, Any], format: Format | None = None, *, file: str = "") -> Conversation:
@@ -144,7 +146,7 @@ class Formats:
             file: The row's file, for messages.
 
         Raises Rejection if no format has such fields, if a field is missing, has the wrong type, or is known to change the
-        meaning and is not read; and PreferenceFound for preference data where params.yaml does not say which side is trained.
+        meaning and is not read; and PreferenceFound for preference data if params.yaml does not say which side is trained.
         """
         for plan in self._find_plans(value, format):
             row = Row(value, plan.fields, self._settings)
@@ -157,8 +159,8 @@ class Formats:
         if "tools" in plan.fields:
             row.tools = read_tools(row.get("tools"), row.field("tools"))
         messages = shape.read(row)
-        if messages and messages[0]["role"] != "system" and (system := row.text("system", default="")).strip():
-            messages = [{"role": "system", "content": system}, *messages]
+        if messages and "system" in plan.fields:
+            messages = add_system(messages, row.text("system", default=""), row.changes)
         if plan.suspects or plan.nested:
             self._count_unread(row, plan)
             said = {message["content"] for message in messages}
@@ -213,9 +215,7 @@ class Formats:
         """Column → field, if the row has all that the shape needs."""
         fields: dict[str, str] = {}
         if "instruction" in shape.needs:
-            pair = self._names.find_pair(
-                kinds, questions=shape.needs["instruction"], answers=shape.needs["output"]
-            )
+            pair = self._names.find_pair(kinds, questions=shape.needs["instruction"], answers=shape.needs["output"])
             if pair is None:
                 return None
             fields = dict(zip(("instruction", "output"), pair, strict=True))
@@ -225,7 +225,9 @@ class Formats:
                 if field is None:
                     return None
                 fields[column] = field
-        if not self._names.uses_given(fields.values()) and any(self._has(column, kinds, fields.values()) for column in shape.lacks):
+        if not self._names.uses_given(fields.values()) and any(
+            self._has(column, kinds, fields.values()) for column in shape.lacks
+        ):
             return None
         for column, wanted in shape.may.items():
             field = self._names.find(column, kinds, wanted)
@@ -256,7 +258,8 @@ class Formats:
             return None
         shape = _SHAPES[format]
         return shape, {
-            column: self._names.find(column, kinds, ANYTHING) or self._names.given.get(column, column) for column in shape.needs
+            column: self._names.find(column, kinds, ANYTHING) or self._names.given.get(column, column)
+            for column in shape.needs
         }
 
     def _plan(self, value: dict[str, Any], shape: Shape, fields: dict[str, str]) -> Plan:

@@ -43,8 +43,7 @@ class Params(Section):
     formats: dict[str, Format]
     """File pattern to format, where the detection by a row's fields is wrong: {"old/*.json": alpaca}."""
     columns: dict[Column, str]
-    """The fields of your rows that have other names than the usual ones, which are known: {instruction: frage, output: antwort}.
-    a.b is the field b inside of a, a.0 the first element of a list."""
+    """The fields of your rows whose names are not among the usual ones: {instruction: frage, output: antwort}. a.b is the field b inside of a, a.0 the first element of a list."""
     columns_by_file: dict[str, dict[Column, str]]
     """File pattern to columns that differ from `columns` there: {"old/*.json": {output: reply}}."""
     roles: dict[str, Role]
@@ -78,8 +77,8 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     {"id", "source", "format": "text", "text"}. A row of rejected.jsonl: {"source", "reason", "detail", "raw"}. `report` gets
     the counts. Rows are written as they are read: memory holds a few hashes per row.
 
-    Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, if a row holds
-    preference data and `ingest.preference` says nothing, or if a split is empty.
+    Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, if a row
+    holds preference data and `ingest.preference` names no side, or if a split is empty.
     """
     files = _files(raw)
     readers = _Readers(params, [path.relative_to(raw).as_posix() for path in files])
@@ -123,7 +122,8 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     by_split = ", ".join(f"{split} {accounting.kept[split]:,}" for split in SPLITS)
     return Done(
         f"{accounting.rows_read:,} rows read, {accounting.kept.total():,} kept ({by_split}), "
-        f"{accounting.left_out:,} duplicates or left out, {accounting.rejected:,} rejected, listed in {examples}/rejected.jsonl"
+        f"{accounting.left_out:,} left out as duplicates or the other side, {accounting.rejected:,} rejected; "
+        f"both are listed in {examples}/rejected.jsonl"
     )
 
 

@@ -35,7 +35,8 @@ CARRY_NOTHING = frozenset(
     message_count num_chars char_count word_count num_words
     timestamp timestamps time date datetime created created_at created_date created_time create_time creation_date
     updated_at update_time modified_at year
-    metadata meta parallel_tool_calls finish_reason stop_reason logprobs system_fingerprint service_tier
+    metadata meta parallel_tool_calls finish_reason stop_reason logprobs signature cache_control
+    system_fingerprint service_tier
     """)
 )
 """Identity, origin, subject, size and time, as public data sets and the answers of APIs name them."""
@@ -101,6 +102,8 @@ CHANGE_MEANING: dict[str, Meaning] = {
     for key in _words(keys)
 }
 
+MAX_DEPTH = 8
+"""A value that is nested deeper is not empty: nobody nests nothing that deep, and Python's stack is not endless."""
 _POSITION = re.compile(r"\[\d+\]")
 
 
@@ -138,15 +141,15 @@ def unread_keys(value: Mapping[str, Any], read: Collection[str], where: str) -> 
     return unread
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: Any, depth: int = MAX_DEPTH) -> bool:
     """Whether a value holds nothing: null, "", or a list or an object of such values.
 
     Arrow gives every row of a Parquet file all fields of a nested type, so an absent call is {"name": null, ...} there.
     """
     if value is None or value == "":
         return True
-    if isinstance(value, list):
-        return all(map(is_empty, value))
     if isinstance(value, dict):
-        return all(map(is_empty, value.values()))
+        value = list(value.values())
+    if isinstance(value, list):
+        return not value or (depth > 0 and all(is_empty(inner, depth - 1) for inner in value))
     return False

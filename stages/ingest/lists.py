@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Message, Row, answer
+from stages.ingest.row import Row, answer
 from stages.ingest.suggest import roles_line, suggest_roles
+from stages.ingest.tools import Message
 from stages.ingest.turns import ROLE_KEYS, ROLES, read_turns
 
 
@@ -47,7 +48,9 @@ def _with_usual_fields(turns: Any, row: Row) -> Any:
     if not (role or content) or not isinstance(turns, list):
         return turns
     usual = {role: "role", content: "content"}
-    return [{usual.get(key, key): value for key, value in turn.items()} if isinstance(turn, dict) else turn for turn in turns]
+    return [
+        {usual.get(key, key): value for key, value in turn.items()} if isinstance(turn, dict) else turn for turn in turns
+    ]
 
 
 def _roles(turns: list[dict[str, Any]], row: Row) -> str:

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Message, Row, answer
+from stages.ingest.row import Row, answer
+from stages.ingest.tools import Message
 
 MARKS = tuple(
     (re.compile(rf"^[ \t]*{user}[ \t]*", re.MULTILINE), re.compile(rf"^[ \t]*{assistant}[ \t]*", re.MULTILINE))
@@ -61,7 +62,7 @@ def read_moss(row: Row) -> list[Message]:
     """MOSS's `chat`: {"turn_1": {"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"}, …}."""
     field, rounds = row.field("rounds"), row.get("rounds")
     numbered = []
-    for name, turn in (rounds.items() if isinstance(rounds, dict) else [("", None)]):
+    for name, turn in rounds.items() if isinstance(rounds, dict) else [("", None)]:
         number = MOSS_ROUND.fullmatch(name.strip())
         if number is None or not isinstance(turn, dict):
             raise Rejection("wrong_type", f'{field}: wanted {{"turn_1": {{"Human": …, "MOSS": …}}, …}}')

@@ -1,8 +1,10 @@
 """Reads questions with their answers: instruction and output under any name."""
 
 import re
+
 from stages.core.problem import Rejection
-from stages.ingest.row import Message, Row, answer
+from stages.ingest.row import Row, answer
+from stages.ingest.tools import Message
 
 TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
 

@@ -10,7 +10,8 @@ from stages.core.problem import Rejection
 from stages.ingest.lists import messages_of, read_list, read_prompt_completion
 from stages.ingest.marked_text import marks_of, split_marked
 from stages.ingest.pairs import read_pair
-from stages.ingest.row import Message, Row
+from stages.ingest.row import Row
+from stages.ingest.tools import Message
 
 OTHER_SIDE = "other_side"
 """The reason of rows that `ingest.preference` leaves out: the user chose it, so they do not count towards the limit."""

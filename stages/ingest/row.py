@@ -1,14 +1,13 @@
 """What the readers of the formats share: a raw row with the fields that its columns were found in."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from stages.core.problem import Rejection
 from stages.ingest.columns import lookup
 from stages.ingest.keys import unread_keys
-from stages.ingest.turns import Role, split_thinking
-
-Message: TypeAlias = dict[str, Any]
+from stages.ingest.tools import Message, Tool
+from stages.ingest.turns import Role, read_answer
 
 
 class Settings(NamedTuple):
@@ -31,7 +30,7 @@ class Row:
 
     def __init__(self, value: dict[str, Any], fields: Mapping[str, str], settings: Settings) -> None:
         self.value, self.fields, self.settings = value, fields, settings
-        self.tools: list[dict[str, Any]] = []
+        self.tools: list[Tool] = []
         self.raw_text: str | None = None
         self.unread: list[str] = []
         self.changes: list[str] = []
@@ -63,15 +62,14 @@ class Row:
         self.unread += unread_keys(value, read, where)
 
 
-def answer(content: str, where: str, *, thinking: str = "") -> Message:
-    """An assistant's message; `thinking` is what a field of its own holds, besides that at the start of the content."""
-    if "think>" in content:
-        found, content = split_thinking(content, where)
-        if found and thinking and found != thinking:
-            raise Rejection("two_thinkings", f"{where}: thinking in the text, and another in a field of its own")
-        thinking = thinking or found
-    message: Message = {"role": "assistant", "content": content}
-    return message | {"reasoning_content": thinking} if thinking else message
+def answer(text: str, where: str, *, thinking: str = "") -> Message:
+    """The message of an answer, whose thinking may stand in a field of its own or at the start of the text."""
+    message = read_answer(text, where)
+    if not thinking:
+        return message
+    if message.get("reasoning_content", thinking) != thinking:
+        raise Rejection("two_thinkings", f"{where}: thinking in the text, and another in a field of its own")
+    return message | {"reasoning_content": thinking}
 
 
 def text_of(value: Mapping[str, Any], field: str, *, where: str = "") -> str:

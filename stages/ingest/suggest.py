@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stages.ingest.columns import Column
 from stages.ingest.keys import CARRY_NOTHING
 
 ANSWER = re.compile(
@@ -22,16 +21,21 @@ QUESTION = re.compile(
     r"|pregunta|entrada|domanda|pergunta|вопрос|问题|提问|问|指令|指示|输入|質問|入力|질문|原文",
     re.IGNORECASE,
 )
-CONTEXT = re.compile(r"context|passage|kontext|background|paragraph|schema|document|contexte|contexto|材料|文章|背景|上下文", re.IGNORECASE)
+CONTEXT = re.compile(
+    r"context|passage|kontext|background|paragraph|schema|document|contexte|contexto|材料|文章|背景|上下文", re.IGNORECASE
+)
 ROLE = re.compile(r"role|from|speaker|author|sender|who|name|actor|rolle|sprecher|user|角色|说话人", re.IGNORECASE)
-USER = re.compile(r"user|human|customer|client|patient|question|asker|student|kunde|nutzer|cliente|用户|客户|病人|患者|人类|问|학생", re.IGNORECASE)
+USER = re.compile(
+    r"user|human|customer|client|patient|question|asker|student|kunde|nutzer|cliente|用户|客户|病人|患者|人类|问|학생",
+    re.IGNORECASE,
+)
 TURN_FIELDS = ({"from", "value"}, {"role", "content"})
 MAX_DEPTH = 4
 PLAIN = re.compile(r"(?!\d)(?!(?i:null|true|false|yes|no|on|off|y|n)$)[\w.]+(?: [\w.]+)*")
 """A YAML scalar that is certainly text without quotation marks."""
 
 
-def suggest_columns(value: Mapping[str, Any]) -> dict[Column, str]:
+def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
     """The most probable columns of a row whose fields have no usual names; empty if nothing in it looks like text."""
     leaves = [(path, found) for path, found in _leaves(value, "", 0)]
     for path, found in leaves:
@@ -48,7 +52,7 @@ def suggest_columns(value: Mapping[str, Any]) -> dict[Column, str]:
     return _pair(said)
 
 
-def _pair(texts: list[tuple[str, str]]) -> dict[Column, str]:
+def _pair(texts: list[tuple[str, str]]) -> dict[str, str]:
     """A question and its answer among two or more texts: by their names, else by their order and length."""
     names = [name for name, _ in texts]
     answers = [name for name in names if ANSWER.search(name) and not QUESTION.match(name)]
@@ -67,13 +71,13 @@ def _pair(texts: list[tuple[str, str]]) -> dict[Column, str]:
         answer = max(plain or others, key=length.__getitem__)
         others.remove(answer)
     context = next((name for name in others if CONTEXT.search(name)), None)
-    found: dict[Column, str] = {"instruction": question}
+    found: dict[str, str] = {"instruction": question}
     if context:
         found["input"] = context
     return found | {"output": answer}
 
 
-def _turns(path: str, found: Any) -> dict[Column, str]:
+def _turns(path: str, found: Any) -> dict[str, str]:
     """The columns of a list of turns, if `found` looks like one."""
     if not isinstance(found, list) or not found:
         return {}
@@ -88,7 +92,9 @@ def _turns(path: str, found: Any) -> dict[Column, str]:
     roles = [key for key in shared if ROLE.search(key)] or [
         key for key in shared if len({turn[key] for turn in found}) <= 2 < len(found)
     ]
-    contents = sorted((key for key in shared if key not in roles[:1]), key=lambda key: -sum(len(turn[key]) for turn in found))
+    contents = sorted(
+        (key for key in shared if key not in roles[:1]), key=lambda key: -sum(len(turn[key]) for turn in found)
+    )
     if not roles or not contents:
         return {}
     return {"messages": path, "role": roles[0], "content": contents[0]}
@@ -141,7 +147,11 @@ def roles_line(roles: Mapping[str, str]) -> str:
 
 def flow(values: Mapping[str, Any]) -> str:
     """A YAML flow map on one line: {instruction: frage, output: antwort}."""
-    return "{" + ", ".join(f"{_scalar(key)}: {flow(v) if isinstance(v, Mapping) else _scalar(v)}" for key, v in values.items()) + "}"
+    return (
+        "{"
+        + ", ".join(f"{_scalar(key)}: {flow(v) if isinstance(v, Mapping) else _scalar(v)}" for key, v in values.items())
+        + "}"
+    )
 
 
 def _scalar(text: str) -> str:

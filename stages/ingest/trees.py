@@ -7,7 +7,8 @@ it were ranked worse, and training on them would teach what people liked less. T
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Message, Row, answer, text_of
+from stages.ingest.row import Row, answer, text_of
+from stages.ingest.tools import Message
 
 TREE_ROLES = ("prompter", "assistant")
 READ = frozenset(("text", "role", "replies", "rank", "deleted"))
@@ -52,7 +53,7 @@ def read_tree(row: Row) -> list[Message]:
 
 
 def _best(replies: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, int]:
-    """The reply that is ranked first, and the number of the others. Unranked replies: the one with the longest conversation."""
+    """The reply that is ranked first, and the number of the others. Of unranked ones: that with the most turns below."""
     alive = [reply for reply in replies if not reply.get("deleted")]
     if not alive:
         return None, len(replies)
