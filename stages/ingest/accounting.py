@@ -61,11 +61,12 @@ class Accounting:
         file = self._files[row.file]
         file["rows_kept"] += 1
         file[conversation.format] += 1
-        for name in set(conversation.unread):
-            self.unread[name] += 1
-            self._first_unread.setdefault(name, row.source)
-        for change in set(conversation.changes):
-            self.changes[change] += 1
+        if conversation.unread:
+            for name in set(conversation.unread):
+                self.unread[name] += 1
+                self._first_unread.setdefault(name, row.source)
+        if conversation.changes:
+            self.changes.update(set(conversation.changes))
 
     def reject(self, row: RawRow, rejection: Rejection) -> None:
         """Counts a row that was rejected. Raises Problem if no row of a long file fits, see FIRST_ROWS."""
@@ -117,7 +118,7 @@ class Accounting:
     def unread_lines(self) -> list[str]:
         """What is said on the screen about fields that are not read, the most frequent first."""
         lines = [
-            f"{rows:,} rows have a field {name} that is not read; the first is {self._first_unread[name]}"
+            f"{name} is not read: {rows:,} row{'s' if rows > 1 else ''}, the first is {self._first_unread[name]}"
             for name, rows in sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
         ]
         rest = len(lines) - SHOWN_FIELDS

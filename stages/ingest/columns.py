@@ -26,6 +26,8 @@ Column: TypeAlias = Literal[
 """
 
 PAIRS = (
+    ("trans_instruction", "trans_output"),  # COIG, translated; the original stands beside it
+    ("textbox_question", "textbox_answer"),  # COIG, exams
     ("instruction", "output"),  # Alpaca, BELLE, WizardLM, COIG-CQIA
     ("instruction", "response"),  # Dolly, Magpie
     ("instruction", "completion"),
@@ -68,8 +70,6 @@ PAIRS = (
     ("user", "gpt"),
     ("ask", "answer"),
     ("q", "a"),
-    ("textbox_question", "textbox_answer"),  # COIG, exams
-    ("trans_instruction", "trans_output"),  # COIG, translated
     ("问题", "答案"),
     ("问题", "回答"),
     ("提问", "回答"),
@@ -85,11 +85,10 @@ TURN_LISTS = (
 """The usual names of a list of turns."""
 
 USUAL: dict[str, tuple[str, ...]] = {
-    "input": ("input", "context", "trans_input", "textbox_q_context", "输入"),
+    "input": ("input", "context", "输入"),
     "reasoning": (
         "reasoning_content", "reasoning", "thinking", "thinking_content", "deepseek_reasoning", "complex_cot", "cot",
         "chain_of_thought", "thinking_trajectories", "deepseek_thinking_trajectory", "think", "thought", "thoughts",
-        "textbox_answer_analysis",
     ),
     "system": (
         "system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "meta_instruction", "prefix",
@@ -103,12 +102,19 @@ USUAL: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected", "rejected_response", "non_preferred_output"),
     "label": ("label", "kto_tag"),
     "prompt": ("prompt", "instruction", "question", "query", "problem", "input"),
+    "task": ("instruction",),
+    "query": ("query",),
+    "calls": ("answers",),
     "rounds": ("chat",),
     "plain_text": ("plain_text",),
     "tree": ("prompt",),
+    "tree_id": ("message_tree_id",),
+    "tree_state": ("tree_state",),
 }  # fmt: skip
-"""The usual names of the other columns. The last four, of preference data, MOSS and OpenAssistant, have no others.
+"""The usual names of the other columns; those from `prompt` on belong to single formats, and params.yaml cannot name them.
 `instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
+INPUTS = {"trans_instruction": ("trans_input",), "textbox_question": ("textbox_q_context",)}
+"""The names of `input` beside a question of a name of its own."""
 PRIMARY = {"messages": ("messages", "conversations"), "instruction": ("instruction",), "output": ("output",)}
 """Names that tell the format even where another field of it is missing, or of the wrong kind."""
 
@@ -150,15 +156,17 @@ class Names:
         """The columns that params.yaml calls otherwise than Loratory."""
         self._owner = {name: MERGED.get(column, column) for column, name in self.given.items()}
 
-    def find(self, column: str, kinds: Mapping[str, str], wanted: Collection[str]) -> str | None:
+    def find(self, column: str, kinds: Mapping[str, str], wanted: Collection[str], *, question: str = "") -> str | None:
         """The field of a row that is read as a column; None if it has none of a wanted kind.
 
         Args:
             column: Not `instruction` or `output`: see `find_pair`.
             kinds: The kind of each field of the row, and of each nested field that params.yaml names.
             wanted: The kinds that the column may have.
+            question: The field of the question, which decides what its input is called.
         """
-        return next(self._fields(column, (*self._given(column), *USUAL.get(column, ())), kinds, wanted), None)
+        usual = INPUTS.get(question, USUAL[column]) if column == "input" else USUAL[column]
+        return next(self._fields(column, (*self._given(column), *usual), kinds, wanted), None)
 
     def find_pair(
         self, kinds: Mapping[str, str], *, questions: Collection[str], answers: Collection[str]

@@ -14,19 +14,27 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from stages.core.problem import Rejection
 from stages.ingest.columns import PAIRS, Names, lookup
 from stages.ingest.keys import CARRY_NOTHING
-from stages.ingest.lists import is_from_value, read_list, read_prompt_completion, read_text_list
+from stages.ingest.lists import (
+    is_from_value,
+    is_question_list,
+    read_coig,
+    read_list,
+    read_prompt_completion,
+    read_text_list,
+    read_xlam,
+)
 from stages.ingest.marked_text import is_marked, is_moss_text, read_marked, read_moss, read_moss_text
 from stages.ingest.pairs import is_multiturn, read_belle_multiturn, read_pair
 from stages.ingest.preference import read_kto, read_preference
 from stages.ingest.row import Row, Settings
 from stages.ingest.suggest import columns_line, suggest_columns
 from stages.ingest.tools import Message, Tool, read_tools
-from stages.ingest.trees import is_tree, read_tree
+from stages.ingest.trees import is_tree, read_tree, refuse_message
 from stages.ingest.turns import add_system
 
 Format: TypeAlias = Literal[
-    "alpaca", "belle_multiturn", "sharegpt", "messages", "prompt_completion", "text_list", "moss", "oasst", "guanaco",
-    "preference", "kto", "text",
+    "alpaca", "belle_multiturn", "sharegpt", "messages", "prompt_completion", "text_list", "coig", "moss", "oasst", "xlam",
+    "guanaco", "preference", "kto", "text",
 ]  # fmt: skip
 
 
@@ -39,9 +47,9 @@ class Conversation(NamedTuple):
     tools: list[Tool]
     text: str | None
     """Raw text; None in a conversation."""
-    unread: tuple[str, ...]
+    unread: list[str]
     """The names of the row's fields that hold something and are not read; see keys.py."""
-    changes: tuple[str, ...]
+    changes: list[str]
     """What was changed beyond the form; see turns.py."""
 
 
@@ -86,8 +94,11 @@ FORMATS: tuple[Shape, ...] = (
     Shape("kto", {"label": (FLAG,), **_PROMPT}, {**_PAIR, **_TURNS}, read_kto),
     Shape("kto", {"label": (FLAG,), "messages": (OBJECTS,)}, _TURNS, read_kto),
     Shape("moss", {"rounds": (OBJECT,)}, _SYSTEM, read_moss),
-    Shape("moss", {"plain_text": (TEXT,)}, {"prefix": (TEXT,)}, read_moss_text, is_moss_text),
-    Shape("oasst", {"tree": (OBJECT,)}, {}, read_tree, is_tree),
+    Shape("moss", {"plain_text": (TEXT,)}, _SYSTEM, read_moss_text, is_moss_text),
+    Shape("oasst", {"tree": (OBJECT,)}, {"tree_id": (TEXT,), "tree_state": (TEXT,)}, read_tree, is_tree),
+    Shape("oasst", {"tree_id": (TEXT,), "text": (TEXT,)}, {}, refuse_message),
+    Shape("xlam", {"query": (TEXT,), "calls": (TEXT, OBJECTS), "tools": (TEXT, OBJECTS)}, _SYSTEM, read_xlam),
+    Shape("coig", {"task": (TEXT,), "messages": (OBJECTS,)}, {}, read_coig, is_question_list),
     Shape("sharegpt", {"messages": (OBJECTS,)}, _TURNS, read_list, is_from_value),
     Shape("messages", {"messages": (OBJECTS,)}, _TURNS, read_list),
     Shape("text_list", {"messages": (TEXTS,)}, _TURNS, read_text_list),
@@ -105,10 +116,6 @@ SAME: dict[str, tuple[str, ...]] = {"sharegpt": ("sharegpt", "messages"), "messa
 """Formats of which params.yaml may name either: the fields of each turn say which it is."""
 WEAK = frozenset(("user", "human", "source", "content", "document", "article", "a", "q"))
 """Names of a question or an answer that often mean something else beside a text."""
-OASST_FLAT = (
-    "single messages of OpenAssistant's trees, whose conversations stand in the file of trees beside it; "
-    "use that one (…_trees.jsonl.gz)"
-)
 _SHAPES: dict[str, Shape] = {shape.format: shape for shape in reversed(FORMATS)}
 
 
@@ -148,8 +155,9 @@ class Formats:
         Raises Rejection if no format has such fields, if a field is missing, has the wrong type, or is known to change the
         meaning and is not read; and PreferenceFound for preference data if params.yaml does not say which side is trained.
         """
+        row = Row(value, self._settings)
         for plan in self._find_plans(value, format):
-            row = Row(value, plan.fields, self._settings)
+            row.fields = plan.fields
             if plan.shape.when is None or plan.shape.when(row):
                 return self._read(row, plan)
         raise self._unknown(value, file)
@@ -166,7 +174,7 @@ class Formats:
             said = {message["content"] for message in messages}
             # UltraChat and No Robots repeat the first question in a field `prompt`, which is not lost then.
             row.unread = [name for name in row.unread if not _is_said(row.value.get(name), said)]
-        return Conversation(shape.format, messages, row.tools, row.raw_text, tuple(row.unread), tuple(row.changes))
+        return Conversation(shape.format, messages, row.tools, row.raw_text, row.unread, row.changes)
 
     def _count_unread(self, row: Row, plan: Plan) -> None:
         """Notes the fields that are not read, at the top and beside each path into an object."""
@@ -230,7 +238,7 @@ class Formats:
         ):
             return None
         for column, wanted in shape.may.items():
-            field = self._names.find(column, kinds, wanted)
+            field = self._names.find(column, kinds, wanted, question=fields.get("instruction", ""))
             if field is not None and field not in fields.values():
                 fields[column] = field
         return fields
@@ -275,8 +283,6 @@ class Formats:
 
     def _unknown(self, value: dict[str, Any], file: str) -> Rejection:
         """Why a row has no format, and what to write into params.yaml to read it."""
-        if {"message_id", "parent_id", "text"} <= set(value):
-            return Rejection("unknown_format", OASST_FLAT)
         found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
         columns = suggest_columns(value)
         if not columns:

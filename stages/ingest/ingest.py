@@ -43,7 +43,8 @@ class Params(Section):
     formats: dict[str, Format]
     """File pattern to format, where the detection by a row's fields is wrong: {"old/*.json": alpaca}."""
     columns: dict[Column, str]
-    """The fields of your rows whose names are not among the usual ones: {instruction: frage, output: antwort}. a.b is the field b inside of a, a.0 the first element of a list."""
+    """The fields of your rows whose names are not among the usual ones: {instruction: frage, output: antwort}. a.b is the
+    field b inside of a, a.0 the first element of a list."""
     columns_by_file: dict[str, dict[Column, str]]
     """File pattern to columns that differ from `columns` there: {"old/*.json": {output: reply}}."""
     roles: dict[str, Role]

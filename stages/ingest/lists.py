@@ -7,7 +7,7 @@ from stages.core.problem import Rejection
 from stages.ingest.row import Row, answer
 from stages.ingest.suggest import roles_line, suggest_roles
 from stages.ingest.tools import Message
-from stages.ingest.turns import ROLE_KEYS, ROLES, read_turns
+from stages.ingest.turns import ROLE_KEYS, ROLES, add_system, read_turns
 
 
 def is_from_value(row: Row) -> bool:
@@ -58,6 +58,22 @@ def _roles(turns: list[dict[str, Any]], row: Row) -> str:
     known = {**ROLES, **{name.casefold(): role for name, role in row.settings.roles.items()}}
     found = suggest_roles([name for name in names if isinstance(name, str)], known)
     return roles_line({**row.settings.roles, **found})
+
+
+def is_question_list(row: Row) -> bool:
+    """Whether the first turn is a question with its answer."""
+    return bool({"question", "answer"} <= row.get("messages")[0].keys())
+
+
+def read_coig(row: Row) -> list[Message]:
+    """COIG: an instruction for the whole conversation, beside its questions and answers."""
+    return add_system(read_list(row), row.text("task"), row.changes)
+
+
+def read_xlam(row: Row) -> list[Message]:
+    """xLAM's function calling: a query, and the calls that answer it as JSON text."""
+    calls = {"role": "function_call", "content": row.get("calls")}
+    return messages_of([{"role": "user", "content": row.text("query")}, calls], row.field("calls"), row)
 
 
 def read_prompt_completion(row: Row) -> list[Message]:

@@ -7,15 +7,12 @@ from stages.core.problem import Rejection
 from stages.ingest.row import Row, answer
 from stages.ingest.tools import Message
 
-MARKS = tuple(
-    (re.compile(rf"^[ \t]*{user}[ \t]*", re.MULTILINE), re.compile(rf"^[ \t]*{assistant}[ \t]*", re.MULTILINE))
-    for user, assistant in (
-        (r"###[ \t]*(?:Human|User)[:：]", r"###[ \t]*Assistant[:：]"),  # guanaco
-        (r"<human>:", r"<bot>:"),  # OIG
-        (r"(?:Human|User)[:：]", r"Assistant[:：]"),  # HH
-    )
+MARKS = (
+    (re.compile(r"###[ \t]*(?:Human|User)[:：]"), re.compile(r"###[ \t]*Assistant[:：]")),  # guanaco; within a line too
+    (re.compile(r"^[ \t]*<human>:", re.MULTILINE), re.compile(r"^[ \t]*<bot>:", re.MULTILINE)),  # OIG
+    (re.compile(r"^[ \t]*(?:Human|User)[:：]", re.MULTILINE), re.compile(r"^[ \t]*Assistant[:：]", re.MULTILINE)),  # HH
 )
-"""The marks of the user's and the assistant's turns, at the start of a line."""
+"""The marks of the user's and the assistant's turns."""
 MOSS_ROUND = re.compile(r"turn_(\d+)")
 MOSS_TURN = re.compile(r"\[(Human|MOSS)\][:：]\s*(.*?)\s*<eo[ham]>", re.DOTALL)
 MOSS_MARKS = re.compile(r"<\|[\w ]+\|>[:：]|<eo[a-z]>")
@@ -40,8 +37,7 @@ def read_marked(row: Row) -> list[Message]:
 
 
 def split_marked(text: str, field: str) -> list[Message]:
-    """The turns of a text with marks. A mark counts at the start of a line, or where ### stands before it."""
-    text = re.sub(r"(?<!\n)(###[ \t]*(?:Human|User|Assistant)[:：])", r"\n\1", text)
+    """The turns of a text with marks."""
     marks = marks_of(text)
     if marks is None:
         raise Rejection("wrong_type", f"{field}: wanted a text with ### Human: and ### Assistant:")

@@ -3,6 +3,7 @@
 import re
 
 from stages.core.problem import Rejection
+from stages.ingest.lists import messages_of
 from stages.ingest.row import Row, answer
 from stages.ingest.tools import Message
 
@@ -11,17 +12,21 @@ TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
 
 def read_pair(row: Row) -> list[Message]:
     """Alpaca's instruction, input, output and history, under any of their names, with the thinking behind the answer."""
-    messages = _history(row)
-    instruction, query = row.text("instruction"), row.text("input", default="")
-    user: Message = {"role": "user", "content": instruction + (row.settings.input_separator if query else "") + query}
-    if query:
-        user |= {"instruction": instruction, "input": query}  # for chat templates that place them separately
+    messages = _history(row) if "history" in row.fields else []
+    instruction = row.text("instruction")
+    query = row.text("input", default="") if "input" in row.fields else ""
+    user: Message = {"role": "user", "content": instruction}
+    if query:  # in fields of their own too, for chat templates that place them separately
+        content = instruction + row.settings.input_separator + query
+        user = {"role": "user", "content": content, "instruction": instruction, "input": query}
     return [*messages, user, answer(row.text("output"), row.field("output"), thinking=_reasoning(row))]
 
 
 def _history(row: Row) -> list[Message]:
-    """Earlier turns: [question, answer] pairs."""
+    """Earlier turns: [question, answer] pairs, or a list of turns."""
     field, history = row.field("history"), row.get("history") or []
+    if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+        return messages_of(history, field, row)
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Rejection("wrong_type", f"{field}: wanted a list of [question, answer] pairs")
     messages: list[Message] = []
@@ -34,6 +39,8 @@ def _history(row: Row) -> list[Message]:
 
 def _reasoning(row: Row) -> str:
     """The thinking in a field of its own; s1K has a list of one text."""
+    if "reasoning" not in row.fields:
+        return ""
     found = row.get("reasoning")
     if isinstance(found, list):
         if len(found) > 1:

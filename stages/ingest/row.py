@@ -28,8 +28,9 @@ class Row:
 
     __slots__ = ("changes", "fields", "raw_text", "settings", "tools", "unread", "value")
 
-    def __init__(self, value: dict[str, Any], fields: Mapping[str, str], settings: Settings) -> None:
-        self.value, self.fields, self.settings = value, fields, settings
+    def __init__(self, value: dict[Any, Any], settings: Settings) -> None:
+        self.value, self.settings = value, settings
+        self.fields: Mapping[str, str] = {}
         self.tools: list[Tool] = []
         self.raw_text: str | None = None
         self.unread: list[str] = []
@@ -42,13 +43,15 @@ class Row:
     def get(self, column: str) -> Any:
         """What the field of a column holds; None if the row has none."""
         name = self.fields.get(column)
-        if name is None:
-            return None
-        return self.value[name] if name in self.value else lookup(self.value, name)
+        if name is None or name in self.value:
+            return self.value.get(name)
+        return lookup(self.value, name)
 
     def text(self, column: str, *, default: str | None = None) -> str:
         """The text in the field of a column, or `default`, if there is one, where it is missing or null."""
-        found = self.get(column)
+        found = self.value.get(self.fields.get(column))
+        if found is None:
+            found = self.get(column)
         if isinstance(found, str):
             return found
         if found is None:

@@ -17,7 +17,7 @@ ANSWER = re.compile(
     re.IGNORECASE,
 )
 QUESTION = re.compile(
-    r"question|prompt|instruct|query|ask|input|source|src|user|human|problem|task|request|title|frage|eingabe|aufgabe"
+    r"question|prompt|instruct|query|ask|input|source|src|user|human|problem|task|request|frage|eingabe|aufgabe"
     r"|pregunta|entrada|domanda|pergunta|вопрос|问题|提问|问|指令|指示|输入|質問|入力|질문|原文",
     re.IGNORECASE,
 )
@@ -43,8 +43,6 @@ def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
             return columns
     texts = [(path, found) for path, found in leaves if isinstance(found, str) and found.strip()]
     said = [item for item in texts if item[0].casefold() not in CARRY_NOTHING] or texts
-    if len(said) < 2 and len(texts) >= 2:
-        said = texts
     if not said:
         return {}
     if len(said) == 1:
@@ -55,8 +53,11 @@ def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
 def _pair(texts: list[tuple[str, str]]) -> dict[str, str]:
     """A question and its answer among two or more texts: by their names, else by their order and length."""
     names = [name for name, _ in texts]
-    answers = [name for name in names if ANSWER.search(name) and not QUESTION.match(name)]
-    questions = [name for name in names if QUESTION.search(name) and name not in answers]
+    last = {name: next(step for step in reversed(name.split(".")) if not step.isdecimal()) for name in names}
+    # A path is called by its last name, or by the one before it: answers.text.0.
+    called = {name: last[name] if last[name].casefold() not in ("text", "value", "content") else name for name in names}
+    answers = [name for name in names if ANSWER.search(called[name]) and not QUESTION.match(called[name])]
+    questions = [name for name in names if QUESTION.search(called[name]) and name not in answers]
     length = {name: len(text) for name, text in texts}
     # Of several answers the longest: a short one is often the result alone.
     answer = max(answers, key=length.__getitem__) if answers else None

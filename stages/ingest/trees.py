@@ -15,7 +15,7 @@ READ = frozenset(("text", "role", "replies", "rank", "deleted"))
 KNOWN = frozenset(
     (
         *READ, "parent_id", "review_count", "review_result", "synthetic", "emojis", "labels", "detoxify",
-        "events", "message_tree_id", "tree_state", "deleted",
+        "events", "review_state", "message_tree_id", "tree_state", "deleted",
     )
 )  # fmt: skip
 """Fields of a message that are read, or describe how it was reviewed."""
@@ -44,12 +44,23 @@ def read_tree(row: Row) -> list[Message]:
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise Rejection("wrong_type", f"{where}.replies: wanted a list of objects")
         best, others = _best(replies)
-        row.unread += ["replies that are not ranked first"] * bool(others)
-        node, where = best, f"{where}.replies"
-    if messages and messages[-1]["role"] == "user" and len(messages) > 1:
-        row.unread.append("a last question without a reply")
+        below = f"{row.field('tree')}.replies[]"
+        if others:
+            row.unread.append(f"{below} (not ranked first)")
+        node, where = best, below
+    if messages[-1]["role"] == "user" and len(messages) > 1:
+        row.unread.append(f"{where} (a question without a reply)")
         messages.pop()
     return messages
+
+
+def refuse_message(_: Row) -> list[Message]:
+    """Rejects a row of OpenAssistant's flat files, each of which is one message of a tree."""
+    raise Rejection(
+        "unknown_format",
+        "one message of OpenAssistant's trees, not a conversation; use the file of trees that is published beside it "
+        "(…trees.jsonl.gz)",
+    )
 
 
 def _best(replies: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, int]:
