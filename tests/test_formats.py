@@ -236,7 +236,7 @@ def test_a_documented_shape_becomes_messages(name: str) -> None:
     assert (found.format, found.messages, found.text) == (format, messages, None)
 
 
-@pytest.mark.parametrize("question, answer", PAIRS)
+@pytest.mark.parametrize(("question", "answer"), PAIRS)
 def test_each_usual_pair_of_names_is_read(question: str, answer: str) -> None:
     assert read({question: "q", answer: "a"}).messages == QA
     assert read({answer.upper(): "a", question.title(): "q"}).messages == QA
