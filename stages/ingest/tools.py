@@ -98,13 +98,15 @@ def split_calls(text: str, where: str, unread: list[str]) -> tuple[str, list[Cal
         return None
     found: list[str] = []
     try:
-        calls = [call for body in bodies for call in read_calls(_parse(body, where), where, found)]
+        calls_of_bodies = [read_calls(_parse(body, where), where, found) for body in bodies]
     except Rejection as rejection:
         if rejection.reason == "unread_field":
             raise
         return None
+    if not all(calls_of_bodies):
+        return None
     unread += found
-    return before.rstrip(), calls
+    return before.rstrip(), [call for calls in calls_of_bodies for call in calls]
 
 
 def _read_call(call: Any, where: str, unread: list[str]) -> Call:

@@ -80,6 +80,9 @@ OPEN, CLOSE = "<think>", "</think>"
 _OPEN = r"""(?:(?<![`'"])<think>|<think>(?![`'"]))"""  # not between quotation marks: a mention of the tag
 _CLOSE = r"""(?:(?<![`'"])</think>|</think>(?![`'"]))"""
 BLOCK = re.compile(rf"\s*<think>(.*?){_CLOSE}", re.DOTALL)
+ANY_BLOCK = re.compile(
+    r"\s*<think>(.*?)</think>", re.DOTALL
+)  # the only closing tag may stand between quotations: "5"</think>"5"
 OPEN_TAG, CLOSE_TAG = re.compile(_OPEN), re.compile(_CLOSE)
 BLANK_LINES = re.compile(r"[ \t]*\r?\n(?:[ \t]*\r?\n)*|[ \t]+")
 SYSTEMS_JOINED, IDS_FILLED = "system_turns_joined", "tool_call_ids_filled"
@@ -429,7 +432,7 @@ def split_thinking(content: str, where: str) -> tuple[str, str]:
     Raises Rejection if a block is not closed, or if a block stands behind text, where no chat template would write it.
     """
     blocks, rest = [], content
-    while found := BLOCK.match(rest):
+    while found := BLOCK.match(rest) or ANY_BLOCK.match(rest):
         blocks.append(found[1].strip())
         rest = rest[found.end() :]
     if rest.lstrip().startswith(OPEN):
