@@ -357,6 +357,13 @@ def test_a_result_is_text_or_its_json(value: Any, text: str) -> None:
         assert result_text(value, "here") == text
 
 
+def test_ollama_names_the_tool_of_a_result() -> None:
+    found = messages(
+        USER, {"role": "assistant", "tool_calls": [call()]}, {"role": "tool", "tool_name": "f", "content": "2"}, ANSWER
+    )
+    assert found[2] == {"role": "tool", "content": "2", "name": "f"}
+
+
 def with_ids(*ids: str | None) -> dict[str, Any]:
     return {
         "role": "assistant",

@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 
 from stages.core.problem import Rejection
 from stages.ingest.checks import check_turns
+from stages.ingest.tools import ARGUMENTS, IDS
 from stages.ingest.turns import (
+    ANSWER_KEYS,
+    CONTENT_KEYS,
     FLAGS,
     PARTS,
+    QUESTION_KEYS,
     ROLE_KEYS,
     ROLES,
+    THINKING_KEYS,
     WEIGHTS,
     Role,
     Turns,
@@ -61,6 +66,7 @@ def rejection(*turns: Any, **options: Any) -> tuple[str, str]:
         {"role": "prompter", "message": "q"},
         {"role": None, "from": "human", "value": "q", "content": None},
         {"from": " USER ", "value": "q"},
+        {"role": "user", "parts": [{"text": "q"}]},
     ],
 )
 def test_each_turn_is_read_by_its_own_names(turn: dict[str, Any]) -> None:
@@ -155,6 +161,13 @@ def test_turns_that_cannot_be_read(turn: Any, reason: str, detail: str) -> None:
     found = rejection(turn)
     assert found[0] == reason
     assert found[1].startswith(detail)
+
+
+def test_turns_may_be_their_json_text() -> None:
+    assert read_turns(json.dumps([USER, ANSWER]), "messages", roles={}, has_tools=False).messages == [USER, ANSWER]
+    for text in ("q", "3", "{}", ""):
+        with pytest.raises(Rejection, match="messages: wanted a list of objects"):
+            read_turns(text, "messages", roles={}, has_tools=False)
 
 
 # System turns
@@ -386,6 +399,14 @@ def test_thinking_in_a_field(key: str) -> None:
     ]
 
 
+def test_thinking_beside_an_answer_in_a_field_of_its_own() -> None:
+    assert read_answer("a", "output", thinking=" t ") == ANSWER | {"reasoning_content": "t"}
+    assert read_answer("<think>t</think>a", "output", thinking="t") == ANSWER | {"reasoning_content": "t"}
+    assert read_answer("a", "output", thinking=" ") == ANSWER
+    with pytest.raises(Rejection, match="output: two different texts of thinking"):
+        read_answer("<think>t</think>a", "output", thinking="u")
+
+
 def test_thinking_given_twice() -> None:
     openrouter = ANSWER | {"reasoning": "t", "reasoning_details": [{"type": "reasoning.text", "text": "t"}]}
     assert messages(openrouter | {"reasoning_content": "t"}) == [ANSWER | {"reasoning_content": "t"}]
@@ -445,32 +466,14 @@ def test_texts_survive_up_to_white_space_and_tags(turns: list[tuple[str, str]], 
         assert thinking is None or (message["role"] == "assistant" and thinking == thinking.strip() != "")
 
 
+KEYS = [*ROLE_KEYS, *CONTENT_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *THINKING_KEYS, *FLAGS, *WEIGHTS, *ARGUMENTS, *IDS]
+KEYS += ["type", "tool_calls", "function_call", "function", "name", "tools", "system", "mood"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from([*ROLES, *PARTS]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                [
-                    *ROLE_KEYS,
-                    *[
-                        "content",
-                        "value",
-                        "type",
-                        "text",
-                        "tool_calls",
-                        "function",
-                        "name",
-                        "arguments",
-                        "tools",
-                        "id",
-                        "input",
-                        "output",
-                        "reasoning",
-                    ],
-                    *["thinking", "train", "weight", "tool_call_id", "system", "mood"],
-                ]
-            ),
+            st.sampled_from(KEYS),
             inner,
             max_size=5,
         )
