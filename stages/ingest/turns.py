@@ -81,9 +81,8 @@ OPEN, CLOSE = "<think>", "</think>"
 _OPEN = r"""(?:(?<![`'"])<think>|<think>(?![`'"]))"""  # not between quotation marks: a mention of the tag
 _CLOSE = r"""(?:(?<![`'"])</think>|</think>(?![`'"]))"""
 BLOCK = re.compile(rf"\s*<think>(.*?){_CLOSE}", re.DOTALL)
-ANY_BLOCK = re.compile(
-    r"\s*<think>(.*?)</think>", re.DOTALL
-)  # the only closing tag may stand between quotations: "5"</think>"5"
+# The only closing tag of a block may stand between quotation marks by chance: "5"</think>"5".
+ANY_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 OPEN_TAG, CLOSE_TAG = re.compile(_OPEN), re.compile(_CLOSE)
 BLANK_LINES = re.compile(r"[ \t]*\r?\n(?:[ \t]*\r?\n)*|[ \t]+")
 SYSTEMS_JOINED, IDS_FILLED = "system_turns_joined", "tool_call_ids_filled"
