@@ -31,12 +31,15 @@ def check_object(value: Any) -> dict[str, Any]:
 
 def check_encoding(messages: Sequence[Message], tools: list[dict[str, Any]]) -> None:
     """All text must be valid Unicode that UTF-8 can encode."""
-    for message in messages:
-        more_than_role_and_content = len(message) > 2
-        text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
-        _check_utf8(text, f"a {message['role']} text")
-    if tools:
-        _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+    try:
+        for message in messages:
+            more_than_role_and_content = len(message) > 2
+            text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
+            _check_utf8(text, f"a {message['role']} text")
+        if tools:
+            _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+    except RecursionError:
+        raise Rejection("wrong_type", "tool calls or tools: nested too deeply") from None
 
 
 def _check_utf8(text: str, where: str) -> None:

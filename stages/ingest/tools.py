@@ -41,9 +41,11 @@ def read_tools(value: Any, where: str) -> list[Tool]:
     if is_empty(value):
         return []
     if isinstance(value, str):
-        value = _parse(value, f"{where}: wanted JSON") if value.strip() else []
+        value = parse_json(value, f"{where}: wanted JSON") if value.strip() else []
     tools = value if isinstance(value, list) else [value]
-    return [_read_tool(_parse(tool, f"{where}: wanted JSON") if isinstance(tool, str) else tool, where) for tool in tools]
+    return [
+        _read_tool(parse_json(tool, f"{where}: wanted JSON") if isinstance(tool, str) else tool, where) for tool in tools
+    ]
 
 
 def _read_tool(tool: Any, where: str) -> Tool:
@@ -70,7 +72,7 @@ def read_calls(value: Any, where: str, unread: list[str]) -> list[Call]:
     Adds the keys that are not read to `unread`. Raises Rejection if a call has no name, or arguments that are no object.
     """
     if isinstance(value, str):
-        value = _parse(value, f"{where}: wanted JSON")
+        value = parse_json(value, f"{where}: wanted JSON")
     calls = value if isinstance(value, list) else [value]
     return [_read_call(call, where, unread) for call in calls if not is_empty(call)]
 
@@ -82,7 +84,7 @@ def parse_calls(text: str, where: str, unread: list[str]) -> tuple[str, list[Cal
     """
     if found := split_calls(text, where, unread):
         return found
-    return "", read_calls(_parse(text, f"{where}: function_call: wanted JSON"), where, unread)
+    return "", read_calls(parse_json(text, f"{where}: function_call: wanted JSON"), where, unread)
 
 
 def split_calls(text: str, where: str, unread: list[str]) -> tuple[str, list[Call]] | None:
@@ -98,18 +100,20 @@ def split_calls(text: str, where: str, unread: list[str]) -> tuple[str, list[Cal
         return None
     found: list[str] = []
     try:
-        calls = [call for body in bodies for call in read_calls(_parse(body, where), where, found)]
+        calls_of_bodies = [read_calls(parse_json(body, where), where, found) for body in bodies]
     except Rejection as rejection:
         if rejection.reason == "unread_field":
             raise
         return None
+    if not all(calls_of_bodies):
+        return None
     unread += found
-    return before.rstrip(), calls
+    return before.rstrip(), [call for calls in calls_of_bodies for call in calls]
 
 
 def _read_call(call: Any, where: str, unread: list[str]) -> Call:
     if isinstance(call, str):
-        call = _parse(call, f"{where}: wanted JSON")
+        call = parse_json(call, f"{where}: wanted JSON")
     if not isinstance(call, dict):
         _no_call(where)
     type = call.get("type")
@@ -144,7 +148,7 @@ def _arguments(function: dict[str, Any], name: str, where: str) -> dict[str, Any
     arguments = function[given[0]] if given else {}
     for _ in range(2):  # some exports encode the text a second time
         if isinstance(arguments, str):
-            arguments = _parse(arguments, f"{where}: arguments of {name}: wanted JSON") if arguments.strip() else {}
+            arguments = parse_json(arguments, f"{where}: arguments of {name}: wanted JSON") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise Rejection("wrong_type", f"{where}: arguments of {name}: wanted an object")
     return arguments
@@ -162,7 +166,7 @@ def read_id(value: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
     return ""
 
 
-def _parse(text: Any, message: str) -> Any:
+def parse_json(text: Any, message: str) -> Any:
     """The value of a JSON text, or of a Python literal, as Hermes' data writes it. Raises Rejection with `message`."""
     if not isinstance(text, str):
         return text

@@ -24,6 +24,7 @@ from stages.ingest.tools import (
     Tool,
     match_results,
     parse_calls,
+    parse_json,
     read_calls,
     read_id,
     read_tools,
@@ -47,7 +48,7 @@ ROLES: dict[str, Role] = {name: role for role, names in NAMES.items() for name i
 """The role names of public data; upper and lower case, "-" and "_" and a space are the same."""
 
 ROLE_KEYS = ("role", "from", "user", "speaker", "author")
-CONTENT_KEYS = ("content", "value", "text", "message")
+CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 """A turn's role and its text are under the first of these keys that are not null."""
 QUESTION_KEYS = ("human", "user", "input", "prompt", "question", "query", "instruction")
 ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "answer", "response")
@@ -80,6 +81,8 @@ OPEN, CLOSE = "<think>", "</think>"
 _OPEN = r"""(?:(?<![`'"])<think>|<think>(?![`'"]))"""  # not between quotation marks: a mention of the tag
 _CLOSE = r"""(?:(?<![`'"])</think>|</think>(?![`'"]))"""
 BLOCK = re.compile(rf"\s*<think>(.*?){_CLOSE}", re.DOTALL)
+# The only closing tag of a block may stand between quotation marks by chance: "5"</think>"5".
+ANY_BLOCK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 OPEN_TAG, CLOSE_TAG = re.compile(_OPEN), re.compile(_CLOSE)
 BLANK_LINES = re.compile(r"[ \t]*\r?\n(?:[ \t]*\r?\n)*|[ \t]+")
 SYSTEMS_JOINED, IDS_FILLED = "system_turns_joined", "tool_call_ids_filled"
@@ -89,7 +92,8 @@ SYSTEM_SEPARATOR = "\n\n"
 _LOSS_KEYS = frozenset((*FLAGS, *WEIGHTS))
 _ASSISTANT_KEYS = _LOSS_KEYS | {"tool_calls", "function_call"}
 _RESULT_IDS = ("tool_call_id", "tool_use_id", "call_id")
-_RESULT_KEYS = frozenset((*_RESULT_IDS, "name"))
+_RESULT_NAMES = ("name", "tool_name")
+_RESULT_KEYS = frozenset((*_RESULT_IDS, *_RESULT_NAMES))
 _RESULT_PART_KEYS = _RESULT_KEYS | {"type", "content"}
 
 
@@ -121,7 +125,7 @@ def read_turns(turns: Any, field: str, *, roles: Mapping[str, Role], has_tools: 
     """The messages of a list of turns. Their order is not checked here.
 
     Args:
-        turns: The value of the row's `field`.
+        turns: The value of the row's `field`: a list of objects, or its JSON text.
         field: Its name, for messages.
         roles: Role names beyond ROLES, or other readings of those there.
         has_tools: Whether the row defines tools. Then calls and results that stand in the texts in the form of Hermes,
@@ -130,6 +134,8 @@ def read_turns(turns: Any, field: str, *, roles: Mapping[str, Role], has_tools: 
 
     Raises Rejection if a turn cannot be read without loss.
     """
+    if isinstance(turns, str):
+        turns = parse_json(turns, f"{field}: wanted a list of objects")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Rejection("wrong_type", f"{field}: wanted a list of objects")
     reader = _Reader(field, {**ROLES, **roles} if roles else ROLES, has_tools=has_tools)
@@ -302,11 +308,12 @@ class _Reader:
         message: Message = {"role": "tool", "content": text}
         if id := read_id(turn.keys, _RESULT_IDS, turn.where):
             message["tool_call_id"] = id
-        name = turn.keys.get("name")
-        if name is not None and not isinstance(name, str):
-            raise Rejection("wrong_type", f"{turn.where}.name: wanted text")
-        if name:
-            message["name"] = name
+        for key in _RESULT_NAMES:
+            name = turn.keys.get(key)
+            if name is not None and not isinstance(name, str):
+                raise Rejection("wrong_type", f"{turn.where}.{key}: wanted text")
+            if name:
+                message.setdefault("name", name)
         self.messages.append(message)
 
     def _read_assistant(self, turn: _Turn, *, is_call: bool) -> None:
@@ -411,13 +418,19 @@ class _Reader:
         return text
 
 
-def read_answer(text: str, where: str) -> Message:
-    """The message of an answer in a field of its own, such as Alpaca's `output`, which may begin with its thinking."""
-    if "think>" not in text:
-        return {"role": "assistant", "content": text}
-    thinking, content = split_thinking(text, where)
-    message: Message = {"role": "assistant", "content": content}
-    return message | {"reasoning_content": thinking} if thinking else message
+def read_answer(text: str, where: str, *, thinking: str = "") -> Message:
+    """The message of an answer in a field of its own, such as Alpaca's `output`, which may begin with its thinking.
+
+    `thinking` is what the row has beside it. Raises Rejection as `split_thinking` does, or if there are two thinkings.
+    """
+    thinking = thinking.strip()
+    if "think>" in text:
+        text_thinking, text = split_thinking(text, where)
+        thinking = _one_thinking(thinking, text_thinking, where)
+    message: Message = {"role": "assistant", "content": text}
+    if thinking:
+        message["reasoning_content"] = thinking
+    return message
 
 
 def split_thinking(content: str, where: str) -> tuple[str, str]:
@@ -429,7 +442,7 @@ def split_thinking(content: str, where: str) -> tuple[str, str]:
     Raises Rejection if a block is not closed, or if a block stands behind text, where no chat template would write it.
     """
     blocks, rest = [], content
-    while found := BLOCK.match(rest):
+    while found := BLOCK.match(rest) or ANY_BLOCK.match(rest):
         blocks.append(found[1].strip())
         rest = rest[found.end() :]
     if rest.lstrip().startswith(OPEN):
