@@ -1,13 +1,12 @@
 """Reads lists of turns: `messages`, `conversations` and the like, TRL's prompt and completion, lists of texts."""
 
-import json
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Row, answer
+from stages.ingest.row import Row
 from stages.ingest.suggest import roles_line, suggest_roles
-from stages.ingest.tools import Message
-from stages.ingest.turns import ROLE_KEYS, ROLES, add_system, read_turns
+from stages.ingest.tools import Message, parse_json
+from stages.ingest.turns import ROLE_KEYS, ROLES, add_system, read_answer, read_turns
 
 
 def is_from_value(row: Row) -> bool:
@@ -18,17 +17,13 @@ def is_from_value(row: Row) -> bool:
 
 def read_list(row: Row) -> list[Message]:
     """The messages of a list of turns; CSV files hold the JSON text of one."""
-    turns = row.get("messages")
-    if isinstance(turns, str):
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            raise Rejection("wrong_type", f"{row.field('messages')}: wanted a list of objects") from None
-    return messages_of(turns, row.field("messages"), row)
+    return messages_of(row.get("messages"), row.field("messages"), row)
 
 
 def messages_of(turns: Any, field: str, row: Row) -> list[Message]:
     """The messages of turns; what they say about tools and unread keys goes into `row`."""
+    if isinstance(turns, str):
+        turns = parse_json(turns, f"{field}: wanted a list of objects")
     turns = _with_usual_fields(turns, row)
     try:
         found = read_turns(turns, field, roles=row.settings.roles, has_tools=bool(row.tools))
@@ -95,6 +90,6 @@ def read_text_list(row: Row) -> list[Message]:
     if len(texts) % 2:
         raise Rejection("no_answer_at_the_end", f"{field}: {len(texts)} texts, of the user and the assistant by turns")
     return [
-        answer(text, f"{field}[{number}]") if number % 2 == 0 else {"role": "user", "content": text}
+        read_answer(text, f"{field}[{number}]") if number % 2 == 0 else {"role": "user", "content": text}
         for number, text in enumerate(texts, 1)
     ]

@@ -4,8 +4,9 @@ import re
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Row, answer
+from stages.ingest.row import Row
 from stages.ingest.tools import Message
+from stages.ingest.turns import read_answer
 
 MARKS = (
     (re.compile(r"###[ \t]*(?:Human|User)[:：]"), re.compile(r"###[ \t]*Assistant[:：]")),  # guanaco; within a line too
@@ -71,7 +72,7 @@ def read_moss(row: Row) -> list[Message]:
         if commands or results:
             # The commands are programs of MOSS's own plugins, not calls with named arguments.
             raise Rejection("unread_field", f"{where}.Commands: calls of MOSS's plugins cannot be read as tool calls")
-        messages += [{"role": "user", "content": human}, answer(reply, where, thinking=thoughts)]
+        messages += [{"role": "user", "content": human}, read_answer(reply, where, thinking=thoughts)]
     return messages
 
 
@@ -99,4 +100,4 @@ def read_moss_text(row: Row) -> list[Message]:
 
 
 def _message(role: str, text: str, where: str) -> Message:
-    return answer(text, where) if role == "assistant" else {"role": role, "content": text}
+    return read_answer(text, where) if role == "assistant" else {"role": role, "content": text}

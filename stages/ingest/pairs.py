@@ -4,8 +4,9 @@ import re
 
 from stages.core.problem import Rejection
 from stages.ingest.lists import messages_of
-from stages.ingest.row import Row, answer
+from stages.ingest.row import Row
 from stages.ingest.tools import Message
+from stages.ingest.turns import read_answer
 
 TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
 
@@ -19,7 +20,7 @@ def read_pair(row: Row) -> list[Message]:
     if query:  # in fields of their own too, for chat templates that place them separately
         content = instruction + row.settings.input_separator + query
         user = {"role": "user", "content": content, "instruction": instruction, "input": query}
-    return [*messages, user, answer(row.text("output"), row.field("output"), thinking=_reasoning(row))]
+    return [*messages, user, read_answer(row.text("output"), row.field("output"), thinking=_reasoning(row))]
 
 
 def _history(row: Row) -> list[Message]:
@@ -33,7 +34,7 @@ def _history(row: Row) -> list[Message]:
     for question, reply in history:
         if not isinstance(question, str) or not isinstance(reply, str):
             raise Rejection("wrong_type", f"{field}: wanted pairs of text")
-        messages += [{"role": "user", "content": question}, answer(reply, field)]
+        messages += [{"role": "user", "content": question}, read_answer(reply, field)]
     return messages
 
 
@@ -68,4 +69,4 @@ def read_belle_multiturn(row: Row) -> list[Message]:
         raise Rejection("no_answer_at_the_end", f"{row.field('instruction')}: does not end in Assistant:")
     turns[-1] = ("Assistant", row.text("output"))
     field = row.field("instruction")
-    return [{"role": "user", "content": text} if name == "Human" else answer(text, field) for name, text in turns]
+    return [{"role": "user", "content": text} if name == "Human" else read_answer(text, field) for name, text in turns]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from stages.core.problem import Rejection
 from stages.ingest.columns import lookup
 from stages.ingest.keys import unread_keys
-from stages.ingest.tools import Message, Tool
-from stages.ingest.turns import Role, read_answer
+from stages.ingest.tools import Tool
+from stages.ingest.turns import Role
 
 
 class Settings(NamedTuple):
@@ -63,16 +63,6 @@ class Row:
     def books(self, value: Mapping[str, Any], read: Collection[str], where: str) -> None:
         """Notes the keys of an object in the row that are not read; see keys.py."""
         self.unread += unread_keys(value, read, where)
-
-
-def answer(text: str, where: str, *, thinking: str = "") -> Message:
-    """The message of an answer, whose thinking may stand in a field of its own or at the start of the text."""
-    message = read_answer(text, where)
-    if not thinking:
-        return message
-    if message.get("reasoning_content", thinking) != thinking:
-        raise Rejection("two_thinkings", f"{where}: thinking in the text, and another in a field of its own")
-    return message | {"reasoning_content": thinking}
 
 
 def text_of(value: Mapping[str, Any], field: str, *, where: str = "") -> str:

@@ -7,8 +7,9 @@ it were ranked worse, and training on them would teach what people liked less. T
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.row import Row, answer, text_of
+from stages.ingest.row import Row, text_of
 from stages.ingest.tools import Message
+from stages.ingest.turns import read_answer
 
 TREE_ROLES = ("prompter", "assistant")
 READ = frozenset(("text", "role", "replies", "rank", "deleted"))
@@ -39,7 +40,7 @@ def read_tree(row: Row) -> list[Message]:
             raise Rejection("unknown_role", f"{where}.role: {role!r}")
         row.books(node, KNOWN, where)
         text = text_of(node, "text", where=f"{where}.")
-        messages.append(answer(text, f"{where}.text") if role == "assistant" else {"role": "user", "content": text})
+        messages.append(read_answer(text, f"{where}.text") if role == "assistant" else {"role": "user", "content": text})
         replies = node.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise Rejection("wrong_type", f"{where}.replies: wanted a list of objects")
