@@ -590,3 +590,26 @@ def test_the_row_has_its_format_and_an_id_of_its_content_alone(folder: Folder) -
     folder.write("a.jsonl", lines({"question": "question", "answer": "answer"}))
     folder.ingest()
     assert folder.kept("a.jsonl")[0]["id"] == first["id"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "output": "a", "data": [{"x": 1}], "items": ["a", "b"]},
+        {"question": "q", "answer": "a", "conversations": ["x", "y"]},
+    ],
+)
+def test_a_list_that_holds_no_turns_is_no_conversation(row: dict[str, Any]) -> None:
+    assert read(row).messages == QA
+
+
+def test_an_empty_instruction_has_no_separator_behind_it() -> None:
+    found = read({"instruction": "", "input": "q", "output": "a"})
+    assert found.messages[0]["content"] == "q"
+
+
+def test_a_column_that_no_row_has_is_replaced_in_the_line(folder: Folder) -> None:
+    folder.write("x.jsonl", lines({"frage": "q", "antwort": "a"}))
+    with pytest.raises(Problem) as caught:
+        folder.ingest(max_rejected_percent=0, columns={"instruction": "farge"})
+    assert written(caught.value.messages[1]) == {"columns": {"instruction": "frage", "output": "antwort"}}

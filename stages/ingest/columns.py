@@ -79,8 +79,8 @@ PAIRS = (
 """The usual names of a question and its answer. The first pair of which a row has both is read."""
 
 TURN_LISTS = (
-    "conversations", "messages", "conversation", "dialogue", "dialog", "dialogues", "dialogs", "turns", "chat", "chats",
-    "items", "data", "thread", "utterances", "message",
+    "conversations", "messages", "conversation", "dialogue", "dialog", "data", "dialogues", "dialogs", "turns", "chat",
+    "chats", "items", "thread", "utterances", "message",
 )  # fmt: skip
 """The usual names of a list of turns."""
 
@@ -96,6 +96,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     ),
     "history": ("history",),
     "messages": TURN_LISTS,
+    "texts": TURN_LISTS[:6],
     "tools": ("tools", "functions"),
     "text": ("text",),
     "chosen": ("chosen", "chosen_response", "preferred_output"),
@@ -111,7 +112,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "tree_id": ("message_tree_id",),
     "tree_state": ("tree_state",),
 }  # fmt: skip
-"""The usual names of the other columns; those from `prompt` on belong to single formats, and params.yaml cannot name them.
+"""The usual names of the other columns; `texts`, and those from `prompt` on, belong to single formats, and params.yaml cannot name them.
 `instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
 INPUTS = {"trans_instruction": ("trans_input",), "textbox_question": ("textbox_q_context",)}
 """The names of `input` beside a question of a name of its own."""
@@ -119,8 +120,8 @@ PRIMARY = {"messages": ("messages", "conversations"), "instruction": ("instructi
 """Names that tell the format even where another field of it is missing, or of the wrong kind."""
 
 
-MERGED: dict[str, str] = {"conversations": "messages"}
-"""Columns that are one inside."""
+MERGED = {"conversations": "messages", "texts": "messages"}
+"""Columns that params.yaml names as another: a list of turns has one name, of objects or of texts."""
 
 
 def lookup(value: Any, name: str) -> Any:
@@ -195,14 +196,15 @@ class Names:
         return sum(field in self._owner for field in fields)
 
     def _given(self, column: str) -> list[str]:
-        return [name for name, owner in self._owner.items() if owner == column]
+        return [name for name, owner in self._owner.items() if owner == MERGED.get(column, column)]
 
     def _fields(
         self, column: str, names: Iterable[str], kinds: Mapping[str, str], wanted: Collection[str] | None
     ) -> Iterator[str]:
         """The fields with one of the names, exactly or in another case, that params.yaml gives to no other column."""
+        owner = MERGED.get(column, column)
         for name in names:
             same = (name,) if name in kinds else (field for field in kinds if field.casefold() == name.casefold())
             for field in same:
-                if self._owner.get(field, column) == column and (wanted is None or kinds[field] in wanted):
+                if self._owner.get(field, owner) == owner and (wanted is None or kinds[field] in wanted):
                     yield field

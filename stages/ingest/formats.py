@@ -16,6 +16,7 @@ from stages.ingest.columns import PAIRS, Names, lookup
 from stages.ingest.keys import CARRY_NOTHING
 from stages.ingest.lists import (
     is_from_value,
+    is_list,
     is_question_list,
     read_coig,
     read_list,
@@ -100,10 +101,10 @@ FORMATS: tuple[Shape, ...] = (
     Shape("xlam", {"query": (TEXT,), "calls": (TEXT, OBJECTS), "tools": (TEXT, OBJECTS)}, _SYSTEM, read_xlam),
     Shape("coig", {"task": (TEXT,), "messages": (OBJECTS,)}, {}, read_coig, is_question_list),
     Shape("sharegpt", {"messages": (OBJECTS,)}, _TURNS, read_list, is_from_value),
-    Shape("messages", {"messages": (OBJECTS,)}, _TURNS, read_list),
-    Shape("text_list", {"messages": (TEXTS,)}, _TURNS, read_text_list),
+    Shape("messages", {"messages": (OBJECTS,)}, _TURNS, read_list, is_list),
     Shape("belle_multiturn", _TEXTS, {**_SYSTEM, "input": (TEXT,)}, read_belle_multiturn, is_multiturn),
     Shape("alpaca", _TEXTS, _PAIR, read_pair),
+    Shape("text_list", {"texts": (TEXTS,)}, _TURNS, read_text_list),
     Shape("prompt_completion", _PROMPT, _TURNS, read_prompt_completion),
     Shape("guanaco", {"text": (TEXT,)}, _SYSTEM, read_marked, is_marked, lacks=_CONVERSATION),
     Shape("text", {"text": (TEXT,)}, {}, _read_text, lacks=_CONVERSATION),
@@ -142,6 +143,7 @@ class Formats:
         self._paths = tuple(
             name for column, name in names.given.items() if "." in name and column not in ("role", "content")
         )
+        self._given_found = False
         self._plans: dict[tuple[Any, ...], tuple[Plan, ...]] = {}
 
     def read(self, value: dict[str, Any], format: Format | None = None, *, file: str = "") -> Conversation:
@@ -214,6 +216,7 @@ class Formats:
             shapes = [shape._replace(lacks=()) for shape in shapes]
         found = [(shape, fields) for shape in shapes if (fields := self._fields(shape, kinds)) is not None]
         found.sort(key=lambda item: -self._names.uses_given(item[1][column] for column in item[0].needs))
+        self._given_found |= any(self._names.uses_given(fields.values()) for _, fields in found)
         # Where no shape fits, the nearest one says what is missing or wrong.
         if not any(shape.when is None for shape, _ in found) and (nearest := self._nearest(kinds, format)):
             found.append((nearest[0]._replace(when=None), nearest[1]))
@@ -246,14 +249,14 @@ class Formats:
     def _has(self, column: str, kinds: Mapping[str, str], read: Iterable[str]) -> bool:
         others = {name: kind for name, kind in kinds.items() if name not in read}
         if column == "messages":
-            return self._names.find("messages", others, (OBJECTS, TEXTS)) is not None
+            return self._names.find("messages", others, (OBJECTS,)) is not None
         names = {pair[column == "output"] for pair in PAIRS} - WEAK
         return any(name.casefold() in names and kind in (TEXT, OBJECTS) for name, kind in others.items())
 
     def _nearest(self, kinds: Mapping[str, str], format: Format | None) -> tuple[Shape, dict[str, str]] | None:
         """The format that a row was meant to have, and the fields of it that are there."""
         lists = self._names.find_primary("messages", kinds)
-        if format in ("sharegpt", "messages", "text_list") or (format is None and lists):
+        if format in ("sharegpt", "messages") or (format is None and lists):
             return _SHAPES[format or "messages"], {"messages": lists or "messages"}
         pair = self._names.find_pair(kinds, questions=ANYTHING, answers=ANYTHING)
         primary = {column: self._names.find_primary(column, kinds) for column in ("instruction", "output")}
@@ -285,9 +288,11 @@ class Formats:
         """Why a row has no format, and what to write into params.yaml to read it."""
         found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
         columns = suggest_columns(value)
+        # Columns that no row has so far are a mistake, which the line replaces.
+        given = self._names.given if self._given_found else {}
         if not columns:
             return Rejection("unknown_format", f"{found}; none of them holds text or a list of turns")
-        return Rejection("unknown_format", f"{found}; {columns_line(columns, given=self._names.given, file=file)}")
+        return Rejection("unknown_format", f"{found}; {columns_line(columns, given=given, file=file)}")
 
 
 def _kind(value: Any) -> str:

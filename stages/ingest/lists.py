@@ -3,16 +3,24 @@
 from typing import Any
 
 from stages.core.problem import Rejection
+from stages.ingest.columns import PRIMARY
 from stages.ingest.row import Row
 from stages.ingest.suggest import roles_line, suggest_roles
 from stages.ingest.tools import Message, parse_json
-from stages.ingest.turns import ROLE_KEYS, ROLES, add_system, read_answer, read_turns
+from stages.ingest.turns import ANSWER_KEYS, CONTENT_KEYS, ROLE_KEYS, ROLES, add_system, read_answer, read_turns
+
+TURN_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *ANSWER_KEYS))
 
 
 def is_from_value(row: Row) -> bool:
     """Whether the first turn is ShareGPT's {"from", "value"}."""
     first = row.get("messages")[0]
     return "from" in first or "value" in first
+
+
+def is_list(row: Row) -> bool:
+    """Whether a list of objects is one of turns: by its name, or because the first object has a text of a known name."""
+    return row.field("messages").casefold() in PRIMARY["messages"] or not TURN_KEYS.isdisjoint(row.get("messages")[0])
 
 
 def read_list(row: Row) -> list[Message]:
@@ -84,7 +92,7 @@ def read_prompt_completion(row: Row) -> list[Message]:
 
 def read_text_list(row: Row) -> list[Message]:
     """A list of texts, of the user and the assistant by turns, as in UltraChat and LIMA."""
-    field, texts = row.field("messages"), row.get("messages")
+    field, texts = row.field("texts"), row.get("texts")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Rejection("wrong_type", f"{field}: wanted a list of texts, of the user and the assistant by turns")
     if len(texts) % 2:

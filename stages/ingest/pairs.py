@@ -18,7 +18,7 @@ def read_pair(row: Row) -> list[Message]:
     query = row.text("input", default="") if "input" in row.fields else ""
     user: Message = {"role": "user", "content": instruction}
     if query:  # in fields of their own too, for chat templates that place them separately
-        content = instruction + row.settings.input_separator + query
+        content = instruction + (row.settings.input_separator if instruction else "") + query
         user = {"role": "user", "content": content, "instruction": instruction, "input": query}
     return [*messages, user, read_answer(row.text("output"), row.field("output"), thinking=_reasoning(row))]
 

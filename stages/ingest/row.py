@@ -14,7 +14,7 @@ class Settings(NamedTuple):
     """What params.yaml says about reading rows."""
 
     input_separator: str
-    """Text between a question and its input."""
+    """Text between a question and its input, if neither is empty."""
     roles: Mapping[str, Role]
     """Role names besides the usual ones, and the role that each stands for."""
     preference: str
