@@ -1,16 +1,20 @@
 """The formats of conversation data: each shape as its documentation has it, and the line for params.yaml where none fits."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from stages.core.problem import Problem, Rejection
-from stages.ingest.columns import PAIRS, Names, lookup
-from stages.ingest.formats import Conversation, Formats
+from stages.ingest.checks import check_turns
+from stages.ingest.columns import PAIRS, USUAL, Names, lookup
+from stages.ingest.formats import Conversation, Format, Formats
 from stages.ingest.preference import PreferenceFound
 from stages.ingest.row import Settings
 from tests.test_ingest import Folder, assistant, lines, user
@@ -23,7 +27,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def read(value: dict[str, Any], *, preference: str = "error", format: Any = None, **columns: str) -> Conversation:
     settings = Settings("\n", {}, preference, (columns.get("role"), columns.get("content")))
-    return Formats(Names(columns), settings, group_by="").read(value, format, file="x.jsonl")  # type: ignore[arg-type]
+    return Formats(Names(columns), settings, group_by="").read(value, format, file="x.jsonl")
 
 
 def system(text: str) -> dict[str, str]:
@@ -219,6 +223,22 @@ SHAPES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
         "moss",
         [system("s"), *QA, user("r"), assistant("b")],
     ),
+    "Gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+            "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+        },
+        "messages",
+        [system("s"), *QA],
+    ),
+    "Bedrock": (
+        {
+            "system": [{"text": "s"}],
+            "messages": [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}],
+        },
+        "messages",
+        [system("s"), *QA],
+    ),
     "OpenAssistant": (TREE, "oasst", [user("q"), assistant("better"), user("s"), assistant("b")]),
     "guanaco": (
         {"text": "### Human: q### Assistant: a\n### Human: r### Assistant: b\nb"},
@@ -336,6 +356,29 @@ def test_calls_of_moss_plugins_are_rejected_by_name() -> None:
         read({"chat": {"turn_1": moss_turn("q", "a", commands='Search("x")')}})
 
 
+NAMES = sorted({name for names in USUAL.values() for name in names} | {"role", "content", "from", "value", "replies"})
+TEXTS = ("", "q", "### Human: q ### Assistant: a", "<think>", "[1]", "a.b")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(TEXTS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    value=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=5),
+    format=st.sampled_from([None, *get_args(Format)]),
+    preference=st.sampled_from(["error", "chosen", "rejected"]),
+    columns=st.sampled_from([{}, {"instruction": "chat.0", "output": "prompt.text"}, {"messages": "data", "role": "value"}]),
+)
+def test_any_row_is_read_or_rejected(value: Any, format: Any, preference: str, columns: dict[str, str]) -> None:
+    with contextlib.suppress(Rejection, PreferenceFound):
+        found = read(value, format=format, preference=preference, **columns)
+        check_turns(found.messages)
+        assert all(isinstance(message["content"], str) for message in found.messages)
+
+
 # Where no format fits
 
 
@@ -352,6 +395,16 @@ UNKNOWN: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = [
     ({"article": "q", "highlights": "a"}, {"columns": {"instruction": "article", "output": "highlights"}}, QA),
     ({"text": "q", "summary": "a"}, {"columns": {"instruction": "text", "output": "summary"}}, QA),
     ({"log": {"lines": QA}}, {"columns": {"messages": "log.lines"}}, QA),
+    (
+        {"instruction": "q", "instances": [{"input": "", "output": "a"}]},
+        {"columns": {"instruction": "instruction", "output": "instances.0.output"}},
+        QA,
+    ),
+    (
+        {"id": 1, "sql_prompt": "q", "sql_context": "c", "sql": "a"},
+        {"columns": {"instruction": "sql_prompt", "input": "sql_context", "output": "sql"}},
+        [user("qc") | {"instruction": "q", "input": "c"}, assistant("a")],
+    ),
     (
         {"log": [{"speaker_name": "Kunde", "line": "q"}, {"speaker_name": "Beraterin", "line": "a"}]},
         {"columns": {"messages": "log", "role": "speaker_name", "content": "line"}},
@@ -374,7 +427,7 @@ def test_the_message_says_the_line_to_write_and_the_line_works(
     folder.write("x.jsonl", lines(row))
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=0, columns={})
-    assert caught.value.messages[1].startswith("unknown_format: 1 rejected, the first is x.jsonl:1: fields ")
+    assert "1 rejected, the first is x.jsonl:1: " in caught.value.messages[1]
     found = written(caught.value.messages[1])
     assert found == line
     if not messages:  # its roles are unknown too: the next message says the next line

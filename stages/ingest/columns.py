@@ -54,6 +54,7 @@ PAIRS = (
     ("input", "target"),  # Firefly
     ("inputs", "targets"),  # Aya, FLAN
     ("source", "target"),
+    ("src", "tgt"),
     ("input", "output"),
     ("input", "response"),
     ("input", "answer"),
@@ -81,6 +82,7 @@ PAIRS = (
 TURN_LISTS = (
     "conversations", "messages", "conversation", "dialogue", "dialog", "data", "dialogues", "dialogs", "turns", "chat",
     "chats", "items", "thread", "utterances", "message",
+    "contents",
 )  # fmt: skip
 """The usual names of a list of turns."""
 
@@ -91,8 +93,8 @@ USUAL: dict[str, tuple[str, ...]] = {
         "chain_of_thought", "thinking_trajectories", "deepseek_thinking_trajectory", "think", "thought", "thoughts",
     ),
     "system": (
-        "system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "meta_instruction", "prefix",
-        "textbox_q_instruction",
+        "system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "sys_prompt",
+        "meta_instruction", "prefix", "textbox_q_instruction",
     ),
     "history": ("history",),
     "messages": TURN_LISTS,
@@ -112,8 +114,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "tree_id": ("message_tree_id",),
     "tree_state": ("tree_state",),
 }  # fmt: skip
-"""The usual names of the other columns; `texts`, and those from `prompt` on, belong to single formats, and params.yaml cannot name them.
-`instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
+"""The usual names of the other columns. `texts`, and those from `prompt` on, belong to single formats and cannot be named in
+params.yaml. `instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
 INPUTS = {"trans_instruction": ("trans_input",), "textbox_question": ("textbox_q_context",)}
 """The names of `input` beside a question of a name of its own."""
 PRIMARY = {"messages": ("messages", "conversations"), "instruction": ("instruction",), "output": ("output",)}
@@ -152,7 +154,7 @@ def check_columns(name: str, columns: Mapping[Column, str]) -> Iterable[str]:
 class Names:
     """The names under which the columns are looked for: those of params.yaml, then the usual ones."""
 
-    def __init__(self, columns: Mapping[Column, str]) -> None:
+    def __init__(self, columns: Mapping[Any, str]) -> None:
         self.given: dict[str, str] = {column: name for column, name in columns.items() if name != column}
         """The columns that params.yaml calls otherwise than Loratory."""
         self._owner = {name: MERGED.get(column, column) for column, name in self.given.items()}
@@ -166,7 +168,7 @@ class Names:
             wanted: The kinds that the column may have.
             question: The field of the question, which decides what its input is called.
         """
-        usual = INPUTS.get(question, USUAL[column]) if column == "input" else USUAL[column]
+        usual = INPUTS.get(question, USUAL["input"]) if column == "input" else USUAL.get(column, ())
         return next(self._fields(column, (*self._given(column), *usual), kinds, wanted), None)
 
     def find_pair(

@@ -23,10 +23,11 @@ from stages.ingest.lists import (
     read_prompt_completion,
     read_text_list,
     read_xlam,
+    system_of,
 )
 from stages.ingest.marked_text import is_marked, is_moss_text, read_marked, read_moss, read_moss_text
 from stages.ingest.pairs import is_multiturn, read_belle_multiturn, read_pair
-from stages.ingest.preference import read_kto, read_preference
+from stages.ingest.preference import PreferenceFound, read_kto, read_preference
 from stages.ingest.row import Row, Settings
 from stages.ingest.suggest import columns_line, suggest_columns
 from stages.ingest.tools import Message, Tool, read_tools
@@ -82,7 +83,7 @@ def _read_text(row: Row) -> list[Message]:
     return []
 
 
-_SYSTEM = {"system": (TEXT,)}
+_SYSTEM = {"system": (TEXT, OBJECT, OBJECTS)}
 _TURNS = {**_SYSTEM, "tools": (TEXT, OBJECT, OBJECTS, TEXTS, LISTS)}
 _PAIR = {**_SYSTEM, "input": (TEXT,), "history": ANYTHING, "reasoning": (TEXT, TEXTS)}
 _ONE_SIDE = {**_TURNS, "prompt": (TEXT, OBJECTS, OBJECT), "messages": (OBJECTS,), "input": (TEXT,)}
@@ -144,6 +145,7 @@ class Formats:
             name for column, name in names.given.items() if "." in name and column not in ("role", "content")
         )
         self._given_found = False
+        self._lines: dict[tuple[Any, ...], str] = {}
         self._plans: dict[tuple[Any, ...], tuple[Plan, ...]] = {}
 
     def read(self, value: dict[str, Any], format: Format | None = None, *, file: str = "") -> Conversation:
@@ -157,12 +159,25 @@ class Formats:
         Raises Rejection if no format has such fields, if a field is missing, has the wrong type, or is known to change the
         meaning and is not read; and PreferenceFound for preference data if params.yaml does not say which side is trained.
         """
+        try:
+            return self._told(value, format)
+        except Rejection as rejection:
+            if rejection.reason == "unknown_format" and not rejection.detail:
+                found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
+                line = self._line(value, file, ()) or "none of them holds text or a list of turns"
+                raise Rejection("unknown_format", f"{found}; {line}") from None
+            if rejection.reason == "missing_field" and (line := self._line(value, file, ("output", "role"))):
+                raise Rejection("missing_field", f"{rejection.detail}; {line}") from None
+            raise
+
+    def _told(self, value: dict[str, Any], format: Format | None) -> Conversation:
+        """Like `read`, without a line for params.yaml in the Rejection."""
         row = Row(value, self._settings)
         for plan in self._find_plans(value, format):
             row.fields = plan.fields
             if plan.shape.when is None or plan.shape.when(row):
                 return self._read(row, plan)
-        raise self._unknown(value, file)
+        raise Rejection("unknown_format", "")
 
     def _read(self, row: Row, plan: Plan) -> Conversation:
         shape = plan.shape
@@ -170,7 +185,7 @@ class Formats:
             row.tools = read_tools(row.get("tools"), row.field("tools"))
         messages = shape.read(row)
         if messages and "system" in plan.fields:
-            messages = add_system(messages, row.text("system", default=""), row.changes)
+            messages = add_system(messages, system_of(row), row.changes)
         if plan.suspects or plan.nested:
             self._count_unread(row, plan)
             said = {message["content"] for message in messages}
@@ -284,15 +299,33 @@ class Formats:
             suspects=any(name not in read and name.casefold() not in CARRY_NOTHING for name in value),
         )
 
-    def _unknown(self, value: dict[str, Any], file: str) -> Rejection:
-        """Why a row has no format, and what to write into params.yaml to read it."""
-        found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
-        columns = suggest_columns(value)
-        # Columns that no row has so far are a mistake, which the line replaces.
-        given = self._names.given if self._given_found else {}
-        if not columns:
-            return Rejection("unknown_format", f"{found}; none of them holds text or a list of turns")
-        return Rejection("unknown_format", f"{found}; {columns_line(columns, given=given, file=file)}")
+    def _line(self, value: dict[str, Any], file: str, wanted: tuple[str, ...]) -> str:
+        """What to write into params.yaml to read such a row; "" if there is no such line, or none with a wanted column.
+
+        Rows of a file with the same fields get the same line, so that they are one kind of row.
+        """
+        key = (file, wanted, *value)
+        line = self._lines.get(key)
+        if line is None:
+            if len(self._lines) > MAX_PLANS:
+                self._lines.clear()
+            columns = suggest_columns(value)
+            # Columns that no row has so far are a mistake, which the line replaces.
+            given = self._names.given if self._given_found else {}
+            useful = columns and (not wanted or any(column in columns for column in wanted)) and self._works(columns, value)
+            line = self._lines[key] = columns_line(columns, given=given, file=file) if useful else ""
+        return line
+
+    def _works(self, columns: Mapping[str, str], value: dict[str, Any]) -> bool:
+        """Whether a row is read with such columns, or is rejected for another reason than its fields."""
+        fields = (columns.get("role"), columns.get("content"))
+        formats = Formats(Names(columns), self._settings._replace(turn_fields=fields), group_by=self._group_by)
+        try:
+            return bool(formats._told(value, None))
+        except Rejection as rejection:
+            return rejection.reason not in ("unknown_format", "missing_field", "wrong_type")
+        except PreferenceFound:
+            return True
 
 
 def _kind(value: Any) -> str:

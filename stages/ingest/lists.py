@@ -18,6 +18,17 @@ def is_from_value(row: Row) -> bool:
     return "from" in first or "value" in first
 
 
+def system_of(row: Row) -> str:
+    """The system text beside the turns: a text, Gemini's object with parts, or Bedrock's list of parts."""
+    found = row.get("system")
+    if isinstance(found, str) or found is None:
+        return found or ""
+    if isinstance(found, dict):
+        found = next((found[key] for key in ("parts", "content", "text") if found.get(key) is not None), None)
+    messages = messages_of([{"role": "system", "content": found}], row.field("system"), row)
+    return "".join(message["content"] for message in messages)
+
+
 def is_list(row: Row) -> bool:
     """Whether a list of objects is one of turns: by its name, or because the first object has a text of a known name."""
     return row.field("messages").casefold() in PRIMARY["messages"] or not TURN_KEYS.isdisjoint(row.get("messages")[0])

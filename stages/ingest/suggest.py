@@ -42,7 +42,7 @@ def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
         if columns := _turns(path, found):
             return columns
     texts = [(path, found) for path, found in leaves if isinstance(found, str) and found.strip()]
-    said = [item for item in texts if item[0].casefold() not in CARRY_NOTHING] or texts
+    said = [(path, found) for path, found in texts if _last(path).casefold() not in CARRY_NOTHING] or texts
     if not said:
         return {}
     if len(said) == 1:
@@ -53,11 +53,12 @@ def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
 def _pair(texts: list[tuple[str, str]]) -> dict[str, str]:
     """A question and its answer among two or more texts: by their names, else by their order and length."""
     names = [name for name, _ in texts]
-    last = {name: next(step for step in reversed(name.split(".")) if not step.isdecimal()) for name in names}
-    # A path is called by its last name, or by the one before it: answers.text.0.
-    called = {name: last[name] if last[name].casefold() not in ("text", "value", "content") else name for name in names}
-    answers = [name for name in names if ANSWER.search(called[name]) and not QUESTION.match(called[name])]
-    questions = [name for name in names if QUESTION.search(called[name]) and name not in answers]
+    # A path is called by its last name, or by all of them: answers.text.0.
+    called = {name: _last(name) if _last(name).casefold() not in ("text", "value", "content") else name for name in names}
+    contexts = [name for name in names if CONTEXT.search(called[name])] if len(names) > 2 else []
+    said = [name for name in names if name not in contexts]
+    answers = [name for name in said if _end(ANSWER, called[name]) > _end(QUESTION, called[name])]
+    questions = [name for name in said if name not in answers and QUESTION.search(called[name])]
     length = {name: len(text) for name, text in texts}
     # Of several answers the longest: a short one is often the result alone.
     answer = max(answers, key=length.__getitem__) if answers else None
@@ -76,6 +77,16 @@ def _pair(texts: list[tuple[str, str]]) -> dict[str, str]:
     if context:
         found["input"] = context
     return found | {"output": answer}
+
+
+def _end(words: re.Pattern[str], name: str) -> int:
+    """Where the last of the words in a name ends, or 0: in sql_prompt, the last says what it is."""
+    return max((match.end() for match in words.finditer(name)), default=0)
+
+
+def _last(path: str) -> str:
+    """The last name of a path that is no position."""
+    return next((step for step in reversed(path.split(".")) if not step.isdecimal()), path)
 
 
 def _turns(path: str, found: Any) -> dict[str, str]:

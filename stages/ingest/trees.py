@@ -32,6 +32,8 @@ def read_tree(row: Row) -> list[Message]:
     """The best-ranked path of a tree, up to the last answer on it."""
     messages: list[Message] = []
     where, node = row.field("tree"), row.get("tree")
+    if node is None:
+        raise Rejection("missing_field", where)
     while node is not None:
         if not isinstance(node, dict):
             raise Rejection("wrong_type", f"{where}: wanted an object with text, role and replies")
