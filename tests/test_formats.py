@@ -424,10 +424,10 @@ def written(message: str) -> dict[str, Any]:
 def test_the_message_says_the_line_to_write_and_the_line_works(
     folder: Folder, row: dict[str, Any], line: dict[str, Any], messages: list[dict[str, Any]]
 ) -> None:
-    folder.write("x.jsonl", lines(row))
+    folder.write("x.jsonl", lines(row, row))
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=0, columns={})
-    assert "1 rejected, the first is x.jsonl:1: " in caught.value.messages[1]
+    assert "2 rejected, the first is x.jsonl:1: " in caught.value.messages[1]
     found = written(caught.value.messages[1])
     assert found == line
     if not messages:  # its roles are unknown too: the next message says the next line
