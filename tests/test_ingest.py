@@ -20,6 +20,9 @@ COLUMNS = {
 PARAMS: dict[str, Any] = {
     "formats": {},
     "columns": COLUMNS,
+    "columns_by_file": {},
+    "roles": {},
+    "preference": "error",
     "input_separator": "",
     "group_by": "",
     "near_duplicates": "off",
@@ -129,7 +132,7 @@ def test_input_separator_is_added_only_between_instruction_and_input(folder: Fol
         ('{"a": 1} {"b": 2}', "not_json", "Extra data"),
         ("[1]x", "not_json", "Extra data"),
         ("3", "not_an_object", "found int"),
-        ('{"text": "x"}', "unknown_format", "fields text"),
+        ('{"score": 1}', "unknown_format", "fields score; none of them holds text"),
         ('{"instruction": "a"}', "missing_field", "output"),
         ('{"output": "a"}', "missing_field", "instruction"),
         ('{"instruction": 1, "output": "a"}', "wrong_type", "instruction: wanted text, found int"),
@@ -461,7 +464,7 @@ def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Fold
         "params.yaml: ingest.max_rejected_percent: 3 of 43 rows (7.0 %) were rejected, the limit is 5 %; correct the "
         "rows, or raise it if they may be left out",
         "empty_answer: 1 rejected, the first is x.jsonl:3: ''",
-        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a",
+        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them holds text or a list of turns",
     )
     assert not (folder.root / "examples").exists()
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.core.problem import Rejection
-from stages.ingest.formats import Message
 from stages.ingest.json_stream import Broken
+from stages.ingest.tools import Message
 
 
 class TooManyCharacters(Rejection):
@@ -40,12 +40,15 @@ def check_object(value: Any) -> dict[str, Any]:
 
 def check_encoding(messages: Sequence[Message], tools: list[dict[str, Any]]) -> None:
     """All text must be valid Unicode that UTF-8 can encode."""
-    for message in messages:
-        more_than_role_and_content = len(message) > 2
-        text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
-        _check_utf8(text, f"a {message['role']} text")
-    if tools:
-        _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+    try:
+        for message in messages:
+            more_than_role_and_content = len(message) > 2
+            text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
+            _check_utf8(text, f"a {message['role']} text")
+        if tools:
+            _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+    except RecursionError:
+        raise Rejection("wrong_type", "tool calls or tools: nested too deeply") from None
 
 
 def _check_utf8(text: str, where: str) -> None:
@@ -55,25 +58,49 @@ def _check_utf8(text: str, where: str) -> None:
         raise Rejection("bad_encoding", f"not UTF-8: {text[error.start]!r} in {where}") from None
 
 
+def check_text(text: str) -> None:
+    """A raw text must be valid Unicode, and hold more than white space."""
+    _check_utf8(text, "text")
+    if not text.strip():
+        raise Rejection("empty_text", repr(text[:20]))
+
+
 def check_turns(messages: Sequence[Message]) -> None:
     """An optional system message, then turns in an order of NEXT_ROLES that ends with an answer; none of them empty."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    order = " ".join(message["role"] for message in messages) or "no messages"
     previous = "start"
-    for message in turns:
-        if message["role"] not in NEXT_ROLES[previous]:
-            raise Rejection("roles_out_of_order", order)
-        previous = "tool_calls" if message.get("tool_calls") else message["role"]
+    for number, message in enumerate(turns):
+        role = message["role"]
+        if role not in NEXT_ROLES[previous] and not (role == "tool" and number and _calls_in_text(turns[number - 1])):
+            raise Rejection("roles_out_of_order", _wrong_order(messages, previous, role))
+        previous = "tool_calls" if message.get("tool_calls") else role
     if previous not in ("assistant", "tool_calls"):
-        raise Rejection("no_answer_at_the_end", order)
+        raise Rejection("no_answer_at_the_end", _order(messages))
     for message in turns:
         if message["role"] != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             raise Rejection("empty_answer" if message["role"] == "assistant" else "empty_prompt", repr(message["content"]))
 
 
+def _calls_in_text(message: Message) -> bool:
+    """Whether an answer calls tools in its text, as the system text of Hermes' data asks it to."""
+    return message["role"] == "assistant" and "<tool_call>" in message["content"]
+
+
+def _order(messages: Sequence[Message]) -> str:
+    return " ".join(message["role"] for message in messages) or "no messages"
+
+
+def _wrong_order(messages: Sequence[Message], previous: str, role: str) -> str:
+    if role == "system":
+        return f"{_order(messages)}: a system turn behind the first turn; write its text into the next user turn"
+    wanted = " or ".join(NEXT_ROLES[previous])
+    where = "at the start" if previous == "start" else f"behind {previous}"
+    return f"{_order(messages)}: {role} {where}, wanted {wanted}"
+
+
 def check_length(messages: Sequence[Message], max_chars: int) -> None:
-    """The contents of all messages may have `max_chars` characters together."""
-    length = sum(len(message["content"]) for message in messages)
+    """The contents and the thinking of all messages may have `max_chars` characters together."""
+    length = sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
     if length > max_chars:
         raise TooManyCharacters(length, max_chars)
 

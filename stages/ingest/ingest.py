@@ -1,7 +1,8 @@
-"""Turns the raw JSON files into checked, deduplicated conversations, split by hash. Every row is accounted for."""
+"""Turns the raw files into checked, deduplicated conversations, split by hash. Every row and field is accounted for."""
 
+import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,17 +11,28 @@ from pydantic import Field
 
 from stages.core.jsonl import dump_line, write_json, write_line
 from stages.core.output import Done, fresh_file, fresh_folder, kept_if_stopped
-from stages.core.params import Section
+from stages.core.params import Section, bad_param
 from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
 from stages.ingest.accounting import Accounting
-from stages.ingest.checks import check_encoding, check_length, check_object, check_placeholders, check_turns
+from stages.ingest.checks import (
+    check_encoding,
+    check_length,
+    check_object,
+    check_placeholders,
+    check_text,
+    check_turns,
+)
+from stages.ingest.columns import Column, Names, check_columns
 from stages.ingest.duplicates import Duplicates, NearDuplicates
 from stages.ingest.example import Example, make_example
-from stages.ingest.formats import Columns, Format, guess_format, read_conversation
+from stages.ingest.formats import Format, Formats
 from stages.ingest.json_stream import Broken
+from stages.ingest.preference import PreferenceFound
 from stages.ingest.raw_files import RawRow, find_files, read_rows
+from stages.ingest.row import Settings
 from stages.ingest.splits import SPLITS, Splits
+from stages.ingest.turns import Role
 
 
 class Params(Section):
@@ -30,8 +42,15 @@ class Params(Section):
 
     formats: dict[str, Format]
     """File pattern to format, where the detection by a row's fields is wrong: {"old/*.json": alpaca}."""
-    columns: Columns
-    """The names of the formats' fields in the raw rows."""
+    columns: dict[Column, str]
+    """The fields of your rows whose names are not among the usual ones: {instruction: frage, output: antwort}. a.b is the
+    field b inside of a, a.0 the first element of a list."""
+    columns_by_file: dict[str, dict[Column, str]]
+    """File pattern to columns that differ from `columns` there: {"old/*.json": {output: reply}}."""
+    roles: dict[str, Role]
+    """Role names besides the usual ones, and what each is: {bing: assistant}."""
+    preference: Literal["error", "chosen", "rejected"]
+    """Rows with a preferred and a rejected answer, or a label true or false: the run stops, or one side is trained."""
     input_separator: str
     """Text between `instruction` and `input` in the user message; the tutorial and BELLE have none."""
     group_by: str
@@ -53,17 +72,19 @@ class Params(Section):
 
 
 def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
-    """Reads every JSON file below `raw` and writes train, validation, test and rejected .jsonl into `examples`.
+    """Reads every file below `raw` and writes train, validation, test and rejected .jsonl into `examples`.
 
-    A row of a split: {"id", "source", "messages": [{"role", "content", ...}], and "tools" if there are any}. A row of
-    rejected.jsonl: {"source", "reason", "detail", "raw"}. `report` gets the counts. Rows are written as they are read:
-    memory holds a few hashes per row.
+    A row of a split: {"id", "source", "format", "messages": [{"role", "content", ...}], and "tools" if there are any}, or
+    {"id", "source", "format": "text", "text"}. A row of rejected.jsonl: {"source", "reason", "detail", "raw"}. `report` gets
+    the counts. Rows are written as they are read: memory holds a few hashes per row.
 
-    Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, or if a
-    split is empty. The rejected rows and a summary are then in reports/failed/ingest.
+    Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, if a row
+    holds preference data and `ingest.preference` names no side, or if a split is empty. The rejected rows and a summary are
+    then in reports/failed/ingest.
     """
     files = _files(raw)
-    accounting = Accounting()
+    readers = _Readers(params, [path.relative_to(raw).as_posix() for path in files])
+    accounting = Accounting(max_rejected_percent=params.max_rejected_percent)
     duplicates = Duplicates()
     near_duplicates = NearDuplicates(drop=params.near_duplicates == "drop") if params.near_duplicates != "off" else None
     splits = Splits(
@@ -80,29 +101,34 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
         for row in progress(read_rows(raw, files, formats=params.formats), "ingest"):
             accounting.read(row)
             try:
-                example = _read_example(params, row)
+                example = _read_example(params, row, readers.of(row.file))
                 duplicates.check(example)
                 split = splits.choose(example, forced=row.forced_split)
                 if near_duplicates:
                     near_duplicates.add(example, row.source, split=split)
             except Rejection as rejection:
-                accounting.reject(row, rejection)
                 write_line(rejected, _rejected_row(row, rejection))
+                accounting.reject(row, rejection)
                 continue
-            accounting.keep(row, example.format, split=split)
+            except PreferenceFound as found:
+                raise Problem(found.problem(row.source)) from None
+            accounting.keep(row, example.conversation, split=split)
             accounting.measure(example)
             duplicates.add(example, row.source)
             splits.add(example, split)
             kept[split].write(dump_line(_kept_row(row, example)))
-        accounting.check(max_rejected_percent=params.max_rejected_percent)
+        accounting.check()
         leaked_prompts = splits.count_leaked_prompts()
         assert leaked_prompts == 0
         near_counts = near_duplicates.counts() if near_duplicates else {}
         write_json(report_file, accounting.report(leaked_prompts, near_counts))
+    for line in accounting.unread_lines():
+        print(f"ingest: {line}", flush=True)
     by_split = ", ".join(f"{split} {accounting.kept[split]:,}" for split in SPLITS)
     return Done(
         f"{accounting.rows_read:,} rows read, {accounting.kept.total():,} kept ({by_split}), "
-        f"{accounting.reasons.total():,} rejected, listed in {examples}/rejected.jsonl"
+        f"{accounting.left_out:,} left out as duplicates or the other side, {accounting.rejected:,} rejected; "
+        f"both are listed in {examples}/rejected.jsonl"
     )
 
 
@@ -114,23 +140,79 @@ def _files(raw: Path) -> list[Path]:
     return files
 
 
-def _read_example(params: Params, row: RawRow) -> Example:
-    """The conversation in a raw row. Raises Rejection if it does not pass a check."""
+class _Readers:
+    """What reads the rows of each file: the first pattern of `columns_by_file` that matches it gives its columns."""
+
+    def __init__(self, params: Params, files: Sequence[str]) -> None:
+        """Raises Problem if two columns read one field, or if a pattern matches none of the files."""
+        problems = list(check_columns("ingest.columns", params.columns))
+        for pattern, columns in params.columns_by_file.items():
+            problems += check_columns(f"ingest.columns_by_file.{pattern}", params.columns | columns)
+        for name, patterns in (("formats", params.formats), ("columns_by_file", params.columns_by_file)):
+            problems += (
+                bad_param(f"ingest.{name}", f"no file matches {pattern!r}; the files are {_list(files)}")
+                for pattern in patterns
+                if not fnmatch.filter(files, pattern)
+            )
+        if problems:
+            raise Problem(*problems)
+        self._params = params
+        self._by_pattern: dict[str | None, Formats] = {}
+        self._by_file: dict[str, Formats] = {}
+
+    def of(self, file: str) -> Formats:
+        """The reader of a file's rows."""
+        found = self._by_file.get(file)
+        if found is None:
+            by_file = self._params.columns_by_file
+            pattern = next((pattern for pattern in by_file if fnmatch.fnmatch(file, pattern)), None)
+            if pattern not in self._by_pattern:
+                columns = self._params.columns | (by_file[pattern] if pattern is not None else {})
+                self._by_pattern[pattern] = _formats(self._params, columns)
+            found = self._by_file[file] = self._by_pattern[pattern]
+        return found
+
+
+def _formats(params: Params, columns: Mapping[Column, str]) -> Formats:
+    settings = Settings(
+        input_separator=params.input_separator,
+        roles=params.roles,
+        preference=params.preference,
+        turn_fields=(columns.get("role"), columns.get("content")),
+    )
+    return Formats(Names(columns), settings, group_by=params.group_by)
+
+
+def _list(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
+    return ", ".join([*names[:5], f"and {len(names) - 5} more"] if len(names) > 6 else names)
+
+
+def _read_example(params: Params, row: RawRow, formats: Formats) -> Example:
+    """The conversation or the text in a raw row. Raises Rejection if it does not pass a check."""
     value = check_object(row.value)
-    format = row.format or guess_format(value, params.columns)
-    conversation = read_conversation(value, format, columns=params.columns, input_separator=params.input_separator)
-    check_encoding(conversation.messages, conversation.tools)
-    check_turns(conversation.messages)
-    check_length(conversation.messages, params.max_chars)
-    if params.reject_placeholders:
-        check_placeholders(conversation.messages)
-    return make_example(value, conversation, format=format, group_by=params.group_by)
+    conversation = formats.read(value, row.format, file=row.file)
+    if conversation.text is not None:
+        check_text(conversation.text)
+    else:
+        check_encoding(conversation.messages, conversation.tools)
+        check_turns(conversation.messages)
+        check_length(conversation.messages, params.max_chars)
+        if params.reject_placeholders:
+            check_placeholders(conversation.messages)
+    return make_example(value, conversation, group_by=params.group_by)
 
 
 def _kept_row(row: RawRow, example: Example) -> dict[str, Any]:
-    messages, tools = example.conversation
-    content: dict[str, Any] = {"messages": messages} | ({"tools": tools} if tools else {})
-    return {"id": hashlib.sha256(dump_line(content)).hexdigest()[:16], "source": row.source, **content}
+    """The row as it is written. Its id is a hash of its content, so that it outlives a renamed file or format."""
+    format, messages, tools, text, *_ = example.conversation
+    content: dict[str, Any]
+    if text is not None:
+        content = {"text": text}
+    else:
+        content = {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    id = hashlib.sha256(dump_line(content)).hexdigest()[:16]
+    return {"id": id, "source": row.source, "format": format, **content}
 
 
 def _rejected_row(row: RawRow, rejection: Rejection) -> dict[str, Any]:

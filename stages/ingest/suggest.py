@@ -1,0 +1,174 @@
+"""Guesses which fields of an unknown row hold the conversation, and writes the line of params.yaml that says so.
+
+The names below are hints for a message only: nothing is read because of them.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stages.ingest.keys import CARRY_NOTHING
+
+ANSWER = re.compile(
+    r"answer|reply|replies|output|completion|respon|target|tgt|solution|summary|result|ideal|expected|gold|reference|assistant"
+    r"|bot$|gpt|generat|translation|translated|sql|code|antwort|lösung|loesung|ausgabe|respuesta|salida|répon|repon|sortie"
+    r"|rispost|respost|saída|ответ|回答|答案|答|回复|输出|輸出|出力|응답|답변|译文",
+    re.IGNORECASE,
+)
+QUESTION = re.compile(
+    r"question|prompt|instruct|query|ask|input|source|src|user|human|problem|task|request|frage|eingabe|aufgabe"
+    r"|pregunta|entrada|domanda|pergunta|вопрос|问题|提问|问|指令|指示|输入|質問|入力|질문|原文",
+    re.IGNORECASE,
+)
+CONTEXT = re.compile(
+    r"context|passage|kontext|background|paragraph|schema|document|contexte|contexto|材料|文章|背景|上下文", re.IGNORECASE
+)
+ROLE = re.compile(r"role|from|speaker|author|sender|who|name|actor|rolle|sprecher|user|角色|说话人", re.IGNORECASE)
+USER = re.compile(
+    r"user|human|customer|client|patient|question|asker|student|kunde|nutzer|cliente|用户|客户|病人|患者|人类|问|학생",
+    re.IGNORECASE,
+)
+TURN_FIELDS = ({"from", "value"}, {"role", "content"})
+MAX_DEPTH = 4
+PLAIN = re.compile(r"(?!\d)(?!(?i:null|true|false|yes|no|on|off|y|n)$)[\w.]+(?: [\w.]+)*")
+"""A YAML scalar that is certainly text without quotation marks."""
+
+
+def suggest_columns(value: Mapping[str, Any]) -> dict[str, str]:
+    """The most probable columns of a row whose fields have no usual names; empty if nothing in it looks like text."""
+    leaves = [(path, found) for path, found in _leaves(value, "", 0)]
+    for path, found in leaves:
+        if columns := _turns(path, found):
+            return columns
+    texts = [(path, found) for path, found in leaves if isinstance(found, str) and found.strip()]
+    said = [(path, found) for path, found in texts if _last(path).casefold() not in CARRY_NOTHING] or texts
+    if not said:
+        return {}
+    if len(said) == 1:
+        return {"text": said[0][0]}
+    return _pair(said)
+
+
+def _pair(texts: list[tuple[str, str]]) -> dict[str, str]:
+    """A question and its answer among two or more texts: by their names, else by their order and length."""
+    names = [name for name, _ in texts]
+    # A path is called by its last name, or by all of them: answers.text.0.
+    called = {name: _last(name) if _last(name).casefold() not in ("text", "value", "content") else name for name in names}
+    contexts = [name for name in names if CONTEXT.search(called[name])] if len(names) > 2 else []
+    said = [name for name in names if name not in contexts]
+    answers = [name for name in said if _end(ANSWER, called[name]) > _end(QUESTION, called[name])]
+    questions = [name for name in said if name not in answers and QUESTION.search(called[name])]
+    length = {name: len(text) for name, text in texts}
+    # Of several answers the longest: a short one is often the result alone.
+    answer = max(answers, key=length.__getitem__) if answers else None
+    question = next((name for name in questions if name != answer), None)
+    others = [name for name in names if name not in (question, answer)]
+    plain = [name for name in others if not CONTEXT.search(name)] or others
+    if question is None:
+        question = plain[0] if plain else others[0]
+        others.remove(question)
+        plain = [name for name in plain if name != question]
+    if answer is None:
+        answer = max(plain or others, key=length.__getitem__)
+        others.remove(answer)
+    context = next((name for name in others if CONTEXT.search(name)), None)
+    found: dict[str, str] = {"instruction": question}
+    if context:
+        found["input"] = context
+    return found | {"output": answer}
+
+
+def _end(words: re.Pattern[str], name: str) -> int:
+    """Where the last of the words in a name ends, or 0: in sql_prompt, the last says what it is."""
+    return max((match.end() for match in words.finditer(name)), default=0)
+
+
+def _last(path: str) -> str:
+    """The last name of a path that is no position."""
+    return next((step for step in reversed(path.split(".")) if not step.isdecimal()), path)
+
+
+def _turns(path: str, found: Any) -> dict[str, str]:
+    """The columns of a list of turns, if `found` looks like one."""
+    if not isinstance(found, list) or not found:
+        return {}
+    if all(isinstance(text, str) for text in found):
+        long = len(found) >= 2 and len(found) % 2 == 0 and sum(map(len, found)) >= 20 * len(found)
+        return {"messages": path} if long else {}
+    if not all(isinstance(turn, dict) for turn in found):
+        return {}
+    shared = [key for key in found[0] if all(isinstance(turn.get(key), str) for turn in found)]
+    if any(fields <= set(shared) for fields in TURN_FIELDS):
+        return {"messages": path}
+    roles = [key for key in shared if ROLE.search(key)] or [
+        key for key in shared if len({turn[key] for turn in found}) <= 2 < len(found)
+    ]
+    contents = sorted(
+        (key for key in shared if key not in roles[:1]), key=lambda key: -sum(len(turn[key]) for turn in found)
+    )
+    if not roles or not contents:
+        return {}
+    return {"messages": path, "role": roles[0], "content": contents[0]}
+
+
+def suggest_roles(names: list[str], known: Mapping[str, str]) -> dict[str, str]:
+    """A role for each unknown name of a conversation's speakers, in order of their first turns."""
+    unknown = [name for name in dict.fromkeys(names) if name.casefold() not in known]
+    taken = {known[name.casefold()] for name in names if name.casefold() in known}
+    found: dict[str, str] = {}
+    for name in unknown:
+        free = [role for role in ("user", "assistant") if role not in taken]
+        guess = "user" if USER.search(name) and "user" in free else free[0] if free else "assistant"
+        if guess == "user" and not USER.search(name) and any(USER.search(other) for other in unknown if other != name):
+            guess = "assistant"
+        taken.add(guess)
+        found[name] = guess
+    return found
+
+
+def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Every text and list in a row, with its path in the form of `ingest.columns`: lists before what is in them."""
+    if isinstance(value, dict) and depth < MAX_DEPTH:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list) and value:
+        yield path, value
+        if isinstance(value[0], str):
+            yield f"{path}.0", value[0]
+        elif isinstance(value[0], dict) and depth < MAX_DEPTH:
+            yield from _leaves(value[0], f"{path}.0", depth + 1)
+    elif isinstance(value, str):
+        yield path, value
+
+
+WRITE = "write into params.yaml, below ingest: "
+
+
+def columns_line(columns: Mapping[str, str], *, given: Mapping[str, str], file: str) -> str:
+    """What to write for the columns of a row of a file, beside those that params.yaml names already."""
+    if any(given.get(column, field) != field for column, field in columns.items()):
+        return f"{WRITE}columns_by_file: {flow({glob.escape(file): columns})}"
+    return f"{WRITE}columns: {flow({**given, **columns})}"
+
+
+def roles_line(roles: Mapping[str, str]) -> str:
+    """What to write for the role names of a row."""
+    return f"{WRITE}roles: {flow(roles)}"
+
+
+def flow(values: Mapping[str, Any]) -> str:
+    """A YAML flow map on one line: {instruction: frage, output: antwort}."""
+    return (
+        "{"
+        + ", ".join(f"{_scalar(key)}: {flow(v) if isinstance(v, Mapping) else _scalar(v)}" for key, v in values.items())
+        + "}"
+    )
+
+
+def _scalar(text: str) -> str:
+    if PLAIN.fullmatch(text):
+        return text
+    if text.isprintable():
+        return "'" + text.replace("'", "''") + "'"
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
