@@ -193,9 +193,17 @@ def test_the_recovery_example_of_the_docstring(tmp_path: Path) -> None:
     assert found[1][1].text == '{"a": 2, "b": {\n    "c": 3,'
 
 
-def test_the_position_of_an_error_counts_from_the_start_of_its_element(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_an_error_is_named_by_its_line_and_column_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
     found = read(tmp_path, b'[{"a": 1}, {"b": }]')
-    assert found[1][1] == Broken('{"b": }]', "Expecting value: line 1 column 7 (char 6)")
+    assert found[1][1] == Broken('{"b": }]', "Expecting value: line 1 column 18")
+    found = read(tmp_path, b'[\n  {"a": 1},\n  {"a": 2,\n   "b": }\n]')
+    assert found[1][1] == Broken('{"a": 2,\n   "b": }\n]', "Expecting value: line 4 column 9")
+    found = read(tmp_path, b'{"a": 1}\n\n{"b": }\n')
+    assert found[1] == (3, Broken('{"b": }', "Expecting value: line 3 column 7"))
 
 
 def test_concatenated_gzip_files_are_one_file_and_a_damaged_one_is_reported(tmp_path: Path) -> None:
