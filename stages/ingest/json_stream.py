@@ -75,6 +75,8 @@ class Broken(NamedTuple):
     """Its text, or the first MAX_BROKEN_CHARS of it."""
     detail: str
     """Why it cannot be read."""
+    reason: str = "not_json"
+    """What a rejected row is counted by."""
 
 
 def read_values(path: Path) -> Iterator[tuple[Place, Any]]:
