@@ -1,4 +1,4 @@
-"""Turns the raw JSON files into checked, deduplicated conversations, split by hash. Every row is accounted for."""
+"""Turns the raw files into checked, deduplicated conversations, split by hash. Every row is accounted for."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from stages.core.jsonl import dump_line, write_json, write_line
 from stages.core.output import Done, fresh_file, fresh_folder
-from stages.core.params import Section
+from stages.core.params import Section, bad_param
 from stages.core.problem import Problem, Rejection
 from stages.core.progress import progress
 from stages.ingest.accounting import Accounting
@@ -19,7 +19,7 @@ from stages.ingest.duplicates import Duplicates, NearDuplicates
 from stages.ingest.example import Example, make_example
 from stages.ingest.formats import Columns, Format, guess_format, read_conversation
 from stages.ingest.json_stream import Broken
-from stages.ingest.raw_files import RawRow, find_files, read_rows
+from stages.ingest.raw_files import RawFile, RawRow, describe_files, find_files, read_rows
 from stages.ingest.splits import SPLITS, Splits
 
 
@@ -52,8 +52,8 @@ class Params(Section):
     """The stage fails if a larger share of the rows is rejected."""
 
 
-def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
-    """Reads every JSON file below `raw` and writes train, validation, test and rejected .jsonl into `examples`.
+def ingest(params: Params, *, raw: Path, hub: Path, examples: Path, report: Path) -> Done:
+    """Reads every file below `raw` and `hub`, and writes train, validation, test and rejected .jsonl into `examples`.
 
     A row of a split: {"id", "source", "messages": [{"role", "content", ...}], and "tools" if there are any}. A row of
     rejected.jsonl: {"source", "reason", "detail", "raw"}. `report` gets the counts. Rows are written as they are read:
@@ -62,20 +62,22 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     Raises Problem if there is nothing to read, if a file cannot be read at all, if too many rows are rejected, or if a
     split is empty.
     """
-    files = _files(raw)
+    files = _files(params, raw=raw, hub=hub)
+    named = {file.split for file in files}
     accounting = Accounting()
     duplicates = Duplicates()
     near_duplicates = NearDuplicates(drop=params.near_duplicates == "drop") if params.near_duplicates != "off" else None
     splits = Splits(
         seed=params.split_seed,
-        validation_percent=params.validation_percent,
-        test_percent=params.test_percent,
+        # With a set of one's own, nothing more is taken from the other files.
+        validation_percent=0 if "validation" in named else params.validation_percent,
+        test_percent=0 if "test" in named else params.test_percent,
         grouped=bool(params.group_by),
     )
     with fresh_folder(examples) as folder, fresh_file(report) as report_file, ExitStack() as stack:
         kept = {split: stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS}
         rejected = stack.enter_context((folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n"))
-        for row in progress(read_rows(raw, files, formats=params.formats), "ingest"):
+        for row in progress(read_rows(files, formats=params.formats), "ingest"):
             accounting.read(row)
             try:
                 example = _read_example(params, row)
@@ -103,11 +105,23 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     )
 
 
-def _files(raw: Path) -> list[Path]:
-    """The files to read, in order. Raises Problem with everything in the raw folder that cannot be read."""
-    files, problems = find_files(raw)
+def _files(params: Params, *, raw: Path, hub: Path) -> list[RawFile]:
+    """The files to read, in order. Raises Problem with everything that keeps them from being read and split."""
+    files, problems = find_files(raw, hub)
+    together = params.validation_percent + params.test_percent
+    if together >= 100:
+        problems.insert(
+            0,
+            bad_param(
+                "ingest.test_percent",
+                f"{params.test_percent:g}, and validation_percent {params.validation_percent:g}, leave nothing to train on; "
+                "lower one so that they are below 100 together",
+            ),
+        )
     if problems:
         raise Problem(*problems)
+    for line in describe_files(files):
+        print(f"ingest: {line}", flush=True)
     return files
 
 

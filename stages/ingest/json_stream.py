@@ -120,14 +120,14 @@ def _find_shape(path: Path, head: str) -> Shape:
     if not text.startswith("{"):
         return "lines"
     first_line, _, rest = text.partition("\n")
-    if _is_json(first_line) and rest.strip():
+    if is_json(first_line) and rest.strip():
         return "lines"
     if _is_wrapper(text):
         return "wrapper"
     if NUMBERED.match(text):
         return "numbered"
     next_line = rest.lstrip().partition("\n")[0]
-    if _is_json(next_line) and next_line.startswith("{"):
+    if is_json(next_line) and next_line.startswith("{"):
         return "lines"  # the first of which is broken
     return "objects" if rest.strip() and _goes_on(first_line) else "lines"
 
@@ -137,10 +137,11 @@ def _is_array(path: Path, text: str) -> bool:
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         return True
     first_line, _, rest = text.partition("\n")
-    return not _is_json(first_line) or not rest.strip()
+    return not is_json(first_line) or not rest.strip()
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
