@@ -51,8 +51,9 @@ NOT_CLOSED = "the array is not closed"
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
 """Keys under which a file keeps its rows; so are the names of splits."""
 ROW_FIELDS = frozenset(
-    ("instruction", "input", "output", "system", "history", "conversations", "conversation", "messages", "tools", "prompt")
-    + ("completion", "question", "answer", "text", "query", "response", "chosen", "rejected", "content", "summary", "target")
+    ("instruction", "input", "output", "system", "history", "conversations", "conversation", "messages", "tools")
+) | frozenset(
+    ("prompt", "completion", "question", "answer", "text", "query", "response", "chosen", "rejected", "content", "summary")
 )
 """An object with one of these keys is a row, even if it has a list of objects."""
 TURN_FIELDS = frozenset({"role", "from", "value", "content"})
@@ -273,10 +274,11 @@ def _split_lines(chunks: ByteChunks) -> Iterator[bytes]:
 def _read_array(text: "_Text") -> Iterator[tuple[int, Any]]:
     """Yields the elements of a file that is an array, and a Broken for each part that is not one."""
     text.skip_white_space()
-    number = 0
-    for number, value in _read_elements(text):  # noqa: B007
+    elements = 0
+    for number, value in _read_elements(text):
+        elements = number
         yield number, value
-    yield from _read_end(text, number + 1, "text after the end of the array")
+    yield from _read_end(text, elements + 1, "text after the end of the array")
 
 
 def _read_elements(text: "_Text") -> Iterator[tuple[int, Any]]:
@@ -355,9 +357,7 @@ def _read_wrapper(text: "_Text") -> Iterator[tuple[Place, Any]]:
 
 def _read_numbered(text: "_Text") -> Iterator[tuple[Place, Any]]:
     """Yields the values of an object whose keys are numbers."""
-    number = 0
-    for key in _read_members(text):
-        number += 1
+    for number, key in enumerate(_read_members(text), 1):
         yield number, key if isinstance(key, Broken) else text.read_element(None)
 
 

@@ -93,7 +93,9 @@ def find_files(raw: Path, hub: Path) -> tuple[list[RawFile], list[str]]:
             else:
                 files += _parts(path, prefix + path.relative_to(folder).as_posix())
     if not files and not problems:
-        problems.append(f"{raw}: no {', '.join(SUFFIXES)} file found; put your data there, or name it in fetch_data.datasets")
+        problems.append(
+            f"{raw}: no {', '.join(SUFFIXES)} file found; put your data there, or name it in fetch_data.datasets"
+        )
     files.sort(key=lambda file: (*HELD_OUT, None).index(file.split))
     return files, problems
 

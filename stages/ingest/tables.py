@@ -284,9 +284,7 @@ def _stream_parquet(path: Path) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="loratory-") as folder:
         link = Path(folder, "table.parquet")  # a name in which `datasets` finds no pattern
         link.symlink_to(path.resolve())
-        stream = datasets.IterableDataset.from_parquet(
-            str(link), cache_dir=folder, features=features, batch_size=BATCH_ROWS
-        )
+        stream = datasets.IterableDataset.from_parquet(str(link), cache_dir=folder, features=features, batch_size=BATCH_ROWS)
         for batch in stream.with_format("arrow").iter(BATCH_ROWS):
             yield from map(_parquet_row, batch.to_pylist())
 
