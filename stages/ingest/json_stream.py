@@ -33,7 +33,7 @@ objects one after the other are read in the same way.
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -232,28 +232,25 @@ def _wrapped(value: dict[str, Any]) -> str:
 
 
 def _read_lines(chunks: ByteChunks) -> Iterator[tuple[Place, Any]]:
+    values = _read_each_line(chunks)
+    first, second = next(values, None), next(values, None)
+    if first and second:
+        yield first
+        yield second
+        yield from values
+    elif first:  # the only value: a row, or an object that holds all of them
+        rows = list(_rows_of(first[1]))
+        yield from [first] if len(rows) == 1 and rows[0][1] is first[1] else rows
+
+
+def _read_each_line(chunks: ByteChunks) -> Iterator[tuple[int, Any]]:
     decoder = _Decoder()
-    only: tuple[int, Any] | None = None  # the first value, until it is known whether it is the only one
-    values = 0
     for number, line in enumerate(_split_lines(chunks), 1):
         text = line.decode("utf-8", errors="surrogateescape")
         if chunks.gzip_error:  # known when the last chunk was read, so this is the last line
-            value: Any = _broken(text, chunks.gzip_error)
+            yield number, _broken(text, chunks.gzip_error)
         elif text and not text.isspace():
-            value = decoder.decode_line(text, number)
-        else:
-            continue
-        values += 1
-        if values == 1:
-            only = number, value
-            continue
-        if only:
-            yield only
-            only = None
-        yield number, value
-    if only:
-        rows = list(_rows_of(only[1]))
-        yield from [only] if len(rows) == 1 and rows[0][1] is only[1] else rows
+            yield number, decoder.decode_line(text, number)
 
 
 def _split_lines(chunks: ByteChunks) -> Iterator[bytes]:
@@ -274,15 +271,12 @@ def _split_lines(chunks: ByteChunks) -> Iterator[bytes]:
 def _read_array(text: "_Text") -> Iterator[tuple[int, Any]]:
     """Yields the elements of a file that is an array, and a Broken for each part that is not one."""
     text.skip_white_space()
-    elements = 0
-    for number, value in _read_elements(text):
-        elements = number
-        yield number, value
+    elements = yield from _read_elements(text)
     yield from _read_end(text, elements + 1, "text after the end of the array")
 
 
-def _read_elements(text: "_Text") -> Iterator[tuple[int, Any]]:
-    """Yields the elements of the array at the position, and a Broken for each part that is not one."""
+def _read_elements(text: "_Text") -> Generator[tuple[int, Any], None, int]:
+    """Yields the elements of the array at the position, and a Broken for each part that is not one. Returns their number."""
     text.skip_character()  # the "["
     number = 0
     indent = text.skip_white_space()
@@ -290,7 +284,7 @@ def _read_elements(text: "_Text") -> Iterator[tuple[int, Any]]:
         number += 1
         if text.at_end():
             yield number, text.skip_broken(text.gzip_error or NOT_CLOSED, indent=None)
-            return
+            return number
         value = text.read_element(indent)
         yield number, value
         next_indent = text.skip_white_space()
@@ -303,14 +297,15 @@ def _read_elements(text: "_Text") -> Iterator[tuple[int, Any]]:
             case "]":
                 pass
             case "" if isinstance(value, Broken):
-                return  # the Broken says already that the end is missing
+                return number  # the Broken says already that the end is missing
             case _:
                 number += 1
                 yield number, text.skip_broken(text.gzip_error or NOT_CLOSED, indent=indent)
                 indent = text.skip_white_space()
                 if text.at_end():
-                    return
+                    return number
     text.skip_character()  # the "]"
+    return number
 
 
 def _read_end(text: "_Text", number: int, why: str) -> Iterator[tuple[int, Any]]:
@@ -406,7 +401,7 @@ class _Text:
         self._file_ended = False
         self._lines_before, self._column_before = 0, 0  # where in the file the buffer begins
         self.was_broken = False
-        """Whether a part was returned as a Broken."""
+        """Whether a part was skipped and returned as a Broken."""
 
     @property
     def gzip_error(self) -> str:
@@ -466,7 +461,6 @@ class _Text:
                 # A number at the end of the buffer may go on: 12 may be the start of 12.5.
                 if self._is_final(end) or not self._read_more():
                     self._position = end
-                    self.was_broken |= isinstance(value, Broken)
                     return value
 
     def skip_broken(self, why: object, *, indent: str | None) -> Broken:
