@@ -23,6 +23,7 @@ class ByteChunks:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if the file cannot be opened or read; so does iterating."""
+        self.path = path
         self.gzip_error = ""
         """What is wrong with the gzip file; known when the last chunk was given."""
         self._damage = ""

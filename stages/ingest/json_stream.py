@@ -121,16 +121,28 @@ def _find_shape(path: Path, head: str) -> Shape:
     if not text.startswith("{"):
         return "lines"
     first_line, _, rest = text.partition("\n")
+    next_lines = rest.lstrip().split("\n", 2)[:2]
+    # Objects in lines of their own are JSON lines, even if the first one is broken; in a list, commas stand between them.
+    if all(line.startswith("{") and is_json(line) for line in next_lines if line) and rest.strip():
+        return "lines"
     if is_json(first_line) and rest.strip():
         return "lines"
+    if _has_second_object(text):
+        return "objects"
     if _is_wrapper(text):
         return "wrapper"
     if NUMBERED.match(text):
         return "numbered"
-    next_line = rest.lstrip().partition("\n")[0]
-    if is_json(next_line) and next_line.startswith("{"):
-        return "lines"  # the first of which is broken
     return "objects" if rest.strip() and _goes_on(first_line) else "lines"
+
+
+def _has_second_object(text: str) -> bool:
+    """Whether another object follows the first one."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip(" \t\r\n,").startswith("{")
 
 
 def _is_array(path: Path, text: str) -> bool:
@@ -399,7 +411,8 @@ class _Text:
         self._buffer = ""
         self._position = 0
         self._file_ended = False
-        self._lines_before, self._column_before = 0, 0  # where in the file the buffer begins
+        self._buffer_start = 0  # characters of the file before the buffer
+        self._lines = _LineCounter(chunks.path)
         self.was_broken = False
         """Whether a part was skipped and returned as a Broken."""
 
@@ -493,20 +506,13 @@ class _Text:
 
     def _describe(self, error: json.JSONDecodeError) -> str:
         """What is wrong, with the line and column in the file."""
-        line, column = self._place_of(error.pos)
-        return f"{error.msg}: line {line + 1} column {column + 1}"
-
-    def _place_of(self, position: int) -> tuple[int, int]:
-        """Lines, and characters of the last line, from the beginning of the file to a position of the buffer."""
-        lines = self._buffer.count("\n", 0, position)
-        column = position - self._buffer.rfind("\n", 0, position) - 1 if lines else self._column_before + position
-        return self._lines_before + lines, column
+        return f"{error.msg}: {self._lines.find(self._buffer_start + error.pos)}"
 
     def _read_more(self) -> bool:
         """Reads at least as much text as is left, so that a long element is decoded few times. False at the end."""
         if self._file_ended:
             return False
-        self._lines_before, self._column_before = self._place_of(self._position)
+        self._buffer_start += self._position
         left = self._buffer[self._position :]
         chunks, size = [], 0
         while size <= len(left) and not self._file_ended:
@@ -517,6 +523,40 @@ class _Text:
         self._buffer = left + self._decode_utf8(b"".join(chunks), self._file_ended)
         self._position = 0
         return True
+
+
+class _LineCounter:
+    """Finds the line and the column of a character, in a second reading of the file that only an error needs.
+
+    Counting the lines of every file would take a tenth of the time of reading it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._texts: Iterator[str] | None = None
+        self._text = ""
+        self._counted, self._line, self._column = 0, 1, 1  # up to where the text begins
+
+    def find(self, position: int) -> str:
+        """The place of the character at a position, which is not before the last that was asked for."""
+        if self._texts is None:
+            decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
+            self._texts = map(decode, ByteChunks(self._path))
+        while self._counted + len(self._text) < position:
+            self._count(len(self._text))
+            text = next(self._texts, None)
+            if text is None:
+                break
+            self._text = text
+        self._count(max(0, position - self._counted))
+        return f"line {self._line} column {self._column}"
+
+    def _count(self, length: int) -> None:
+        """Goes over the first characters of the text."""
+        passed, self._text = self._text[:length], self._text[length:]
+        self._counted += len(passed)
+        self._line += passed.count("\n")
+        self._column = len(passed) - passed.rfind("\n") if "\n" in passed else self._column + len(passed)
 
 
 # Values
