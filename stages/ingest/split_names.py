@@ -30,4 +30,4 @@ def split_in_name(name: str) -> str:
 def split_of_path(path: PurePosixPath) -> str:
     """The split of a file: of the outermost folder that is named like a split, or else in the name of the file."""
     folders = (split_named(folder) for folder in path.parts[:-1])
-    return next(filter(None, folders), "") or split_in_name(path.name.partition(".")[0])
+    return next(filter(None, folders), "") or split_in_name(path.name.removesuffix(".gz").rpartition(".")[0])
