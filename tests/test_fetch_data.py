@@ -345,7 +345,7 @@ def test_an_empty_list_makes_an_empty_folder_without_network_or_libraries(hub: H
 
 
 def test_everything_wrong_with_the_list_is_said_at_once(tmp_path: Path) -> None:
-    wrong = [entry(path="tiny"), entry(revision="main"), entry(), entry(split="train"), entry(name="zh")]
+    wrong = [entry(path="tiny"), entry(revision="main"), entry(), entry(split="train"), entry(name="zh"), entry(name="../x")]
     with pytest.raises(Problem) as caught:
         fetch_data(Params(datasets=wrong), hub=tmp_path / "hub")  # type: ignore[arg-type]
     assert [message.split(": ")[1] for message in caught.value.messages] == [
@@ -353,6 +353,7 @@ def test_everything_wrong_with_the_list_is_said_at_once(tmp_path: Path) -> None:
         "fetch_data.datasets.1.revision",
         "fetch_data.datasets.2",
         "fetch_data.datasets.3",
+        "fetch_data.datasets.5.name",
     ]
     assert "40 hex digits" in caught.value.messages[1]
     with pytest.raises(Problem) as caught:

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.core.jsonl import read_json, write_json
-from stages.core.output import sha256_of
+from stages.core.output import fresh_file, sha256_of
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 
@@ -40,8 +40,8 @@ def get_splits(path: str, commit: str, name: str, *, parent: Path) -> Splits:
             listed = folder / "splits" / f"{name or '(default)'}.json"
             if not _check_kept(folder / "files", listed):
                 splits = _download(path, commit, name, folder=folder)
-                listed.parent.mkdir(exist_ok=True)
-                write_json(listed, splits)
+                with fresh_file(listed) as file:
+                    write_json(file, splits)
             return _named({split: list(files) for split, files in read_json(listed).items()}, folder / "files")
     except Timeout:
         raise Problem(f"{folder}: another fetch_data uses this download folder; wait until it ends, or stop it") from None

@@ -80,6 +80,8 @@ def _find_problems(datasets: list[HubDataset]) -> list[str]:
                     "later; write the 40 hex digits that the hub shows under the data set's history",
                 )
             )
+        if re.search(r"[/\\]", dataset.name):
+            problems.append(bad_param(f"{where}.name", f"{dataset.name!r} is not the name of a configuration"))
         earlier = splits.setdefault((dataset.path, dataset.name), [])
         if any("" in (dataset.split, other.split) or dataset.split == other.split for other in earlier):
             problems.append(bad_param(where, f"{dataset.path} stands in the list already, with the same split"))
