@@ -105,9 +105,9 @@ def read_values(path: Path) -> Iterator[tuple[Place, Any]]:
 
 
 def has_split_lists(path: Path) -> bool:
-    """Whether a file is a wrapper that may have lists under the names of splits."""
-    head = ByteChunks(path).head.decode("utf-8", "surrogateescape")
-    return _find_shape(path, head) == "wrapper"
+    """Whether a file is a wrapper that begins with the list of a split."""
+    head = ByteChunks(path).head.decode("utf-8", "surrogateescape").lstrip(" \t\r\n")
+    return _find_shape(path, head) == "wrapper" and bool(split_named(_first_list(head)))
 
 
 # Shapes
@@ -180,7 +180,7 @@ def _is_wrapper(text: str) -> bool:
     found = LIST.match(text, scalars.end()) if scalars else None
     if not scalars or not found or not ROW_FIELDS.isdisjoint(re.findall(r'"(\w+)"\s*:', scalars[0])):
         return False
-    key = found[1][1:-1]
+    key = _first_list(text)
     if found[2].endswith("]"):
         return bool(split_named(key))
     if key not in WRAPPERS and not split_named(key):
@@ -190,6 +190,13 @@ def _is_wrapper(text: str) -> bool:
     except (ValueError, RecursionError):
         return True
     return not _is_turn(first)
+
+
+def _first_list(text: str) -> str:
+    """The key of the first member of an object that is neither a text nor a number, if it is a list of objects."""
+    scalars = SCALARS.match(text)
+    found = LIST.match(text, scalars.end()) if scalars else None
+    return found[1][1:-1] if found else ""
 
 
 def _is_turn(value: Any) -> bool:

@@ -248,13 +248,13 @@ def _parquet_problem(path: Path) -> str:
 
     try:
         schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a damaged name of a column is a ValueError
         return f"not a complete Parquet file: {_one_line(error)}; get it again from an undamaged copy"
     problems = []
     for field in schema:
         try:
             datasets.Features.from_arrow_schema(pa.schema([field.remove_metadata()]))
-        except (ValueError, TypeError, NotImplementedError, AttributeError):
+        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError):
             problems.append(f"column {field.name!r} has the type {field.type}, which `datasets` does not read")
     return "; ".join(problems) + "; leave it out or write it as text" if problems else ""
 
