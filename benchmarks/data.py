@@ -102,6 +102,7 @@ def run_ingest(work: Path, _: Path) -> None:
     ingest(
         Params(**params("ingest") | {"test_percent": 0.1, "validation_percent": 0.1}),
         raw=work / "raw",
+        hub=work / "hub",
         examples=work / "examples",
         report=work / "ingest.json",
     )

@@ -47,9 +47,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workspace:
-    """The project's copy, with its seven stages run once by DVC."""
+    """The project's copy, with its eight stages run once by DVC."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"), tiny_model)
-    stages = ["fetch", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score"]
+    stages = ["fetch", "fetch_data", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score"]
     with preloaded.python(tmp_path_factory.mktemp("first"), hash_seed=1):
         ran = workspace.repro()
     assert sorted(ran) == sorted(stages)

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.ingest.ingest import Params, ingest
+from stages.ingest.json_stream import Broken
+from stages.ingest.raw_files import find_files, read_rows
+from stages.ingest.split_names import split_of_path
 
 COLUMNS = {
     name: name for name in ("instruction", "input", "output", "system", "history", "conversations", "messages", "tools")
@@ -40,8 +43,9 @@ class Folder:
     """A raw folder with enough rows for three splits, and the outputs of ingest for it."""
 
     def __init__(self, root: Path, name: str = "raw") -> None:
-        self.root, self.raw = root, root / name
+        self.root, self.raw, self.hub = root, root / name, root / "hub"
         self.raw.mkdir()
+        self.hub.mkdir(exist_ok=True)
         self.write("filler.json", json.dumps(FILLER))
 
     def write(self, name: str, text: str | bytes) -> None:
@@ -50,7 +54,8 @@ class Folder:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
 
     def ingest(self, **params: Any) -> dict[str, Any]:
-        ingest(Params(**PARAMS | params), raw=self.raw, examples=self.root / "examples", report=self.root / "report.json")
+        outputs = {"examples": self.root / "examples", "report": self.root / "report.json"}
+        ingest(Params(**PARAMS | params), raw=self.raw, hub=self.hub, **outputs)
         report: dict[str, Any] = json.loads((self.root / "report.json").read_text())
         return report
 
@@ -366,7 +371,8 @@ def test_any_file_content_is_accounted_for_without_a_traceback(
     try:
         report = folder.ingest(**params)
     except Problem as problem:
-        if "no rows for" not in str(problem):  # rows of another format leave a split empty
+        # Rows of another format leave a split empty, and a file without any JSON is refused as a whole.
+        if "no rows for" not in str(problem) and "fuzz.json: no JSON in its first lines" not in str(problem):
             raise
         return
     kept = sum(len(folder.rows(split)) for split in ("train", "validation", "test"))
@@ -470,10 +476,10 @@ def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Fold
 
 
 def test_a_file_that_would_be_ignored_is_an_error(folder: Folder) -> None:
-    folder.write("table.csv", "a,b")
+    folder.write("table.xlsx", "a,b")
     folder.write(".hidden", "")
     folder.write("big.jsonl.dvc", "outs: []")
-    with pytest.raises(Problem, match=r"table\.csv: not one of \.json, \.jsonl") as caught:
+    with pytest.raises(Problem, match=r"table\.xlsx: not one of \.json, \.jsonl") as caught:
         folder.ingest()
     assert len(caught.value.messages) == 1
 
@@ -498,7 +504,7 @@ def test_splits_without_rows_are_an_error(folder: Folder) -> None:
         "params.yaml: ingest.test_percent: no rows for test; add data, or raise it",
     )
     with pytest.raises(Problem, match=r"params\.yaml: ingest: no rows for train; add data, or lower validation_percent"):
-        folder.ingest(test_percent=99)
+        folder.ingest(validation_percent=0, test_percent=99)
 
 
 def test_the_removed_parameter_is_explained() -> None:
@@ -522,3 +528,200 @@ def test_names_with_spaces_parentheses_quotes_and_chinese(tmp_path: Path) -> Non
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=0)
     assert caught.value.messages[1].startswith("not_json: 1 rejected, the first is bad (2).jsonl:1: Expecting")
+
+
+# Files of every kind
+
+
+def row(text: str) -> dict[str, str]:
+    return {"instruction": text, "output": "x"}
+
+
+def test_csv_parquet_and_json_in_any_encoding_give_the_same_rows(folder: Folder) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = "instruction,output\n问题,答案\n"
+    wanted = [[user("问题"), assistant("答案")]]
+    files = {
+        "a.csv": text.encode(),
+        "b.csv": text.encode("utf-16"),
+        "c.csv.gz": gzip.compress(text.encode("utf-8-sig")),
+        "d.tsv": text.replace(",", "\t").encode(),
+        "e.json": json.dumps({"instruction": "问题", "output": "答案"}, ensure_ascii=False, indent=2).encode("utf-16"),
+        "f.jsonl": lines({"instruction": "问题", "output": "答案"}).encode("utf-16-le"),
+    }
+    pq.write_table(pa.table({"instruction": ["问题"], "output": ["答案"]}), folder.root / "g.parquet")
+    files["g.parquet"] = (folder.root / "g.parquet").read_bytes()
+    for name, data in files.items():
+        folder.write(name, data)
+        assert folder.ingest()["rows_rejected"] == 0
+        assert [kept["messages"] for kept in folder.kept(name)] == wanted
+        assert [kept["source"] for kept in folder.kept(name)] == [f"{name}:1"]
+        (folder.raw / name).unlink()
+
+
+def test_a_row_of_a_table_that_cannot_be_read_is_counted_by_its_format(folder: Folder) -> None:
+    folder.write("x.csv", b'instruction,output\na,b\nc\nd,\xff\ne,"f\ng,h\n')
+    report = folder.ingest()
+    assert report["rejected_by_reason"] == {"not_csv": 2, "bad_encoding": 1}
+    found = {rejected["source"]: rejected for rejected in folder.rows("rejected")}
+    assert found["x.csv:2"] == {
+        "source": "x.csv:2",
+        "reason": "not_csv",
+        "detail": "the header has 2 cells, this row only 1",
+        "raw": "c",
+    }
+    assert set(found) == {"x.csv:2", "x.csv:3", "x.csv:4"}
+    assert [kept["source"] for kept in folder.kept("x.csv")] == ["x.csv:1", "x.csv:5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.json", b"PAR1...", "it is a Parquet file; name it .parquet"),
+        ("x.json", gzip.compress(b"{}"), "it is compressed with gzip; add .gz to its name"),
+        ("x.csv", b"PK\x03\x04...", "it is a zip archive or an Excel file"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "get the data with: git lfs pull"),
+        ("x.jsonl", b"instruction,output\na,b\n", "no JSON in its first lines, which begin with 'instruction,output'"),
+        ("x.jsonl", b"{'instruction': 'a', 'output': 'b'}\n" * 3, "Python's notation, with single quotes"),
+        ("x.json", ('[{"instruction": "' + "给定一个句子翻译成中文" * 9 + '"}]').encode("gbk"), "it looks like GB18030"),
+        (
+            "x.csv",
+            ("问题,答案\n" + "给定一个句子,翻译成中文\n" * 9).encode("gbk"),
+            "iconv -f GB18030 -t UTF-8 x.csv > new.x.csv",
+        ),
+        ("x.json", ('["' + "請將這句話翻譯成英文，謝謝您的幫助" * 9 + '"]').encode("big5"), "iconv -f BIG5"),
+        ("x.csv", ("问题,答案\n" * 9).encode("utf-16-le"), "it looks like UTF-16-LE"),
+        ("x.csv", b"", "empty; a CSV file begins with a line"),
+        ("x.csv", b"a,a\n1,2\n", "two columns have the name 'a'"),
+        ("x.parquet", b"a,b\n", "not a complete Parquet file"),
+        ("README.txt", b"About", "move or rename it"),
+    ],
+)
+def test_a_file_of_another_format_or_encoding_is_said_once(folder: Folder, name: str, data: bytes, message: str) -> None:
+    folder.write(name, data)
+    with pytest.raises(Problem) as caught:
+        folder.ingest()
+    (said,) = caught.value.messages
+    assert said.startswith(f"{folder.raw / name}: ")
+    assert message in said
+
+
+def test_damaged_characters_in_chinese_utf8_are_no_other_encoding(folder: Folder) -> None:
+    good = [{"instruction": f"给定一个英文句子，翻译成中文 {n}", "output": "我喜欢学习"} for n in range(20)]
+    folder.write("x.jsonl", lines(*good).encode() + b'{"instruction": "\xff\xfe\xfd", "output": "b"}\n' * 12)
+    assert folder.ingest()["rejected_by_reason"]["bad_encoding"] == 12
+
+
+def test_a_text_file_is_one_document(folder: Folder) -> None:
+    files, problems = find_files(folder.raw, folder.hub)
+    assert problems == []
+    folder.write("book.txt", "第一章\n\n第二章\r\n".encode("utf-16"))
+    folder.write("notes.txt.gz", gzip.compress(b"\xef\xbb\xbfone\ntwo"))
+    folder.write("cut.txt.gz", gzip.compress(b"one\ntwo")[:-6])
+    files, _ = find_files(folder.raw, folder.hub)
+    rows = {read.source: read.value for read in read_rows(files, formats={}) if "txt" in read.file}
+    assert rows == {
+        "book.txt:1": {"text": "第一章\n\n第二章\r\n"},
+        "notes.txt.gz:1": {"text": "one\ntwo"},
+        "cut.txt.gz:1": Broken("one\ntwo", "the gzip file is truncated", "not_text"),
+    }
+
+
+# Splits by name
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data_test.json", "test"),
+        ("test-00000-of-00001.parquet", "test"),
+        ("Test.jsonl", "test"),
+        ("zh.dev.csv", "validation"),
+        ("val.jsonl.gz", "validation"),
+        ("valid/x.json", "validation"),
+        ("zh/Validation/train.json", "validation"),
+        ("test/validation.json", "test"),
+        ("train.jsonl", "train"),
+        ("train/test.json", "train"),
+        ("latest.json", ""),
+        ("contest/x.json", ""),
+        ("my-test/x.json", ""),
+        ("train_test.json", ""),
+        ("eval.json", ""),
+        ("x.test", ""),
+    ],
+)
+def test_the_split_of_a_name(path: str, split: str) -> None:
+    assert split_of_path(PurePosixPath(path)) == split
+
+
+def test_with_sets_of_ones_own_nothing_is_taken_from_the_other_files(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.write("train.jsonl", lines(*(row(f"train {n}") for n in range(100))))
+    folder.ingest()
+    assert capsys.readouterr().out == ""
+    homes = {split for split in ("train", "validation", "test") for kept in folder.rows(split) if "train" in kept["source"]}
+    assert homes == {"train", "validation", "test"}  # with train alone, both are taken from it
+
+    folder.write("data_test.json", lines(*(row(f"test {n}") for n in range(5))))
+    folder.ingest()
+    assert {kept["source"].split(":")[0] for kept in folder.rows("test")} == {"data_test.json"}
+    assert {kept["source"].split(":")[0] for kept in folder.rows("validation")} == {"filler.json", "train.jsonl"}
+    assert capsys.readouterr().out == "ingest: test: by name, the rows of data_test.json; test_percent takes no others\n"
+
+    for name in ("a", "b", "c", "d"):
+        folder.write(f"dev/{name}.jsonl", lines(row(f"dev {name}")))
+    folder.ingest(validation_percent=0)
+    assert sorted(kept["source"] for kept in folder.rows("validation")) == [f"dev/{name}.jsonl:1" for name in "abcd"]
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "ingest: validation: by name, the rows of dev/a.jsonl, dev/b.jsonl, dev/c.jsonl and 1 more; validation_percent "
+        "takes no others"
+    )
+
+
+def test_lists_of_one_file_go_where_their_names_say_and_test_comes_first(folder: Folder) -> None:
+    value = {"train": [row("a"), row("same")], "validation": [row("b")], "test": [row("Same "), row("c")]}
+    folder.write("all.json", json.dumps(value))
+    folder.ingest()
+    assert [kept["source"] for kept in folder.rows("test")] == ["all.json:test:1", "all.json:test:2"]
+    assert [kept["source"] for kept in folder.rows("validation")] == ["all.json:validation:1"]
+    assert {"all.json:train:1"} <= {kept["source"] for kept in folder.rows("train")}
+    assert [(rejected["source"], rejected["reason"]) for rejected in folder.rows("rejected")] == [
+        ("all.json:train:2", "duplicate")
+    ]
+
+
+def test_data_sets_of_the_hub_are_read_beside_the_raw_files(folder: Folder) -> None:
+    for split, name in (("train_sft", "a.jsonl"), ("test_sft", "b.jsonl")):
+        path = folder.hub / "owner--test" / split / name
+        path.parent.mkdir(parents=True)
+        path.write_text(lines(row(split)))
+    report = folder.ingest(formats={"hub/owner--test/*": "alpaca"})
+    assert [kept["source"] for kept in folder.rows("test")] == ["hub/owner--test/test_sft/b.jsonl:1"]
+    assert report["files"]["hub/owner--test/train_sft/a.jsonl"]["alpaca"] == 1
+    (folder.raw / "filler.json").unlink()
+    with pytest.raises(Problem, match="no rows for validation"):  # and not: no files
+        folder.ingest()
+
+
+def test_percentages_that_leave_nothing_to_train_on_are_refused_at_once(folder: Folder) -> None:
+    folder.write("x.csv", "")
+    with pytest.raises(Problem) as caught:
+        folder.ingest(validation_percent=60, test_percent=40)
+    assert caught.value.messages[0] == (
+        "params.yaml: ingest.test_percent: 40, and validation_percent 60, leave nothing to train on; lower one so that they "
+        "are below 100 together"
+    )
+    assert len(caught.value.messages) == 2
+
+
+def test_an_empty_folder_says_what_is_read(folder: Folder) -> None:
+    (folder.raw / "filler.json").unlink()
+    with pytest.raises(Problem) as caught:
+        folder.ingest()
+    (message,) = caught.value.messages
+    for suffix in (".jsonl", ".parquet", ".csv", ".txt", "fetch_data.datasets"):
+        assert suffix in message

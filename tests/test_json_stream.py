@@ -193,9 +193,17 @@ def test_the_recovery_example_of_the_docstring(tmp_path: Path) -> None:
     assert found[1][1].text == '{"a": 2, "b": {\n    "c": 3,'
 
 
-def test_the_position_of_an_error_counts_from_the_start_of_its_element(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_an_error_is_named_by_its_line_and_column_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
     found = read(tmp_path, b'[{"a": 1}, {"b": }]')
-    assert found[1][1] == Broken('{"b": }]', "Expecting value: line 1 column 7 (char 6)")
+    assert found[1][1] == Broken('{"b": }]', "Expecting value: line 1 column 18")
+    found = read(tmp_path, b'[\n  {"a": 1},\n  {"a": 2,\n   "b": }\n]')
+    assert found[1][1] == Broken('{"a": 2,\n   "b": }\n]', "Expecting value: line 4 column 9")
+    found = read(tmp_path, b'{"a": 1}\n\n{"b": }\n')
+    assert found[1] == (3, Broken('{"b": }', "Expecting value: line 3 column 7"))
 
 
 def test_concatenated_gzip_files_are_one_file_and_a_damaged_one_is_reported(tmp_path: Path) -> None:
@@ -218,3 +226,118 @@ def test_a_written_line_is_read_back(value: Any) -> None:
 def test_long_integers_keep_all_digits() -> None:
     for number in (2**63, 2**64, -(10**30), 123456789012345678901234567890):
         assert parse_line(dump_line({"n": number})) == {"n": number}
+
+
+# Shapes
+
+ROWS = [{"q": f"问 {n}", "a": f"answer {n}"} for n in range(3)]
+COLUMNS = {name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ("q", "a")}
+TABLE = {"columns": ["q", "a"], "index": [0, 1, 2], "data": [[row["q"], row["a"]] for row in ROWS]}
+NUMBERED = {str(n): row for n, row in enumerate(ROWS)}
+SHAPES: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
+    "data": ({"data": ROWS}, list(enumerate(ROWS, 1))),
+    "data between other members": (
+        {"version": "1.1", "n": -1.5e3, "data": ROWS, "license": {"a": [1]}, "tags": ["x"]},
+        list(enumerate(ROWS, 1)),
+    ),
+    "any key": ({"about": {"x": 1}, "dialogs": ROWS}, list(enumerate(ROWS, 1))),
+    "splits": (
+        {"train": ROWS[:2], "dev": ROWS[2:], "test": []},
+        [("train:1", ROWS[0]), ("train:2", ROWS[1]), ("dev:1", ROWS[2])],
+    ),
+    "a second list": ({"data": ROWS[:1], "authors": [{"x": 1}]}, [(1, ROWS[0]), ("authors:1", {"x": 1})]),
+    "columns": (COLUMNS, list(enumerate(ROWS, 1))),
+    "split": (TABLE, list(enumerate(ROWS, 1))),
+    "numbered": (NUMBERED, list(enumerate(ROWS, 1))),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_rows_in_one_object_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, indent: int | None, encoding: str, chunk: int
+) -> None:
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", chunk)
+    value, rows = SHAPES[shape]
+    data = json.dumps(value, ensure_ascii=False, indent=indent).encode(encoding)
+    assert read(tmp_path, data) == rows
+    assert read(tmp_path, data, "x.json.gz") == rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_large_object_is_read_as_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """Its first line does not end within what is looked at."""
+    monkeypatch.setattr(byte_chunks, "CHUNK_BYTES", 32)
+    monkeypatch.setattr(byte_chunks, "HEAD_BYTES", 32)
+    value, rows = SHAPES[shape]
+    if shape != "data between other members":  # the list does not begin within what is looked at
+        assert read(tmp_path, json.dumps(value, ensure_ascii=False).encode()) == rows
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"turns": [{"from": "human", "value": "q"}]},
+        {"data": [{"role": "user", "content": "q"}]},
+        {"id": "1", "data": ["question", "answer"]},
+        {"instruction": "q", "output": "a", "images": [{"path": "x"}]},
+        {"question": "q", "answers": [{"text": "a"}]},
+        {"q": "x", "a": {"0": "y"}},
+        {"a": {}},
+        {"a": [{"x": 1}], "b": [{"y": 1}]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_single_row_with_lists_stays_a_row(tmp_path: Path, row: dict[str, Any], indent: int | None) -> None:
+    assert read(tmp_path, json.dumps(row, indent=indent).encode()) == [(1, row)]
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", ",\n"])
+def test_pretty_printed_objects_are_rows_and_a_broken_one_costs_itself(tmp_path: Path, between: str) -> None:
+    rows = [{"data": [{"x": n}], "b": {"c": [n]}} for n in range(4)]
+    texts = [json.dumps(row, indent=2) for row in rows]
+    assert read(tmp_path, between.join(texts).encode()) == list(enumerate(rows, 1))
+    if between != ",\n":
+        texts[1] = texts[1][:-3]
+        found = [value for _, value in read(tmp_path, between.join(texts).encode())]
+        assert [found[0], *found[2:]] == [rows[0], *rows[2:]]
+        assert isinstance(found[1], Broken)
+
+
+def test_one_broken_pretty_printed_object_is_one_broken_row(tmp_path: Path) -> None:
+    text = json.dumps({"messages": [{"role": "user", "content": str(n)} for n in range(2000)]}, indent=2)
+    ((number, broken),) = read(tmp_path, text[:-2].encode())
+    assert number == 1
+    assert f"line {len(text.splitlines()) - 1} column" in broken.detail
+
+
+def test_a_broken_first_line_makes_json_lines_no_other_shape(tmp_path: Path) -> None:
+    for first in ('{"q": "cut', '{"data": [{"a": 1}', '{"q":', '{"0": {"a": 1}'):
+        found = read(tmp_path, f'{first}\n{{"q": "b"}}\n{{"q": "c"}}\n'.encode())
+        assert isinstance(found[0][1], Broken)
+        assert found[1:] == [(2, {"q": "b"}), (3, {"q": "c"})]
+
+
+@pytest.mark.parametrize("value", [{"data": ROWS}, NUMBERED, {"train": ROWS, "test": ROWS}])
+def test_a_truncated_object_keeps_its_complete_rows(tmp_path: Path, value: Any) -> None:
+    text = json.dumps(value)
+    whole = read(tmp_path, text.encode())
+    for cut in range(20, len(text)):
+        found = read(tmp_path, text[:cut].encode())
+        assert found[:-1] == whole[: len(found) - 1]
+        assert isinstance(found[-1][1], Broken)
+
+
+def test_what_utf16_cannot_mean_costs_only_its_line(tmp_path: Path) -> None:
+    lines = '{"a": "一"}\n'.encode("utf-16-le")
+    found = read(tmp_path, b"\xff\xfe" + lines + b'{\0"\0a\0"\0:\0"\0\x00\xd8"\0}\0\n\0' + lines + b"x")
+    assert [found[0], found[2]] == [(1, {"a": "一"}), (3, {"a": "一"})]
+    assert found[1] == (2, {"a": "\udcff"})
+    assert isinstance(found[3][1], Broken)
+
+
+def test_gb18030_with_a_mark_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path, '\ufeff{"a": "一"}\n{"a": "二"}\n'.encode("gb18030")) == [(1, {"a": "一"}), (2, {"a": "二"})]

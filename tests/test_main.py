@@ -21,7 +21,7 @@ from stages.ingest import ingest
 from tests.tiny import PROJECT, Workspace
 
 OUT = ("data/examples", "reports/ingest.json")
-INGEST = ("ingest", "--raw", "data/raw", "--examples", OUT[0], "--report", OUT[1])
+INGEST = ("ingest", "--raw", "data/raw", "--hub", "data/hub", "--examples", OUT[0], "--report", OUT[1])
 
 
 @pytest.fixture
@@ -39,23 +39,24 @@ def test_usage_and_unknown_stage(here: Workspace, capsys: pytest.CaptureFixture[
     assert say(capsys)[0] == 2
     status, said = say(capsys, "trian", "--raw", "a")
     assert status == 1
-    assert "no stage 'trian' in dvc.yaml; the stages are fetch, ingest" in said
+    assert "no stage 'trian' in dvc.yaml; the stages are fetch, fetch_data, ingest" in said
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--raw", "data/raw"), "wanted the paths --raw, --examples, --report; found --raw; see its cmd in dvc.yaml"),
+        (("--raw", "data/raw"), "wanted the paths --raw, --hub, --examples, --report; found --raw; see its cmd in dvc.yaml"),
         (
             (*INGEST[1:], "--more", "x"),
-            "wanted the paths --raw, --examples, --report; found --raw, --examples, --report, --more",
+            "wanted the paths --raw, --hub, --examples, --report; found --raw, --hub, --examples, --report, --more",
         ),
         (("data/raw",), "wanted --name path for each path, once, found 'data/raw'"),
         (("--raw", "a", "--raw", "b"), "wanted --name path for each path, once, found '--raw a --raw b'"),
         (("--raw",), "wanted --name path for each path, once, found '--raw'"),
         (
-            ("--raw", "data/raw", "--examples", "", "--report", OUT[1]),
-            "wanted --name path for each path, once, found '--raw data/raw --examples  --report reports/ingest.json'",
+            ("--raw", "data/raw", "--hub", "data/hub", "--examples", "", "--report", OUT[1]),
+            "wanted --name path for each path, once, found '--raw data/raw --hub data/hub --examples  --report "
+            "reports/ingest.json'",
         ),
     ],
 )
@@ -102,10 +103,10 @@ def test_a_broken_file_of_the_pipeline_is_one_message(
     ("words", "message"),
     [
         (
-            ("--raw", "data/raw", "--examples", "params.yaml/x", "--report", OUT[1]),
+            ("--raw", "data/raw", "--hub", "data/hub", "--examples", "params.yaml/x", "--report", OUT[1]),
             "params.yaml/x.partial: a part of this path is a file",
         ),
-        (("--raw", "data/raw", "--examples", OUT[0], "--report", "reports"), "reports: a file is needed here"),
+        ((*INGEST[1:-1], "reports"), "reports: a file is needed here"),
         ((*INGEST[1:], "--provenance", "reports"), "reports: a file is needed here"),
         ((*INGEST[1:], "--provenance", "params.yaml/x/y"), "params.yaml/x/y.partial: a part of this path is a file"),
     ],
@@ -170,7 +171,7 @@ def test_what_the_system_refuses_is_one_message(
 def test_ctrl_c_is_no_traceback(
     here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ingest, "_files", interrupt)
@@ -262,7 +263,7 @@ def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
 
 def test_a_stage_runs_in_a_process_of_its_own(here: Workspace, tmp_path: Path) -> None:
     out, report = tmp_path / "examples", tmp_path / "report.json"
-    done = here.run("ingest", "--raw", "data/raw", "--examples", str(out), "--report", str(report))
+    done = here.run("ingest", "--raw", "data/raw", "--hub", "data/hub", "--examples", str(out), "--report", str(report))
     assert (done.returncode, done.stderr) == (0, "")
     assert "64 rows read, 60 kept" in done.stdout
     for file in (here.root / "data" / "examples").iterdir():

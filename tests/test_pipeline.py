@@ -18,13 +18,14 @@ SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
 PARAMS = YAML(typ="safe").load(PROJECT / "params.yaml")
 
 GENERATE = {"generate@base", "generate@merged"}
-ALL = {"fetch", "ingest", "encode", "train", "merge", "score"} | GENERATE
+ALL = {"fetch", "fetch_data", "ingest", "encode", "train", "merge", "score"} | GENERATE
 
 # The contract with the user, written by hand: what runs again by itself, if the named thing changes ...
 ENCODED = {"encode", "train", "merge"} | GENERATE
 MODELS = {"train", "merge"} | GENERATE
 READ_BY = {
     "fetch": {"fetch"},
+    "fetch_data": {"fetch_data"},
     "ingest": {"ingest"},
     "encode": {"encode"},
     "train": {"train"},
@@ -37,6 +38,7 @@ READ_BY = {
     "stages/__main__.py": ALL,
     # A folder of a stage reruns that stage, core reruns all ...
     "stages/fetch/": {"fetch"},
+    "stages/fetch_data/": {"fetch_data"},
     "stages/ingest/": {"ingest"},
     "stages/encode/": {"encode"},
     "stages/train/": {"train"},
@@ -78,8 +80,9 @@ CODE = sorted(
 )
 # ... and what comes after each stage, where its result is another.
 AFTER = {
-    "fetch": ALL - {"ingest"},
-    "ingest": ALL - {"fetch"},
+    "fetch": ALL - {"fetch_data", "ingest"},
+    "fetch_data": ALL - {"fetch", "fetch_data"},
+    "ingest": ALL - {"fetch", "fetch_data"},
     "encode": {"train", "merge", "score"} | GENERATE,
     "train": {"merge", "generate@merged", "score"},
     "merge": {"generate@merged", "score"},
@@ -453,7 +456,7 @@ def test_folders_templates_losses_and_raw_files_may_have_any_name(tmp_path: Path
     raw = workspace.root / "data" / "raw"
     (raw / odd).mkdir()
     (raw / "zh.json").rename(raw / odd / "数据 (1) 'x'.json")
-    assert len(workspace.repro()) == 8
+    assert len(workspace.repro()) == 9
     assert not list(workspace.root.rglob("hacked"))
     assert workspace.stale() == (set(), set())
 
@@ -469,7 +472,7 @@ def test_a_model_with_code_of_its_own_and_a_slow_tokenizer_goes_through_all_stag
     given["train"]["target_modules"] = ["W_pack"]
     given["encode"]["template"] = "stages/templates/human_assistant.jinja"
     workspace.write(given)
-    assert len(workspace.repro()) == 8
+    assert len(workspace.repro()) == 9
     adapter = json.loads((workspace.root / "models" / "adapter" / "adapter_config.json").read_text())
     assert adapter["target_modules"] == ["layers.0.W_pack", "layers.1.W_pack"]
     training = json.loads((workspace.root / "models" / "adapter" / "training.json").read_text())

@@ -32,7 +32,7 @@ PLACEHOLDER = re.compile(r"\{\{\s*[\w.]+\s*\}\}")
 def check_object(value: Any) -> dict[str, Any]:
     """The value of a row, which must be a JSON object."""
     if isinstance(value, Broken):
-        raise Rejection("not_json", value.detail)
+        raise Rejection(value.reason, value.detail)
     if not isinstance(value, dict):
         raise Rejection("not_an_object", f"found {type(value).__name__}, wanted an object")
     return value

@@ -29,7 +29,7 @@ from stages.ingest.example import Example, make_example
 from stages.ingest.formats import Format, Formats
 from stages.ingest.json_stream import Broken
 from stages.ingest.preference import PreferenceFound
-from stages.ingest.raw_files import RawRow, find_files, read_rows
+from stages.ingest.raw_files import RawFile, RawRow, describe_files, find_files, read_rows
 from stages.ingest.row import Settings
 from stages.ingest.splits import SPLITS, Splits
 from stages.ingest.turns import Role
@@ -71,8 +71,8 @@ class Params(Section):
     """The stage fails if a larger share of the rows is rejected."""
 
 
-def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
-    """Reads every file below `raw` and writes train, validation, test and rejected .jsonl into `examples`.
+def ingest(params: Params, *, raw: Path, hub: Path, examples: Path, report: Path) -> Done:
+    """Reads every file below `raw` and `hub`, and writes train, validation, test and rejected .jsonl into `examples`.
 
     A row of a split: {"id", "source", "format", "messages": [{"role", "content", ...}], and "tools" if there are any}, or
     {"id", "source", "format": "text", "text"}. A row of rejected.jsonl: {"source", "reason", "detail", "raw"}. `report` gets
@@ -82,15 +82,17 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     holds preference data and `ingest.preference` names no side, or if a split is empty. The rejected rows and a summary are
     then in reports/failed/ingest.
     """
-    files = _files(raw)
-    readers = _Readers(params, [path.relative_to(raw).as_posix() for path in files])
+    files = _files(params, raw=raw, hub=hub)
+    named = {file.split for file in files}
+    readers = _Readers(params, sorted({file.name for file in files}))
     accounting = Accounting(max_rejected_percent=params.max_rejected_percent)
     duplicates = Duplicates()
     near_duplicates = NearDuplicates(drop=params.near_duplicates == "drop") if params.near_duplicates != "off" else None
     splits = Splits(
         seed=params.split_seed,
-        validation_percent=params.validation_percent,
-        test_percent=params.test_percent,
+        # With a set of one's own, nothing more is taken from the other files.
+        validation_percent=0 if "validation" in named else params.validation_percent,
+        test_percent=0 if "test" in named else params.test_percent,
         grouped=bool(params.group_by),
     )
     with fresh_folder(examples) as folder, fresh_file(report) as report_file, ExitStack() as stack:
@@ -98,7 +100,7 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
         stack.enter_context(kept_if_stopped(failed, rejected_file, summary=accounting.summary))
         kept = {split: stack.enter_context((folder / f"{split}.jsonl").open("wb")) for split in SPLITS}
         rejected = stack.enter_context(rejected_file.open("w", encoding="utf-8", newline="\n"))
-        for row in progress(read_rows(raw, files, formats=params.formats), "ingest"):
+        for row in progress(read_rows(files, formats=params.formats), "ingest"):
             accounting.read(row)
             try:
                 example = _read_example(params, row, readers.of(row.file))
@@ -132,11 +134,23 @@ def ingest(params: Params, *, raw: Path, examples: Path, report: Path) -> Done:
     )
 
 
-def _files(raw: Path) -> list[Path]:
-    """The files to read, in order. Raises Problem with everything in the raw folder that cannot be read."""
-    files, problems = find_files(raw)
+def _files(params: Params, *, raw: Path, hub: Path) -> list[RawFile]:
+    """The files to read, in order. Raises Problem with everything that keeps them from being read and split."""
+    files, problems = find_files(raw, hub)
+    together = params.validation_percent + params.test_percent
+    if together >= 100:
+        problems.insert(
+            0,
+            bad_param(
+                "ingest.test_percent",
+                f"{params.test_percent:g}, and validation_percent {params.validation_percent:g}, leave nothing to train on; "
+                "lower one so that they are below 100 together",
+            ),
+        )
     if problems:
         raise Problem(*problems)
+    for line in describe_files(files):
+        print(f"ingest: {line}", flush=True)
     return files
 
 

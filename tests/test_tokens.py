@@ -1,0 +1,45 @@
+"""The Arrow files of data/tokens open with Hugging Face's `datasets` as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+
+from stages.core.tokens import PROMPTS, TRAINING, open_tokens, read_tokens
+from tests.tiny import Workspace
+
+ROWS: list[tuple[pa.Schema, list[dict[str, Any]]]] = [
+    (TRAINING, [{"id": "一", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"id": "b", "input_ids": [], "labels": []}]),
+    (PROMPTS, [{"id": "c", "prompt": "q", "prompt_ids": [1], "reference": "答"}]),
+]
+
+
+@pytest.mark.parametrize(("schema", "rows"), ROWS, ids=["training", "prompts"])
+def test_a_file_of_tokens_is_a_dataset(tmp_path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+    complete = [{name: row.get(name) for name in schema.names} for row in rows]
+    path = tmp_path / "x.arrow"
+    with open_tokens(path, schema, [2]) as stream:
+        for row in complete:
+            stream.write_batch(pa.RecordBatch.from_pylist([row], schema=stream_schema(schema)))
+    opened = datasets.Dataset.from_file(str(path))
+    assert list(opened) == complete
+    assert opened.column_names == schema.names
+    assert [path.name for path in tmp_path.iterdir()] == ["x.arrow"]
+
+
+def stream_schema(schema: pa.Schema) -> pa.Schema:
+    return schema.with_metadata({"stop_token_ids": "2"})
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test", "prompts"])
+def test_what_encode_writes_is_a_dataset(workspace: Workspace, name: str) -> None:
+    path = workspace.root / "data" / "tokens" / f"{name}.arrow"
+    opened = datasets.Dataset.from_file(str(path))
+    assert len(opened) > 0 or name == "prompts"
+    assert list(opened) == read_tokens(path).to_pylist()
+    if name in ("train", "validation"):
+        assert opened.features["input_ids"] == opened.features["labels"] == datasets.List(datasets.Value("int32"))
+        tensors = opened.with_format("torch")[0]
+        assert tensors["input_ids"].shape == tensors["labels"].shape
