@@ -187,9 +187,9 @@ def assert_behind_prompts(source: str, messages: list[dict[str, Any]], rows: lis
             CHANNELS,
             TWO_TURNS,
             [
-                "<|im_start|>user\nq1<|end|><|im_start|>assistant<|channel|>final[[a1<|return|>]]",
+                "<|im_start|>user\nq1<|end|><|im_start|>assistant[[<|channel|>finala1<|return|>]]",
                 "<|im_start|>user\nq1<|end|><|im_start|>assistant<|channel|>finala1<|end|>"
-                "<|im_start|>user\nq2<|end|><|im_start|>assistant<|channel|>final[[a2<|return|>]]",
+                "<|im_start|>user\nq2<|end|><|im_start|>assistant[[<|channel|>finala2<|return|>]]",
             ],
         ),
         (

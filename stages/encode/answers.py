@@ -21,6 +21,7 @@ from stages.encode.forms import (
     ANY_MARK,
     BLOCK_END,
     EMPTY_BLOCK,
+    MARKS_AT_END,
     OPEN_BLOCK,
     PARTS_AS_TEXT,
     REASONING,
@@ -51,6 +52,26 @@ REASONING_NOT_PROMPTED = (
 ANSWER = mark(1, "content")
 PLAIN: list[dict[str, Any]] = [{"role": "user", "content": mark(0, "content")}, {"role": "assistant", "content": ANSWER}]
 """A small conversation, marked."""
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "the word"}},
+            "required": ["word"],
+        },
+    },
+}
+PROBE_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        # Mistral's templates want ids of nine letters.
+        {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": {"word": "1"}}}
+    ],
+}
 
 
 class RenderedRow(NamedTuple):
@@ -172,6 +193,8 @@ class AnswerFinder:
         self._shapes: dict[tuple[Any, ...], _Shapes | Exception] = {}
         self._plain_gap: str | None = None
         self._plain_stop: str | None = None
+        self._opening: str | None = None
+        self._common_gaps: dict[str, bool] = {}
         self._block_ends: dict[str, str] = {}
 
     def rows(self, conversation: Conversation, *, last_only: bool) -> tuple[list[RenderedRow], list[Exception]]:
@@ -324,18 +347,41 @@ class AnswerFinder:
         return _FoundAnswer(text, suffix, rendering.splice, answer)
 
     def _template_gap(self, message: Message, rest: str, places: Mapping[str, int], after: int) -> str:
-        """What the template writes between the prompt and any plain answer, if it stands at the beginning of `rest`.
+        """The beginning of `rest`, which follows the prompt, that the template writes there whatever the answer is.
 
-        White space there is not meant: the model must generate it.
+        That is an empty thinking block, and more if the template begins all kinds of answers with it: the channel of an
+        answer of gpt-oss is the model's choice. White space is not meant: the model must generate it.
         """
-        if not message.get("tool_calls") and REASONING not in message and places:
-            gap = rest[: min(places.values()) - after]
-            return gap if gap.strip() else ""
-        gap = self._gap_of_plain_answers()
-        if gap.strip() and rest.startswith(gap):
-            return gap
         empty = EMPTY_BLOCK.match(rest)
-        return empty[0] if empty else ""
+        block = empty[0] if empty else ""
+        if message.get("tool_calls") or REASONING in message or not places:
+            gap = self._gap_of_plain_answers()
+            gap = gap if rest.startswith(gap) else ""
+        else:
+            gap = rest[: min(places.values()) - after]
+        if not gap.strip():
+            return block
+        return gap if EMPTY_BLOCK.fullmatch(gap) or self._begins_all_answers(gap) else block
+
+    def _begins_all_answers(self, gap: str) -> bool:
+        """Whether reasoning and calls too, as far as the template has them, begin with what stands before plain answers."""
+        if gap not in self._common_gaps:
+            self._common_gaps[gap] = all(rest.startswith(gap) for rest in self._other_answers())
+        return self._common_gaps[gap]
+
+    def _other_answers(self) -> Iterator[str]:
+        """What follows the prompt in small conversations whose answers have reasoning, or are calls."""
+        for message, tools in ((PLAIN[1] | {REASONING: mark(1, REASONING)}, ()), (PROBE_CALL, (PROBE_TOOL,))):
+            for reasoning in REASONING_FORMS[:-1]:
+                form = Form(reasoning, arguments_as_text=False)
+                try:
+                    text, prompt, _ = self._render([PLAIN[0], message], tools, form)
+                    _places(message, text, 1, 0)
+                except (jinja2.TemplateError, Untraceable):
+                    continue
+                if prompt is not None and text.startswith(prompt):
+                    yield text[len(prompt) :]
+                    break
 
     def _gap_of_plain_answers(self) -> str:
         """What stands between the prompt and the answer of a small conversation."""
@@ -387,16 +433,27 @@ class AnswerFinder:
         start = len(text) - len(text[at:].lstrip())
         stop = self._special.at(text, start)
         end = self._end_of_run(text, start)
-        if any(piece.strip() for piece in self._special.split(text[end:])):  # the template's own words behind the answer
+        words = any(piece.strip() for piece in self._special.split(text[end:]))
+        if words and self._special.at(text, end) != self._turn_opening():  # the template's own words behind the answer
             start, end = self._special.last(text, at, len(text))
             stop = "" if text[end:].strip() else text[start:end]
         return (start, end, stop) if stop else (at, at, "")
 
     def _end_of_run(self, text: str, at: int) -> int:
         """The end of the special tokens that follow each other at once, as <|END_RESPONSE|><|END_OF_TURN_TOKEN|>."""
-        while following := self._special.at(text, at):
+        while (following := self._special.at(text, at)) and following != self._turn_opening():
             at += len(following)
         return at
+
+    def _turn_opening(self) -> str:
+        """The special token with which the template begins a turn; "" if it begins without one."""
+        if self._opening is None:
+            try:
+                text = self._template.render(PLAIN).removeprefix(self._bos)
+            except jinja2.TemplateError:
+                text = ""
+            self._opening = self._special.at(text, 0)
+        return self._opening
 
     def _stop_of_next_turn(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form, text: str) -> str:
         """The special token that follows the answer at once when the conversation continues, as GLM's `<|user|>`; or ""."""
@@ -435,27 +492,30 @@ class AnswerFinder:
         number, message = len(marked) - 1, marked[-1]
         skeleton = Skeleton(text)
         length = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
-        shared = UNFINISHED_TAG.sub("", prompt[:length])
-        prompt_end, rest = prompt[len(shared) :], text[len(shared) :]
-        has_reasoning = REASONING in message
-        if MARKED in prompt_end or (has_reasoning and form.reasoning != "spliced"):
-            # They differ in an earlier message. The answer begins behind the last header that ends the prompt, too.
-            header = prompt[self._special.last(prompt, 0, len(prompt))[0] :]
-            own = [text.find(mark(number, field)) for field in (REASONING, "content")]
-            at = text.rfind(header, 0, min((place for place in own if place >= 0), default=0))
-            if header == prompt or at < 0 or (has_reasoning and form.reasoning == "spliced"):
-                return None
-            return _Splice(skeleton, skeleton.position(at + len(header)), "")
+        shared = len(OPEN_BLOCK.sub("", UNFINISHED_TAG.sub("", prompt[:length])))
+        prompt_end, has_reasoning = prompt[shared:], REASONING in message
         opened = OPEN_BLOCK.search(prompt_end)
-        if has_reasoning and not opened:
+        own = [text.find(mark(number, field), shared) for field in (REASONING, "content")]
+        own_start = min((place for place in own if place >= 0), default=len(text))
+        without_blocks = MARKS_AT_END.sub("", prompt)
+        header = without_blocks[self._special.last(without_blocks, 0, len(without_blocks))[0] :]
+        at = text.rfind(header, 0, own_start) if MARKED in prompt_end else text.find(header, shared, own_start)
+        if header != without_blocks and at >= 0:
+            start = at + len(header)  # they differ in an earlier message; the answer is behind the same header
+        elif MARKED in prompt_end or ANY_MARK.sub("", prompt_end).strip():
+            return None
+        else:
+            start = shared
+        if has_reasoning and form.reasoning == "spliced" and not opened:
             raise LeftOut(NO_REASONING)
-        content = mark(number, "content") if MARKED in message["content"] else ""
-        empty = EMPTY_BLOCK.match(rest)
-        gap = rest[: rest.index(content)] if content and content in rest else empty[0] if empty else ""
+        if has_reasoning and form.reasoning != "spliced":
+            return _Splice(skeleton, skeleton.position(start), "") if start > shared else None
+        empty = EMPTY_BLOCK.match(text, start)
+        gap = text[start:own_start] if own_start < len(text) else empty[0] if empty else ""
         filling = ANY_MARK.sub("", gap)
         if opened:
-            filling = self._block_end(opened[1]) if content else f"\n{closing_of(opened[1])}\n\n"
-        return _Splice(skeleton, skeleton.position(len(shared) + len(gap)), filling)
+            filling = self._block_end(opened[1]) if own_start < len(text) else f"\n{closing_of(opened[1])}\n\n"
+        return _Splice(skeleton, skeleton.position(start + len(gap)), filling)
 
     def _block_end(self, opening: str) -> str:
         """What the template writes between the reasoning and the content of an answer."""
@@ -525,6 +585,8 @@ def _places(message: Message, text: str, number: int, after: int) -> dict[str, i
         text.find(call["function"]["name"], places[REASONING]) < 0 for call in message.get("tool_calls", [])
     ):
         raise LeftOut(NO_REASONING)  # not behind the calls, where Gemma 4 writes the content
+    if len(places) == 2 and not text[places[REASONING] + len(mark(number, REASONING)) : places["content"]].strip():
+        raise LeftOut(NO_REASONING)  # the template writes the parts of a content without marks between them
     if REASONING in places and SECOND_BLOCK.search(text, after and after - 20, places[REASONING]):
         raise LeftOut(REASONING_NOT_PROMPTED)
     if places and PARTS_AS_TEXT.search(text, after, max(places.values())):

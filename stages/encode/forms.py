@@ -31,6 +31,7 @@ EMPTY_BLOCK = re.compile(rf"\s*(?:{OPENING})?\s*(?:{CLOSING})\s*")
 """An empty thinking block, whether the prompt has opened it or not."""
 BLOCK_END = re.compile(rf"\s*(?:{CLOSING})\s*")
 ANY_MARK = re.compile(rf"\s*(?:{OPENING}|{CLOSING})\s*")
+MARKS_AT_END = re.compile(rf"(?:\s*(?:{OPENING}|{CLOSING})\s*)+\Z")
 SECOND_BLOCK = re.compile(rf"(?:{CLOSING})\s*(?:{OPENING})\s*\Z")
 """A thinking block opened behind one that is closed."""
 PARTS_AS_TEXT = re.compile(r"""["']type["']: ["']""")

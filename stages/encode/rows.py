@@ -10,7 +10,15 @@ import jinja2
 import numpy as np
 
 from stages.core.problem import Rejection
-from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking, tool_result_forms
+from stages.encode.answers import (
+    PROBE_CALL,
+    PROBE_TOOL,
+    AnswerFinder,
+    Conversation,
+    RenderedRow,
+    Thinking,
+    tool_result_forms,
+)
 from stages.encode.mask import AnswerSpan, LabelsOn, find_label_ranges
 from stages.encode.pieces import KindSpan, Piece, cut_pieces, kind_spans, text_spans
 from stages.encode.spans import LeftOut, Untraceable
@@ -113,17 +121,13 @@ class RowMaker:
     def _find_stop_tokens(self) -> list[int]:
         """The special tokens that the template writes after an answer or a call, found with small conversations."""
         turns = [{"role": ("user", "assistant")[number % 2], "content": str(number)} for number in range(4)]
-        name, tool_call_id = "look_up", "abcdefghi"  # Mistral's templates want ids of nine letters
-        call = {"id": tool_call_id, "type": "function", "function": {"name": name, "arguments": {"word": "1"}}}
-        tool = {"type": "function", "function": {"name": name, "description": "", "parameters": WORD_PARAMETER}}
-        called = {"role": "assistant", "content": "", "tool_calls": [call]}
-        result = {"role": "tool", "content": "2", "tool_call_id": tool_call_id, "name": name}
+        result = {"role": "tool", "content": "2", "tool_call_id": PROBE_CALL["tool_calls"][0]["id"], "name": "look_up"}
         found = set()
         for conversation in (
             Conversation(turns[:2], []),
             Conversation(turns, []),
-            Conversation([turns[0], called], [tool]),
-            Conversation([turns[0], called, result, turns[3]], [tool]),
+            Conversation([turns[0], PROBE_CALL], [PROBE_TOOL]),
+            Conversation([turns[0], PROBE_CALL, result, turns[3]], [PROBE_TOOL]),
         ):
             try:
                 rows, _ = self._finder.rows(conversation, last_only=False)
@@ -401,9 +405,6 @@ class RowMaker:
             case "drop" | "error":
                 raise TooLong(len(ids), self.max_length)
         return ids, [(start, end) for start, end in label_ranges if end > start], prompt_length, cut
-
-
-WORD_PARAMETER = {"type": "object", "properties": {"word": {"type": "string", "description": ""}}, "required": ["word"]}
 
 
 def _rejection(error: Exception) -> Rejection:
