@@ -132,7 +132,7 @@ def test_the_plan_changes_the_result_only_by_rounding(
 def test_a_plan_that_does_not_fit_after_all_is_tried_with_fewer_tokens(
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"gradient_checkpointing": "auto", "per_device_train_batch_size": 8, "training_arguments": {"max_steps": 1}}
+    given = {"gradient_checkpointing": "auto", "per_device_train_batch_size": 8, "training_arguments": {"max_steps": 2}}
     trials = pretend(monkeypatch, 200 * 220, small=True)
     monkeypatch.setattr("stages.train.memory.free_bytes", lambda: 1e6)  # more than is free
     run(workspace, scratch / "out", **given)

@@ -14,7 +14,8 @@ from stages.core.problem import Problem
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model.collate import collate_padded
 from stages.model.logits import label_logits
-from stages.train.arguments import OWNED, PASSED_ON, field_names, parse_training_arguments
+from stages.train.arguments import OWNED, PASSED_ON, field_names, make_arguments, parse_training_arguments
+from stages.train.checks import check_learning_rate
 from stages.train.loss import load_loss, next_token_loss
 from stages.train.train import MOVED, Params
 from tests.runs import INPUTS, params, run
@@ -262,6 +263,48 @@ def test_a_moved_parameter_still_works(workspace: Workspace, scratch: Path, give
     same = run(workspace, scratch / "same", **few(load_best_model_at_end=False, full_determinism=False, **defaults))
     assert weights(same) == weights(default)
     assert weights(run(workspace, scratch / "other", **few(**given))) != weights(default)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "steps"),
+    [
+        (12, {}, 1),  # a warm-up of 0.05 is one step, and the only one
+        (1, {"warmup_steps": 5}, 1),
+        (16, {"lr_scheduler_type": "inverse_sqrt"}, 1),
+        (500, {"training_arguments": {"max_steps": 1}}, 1),
+        (12, {"warmup_steps": 0}, 0),
+        (12, {"lr_scheduler_type": "constant"}, 0),
+        (17, {}, 0),
+        (12, {"num_train_epochs": 2}, 0),
+        (12, {"num_train_epochs": 0.5, "gradient_accumulation_steps": 4}, 1),
+        (17, {"gradient_accumulation_steps": 2}, 1),
+        (17, {"num_train_epochs": 2, "warmup_steps": 1000}, 0),
+    ],
+)
+def test_a_training_whose_learning_rate_is_always_0_is_refused(
+    tmp_path: Path, rows: int, given: dict[str, Any], steps: int
+) -> None:
+    section = YAML(typ="safe").load(PROJECT / "params.yaml")["train"] | given
+    arguments = make_arguments(section, checkpoints=tmp_path, dtype=torch.float32, cpu=True)
+    if not steps:
+        check_learning_rate(arguments, rows)
+        return
+    with pytest.raises(Problem) as caught:
+        check_learning_rate(arguments, rows)
+    (line,) = caught.value.messages
+    batch = arguments.per_device_train_batch_size
+    assert line.startswith(
+        f"params.yaml: train.warmup_steps: {rows} training rows in batches of {batch} are 1 optimizer step"
+    )
+    assert "set it to 0, lower train.per_device_train_batch_size" in line
+
+
+def test_it_is_refused_before_the_model_is_loaded(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.train.load_quantized", None)
+    with pytest.raises(Problem, match=r"train\.warmup_steps: .* 1 optimizer step, and the learning rate is 0"):
+        run(workspace, scratch, per_device_train_batch_size=1000)
 
 
 def test_full_determinism_is_switched_on(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
