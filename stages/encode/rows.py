@@ -45,7 +45,7 @@ class TokenRow(NamedTuple):
     prompt_length: int
     """Tokens before the last answer; 0 for raw text."""
     answer_end: int
-    """The end of the last answer's tokens, without its stop token; before truncation."""
+    """The end of the last answer's tokens, without its stop token and before truncation; only in rows of the test split."""
     tokens_cut: int
     """Tokens removed because the row was longer than max_length."""
     without_stop: bool
@@ -286,10 +286,14 @@ class RowMaker:
     ) -> TokenRow:
         """Raises Rejection."""
         ids, answers, messages = encoded.ids, text.row.answers, example["messages"]
+        last = answers[-1]
         try:
-            starts = [encoded.token_range(answer.start, answer.end)[0] for answer in answers]
             ranges = [encoded.token_range(answer.label_start, answer.end) for answer in answers]
-            answer_end = encoded.token_range(answers[-1].start, answers[-1].stop_start)[1]
+            starts = [
+                start if answer.start == answer.label_start else encoded.token_range(answer.start, answer.end)[0]
+                for answer, (start, _) in zip(answers, ranges, strict=True)
+            ]
+            answer_end = encoded.token_range(last.start, last.stop_start)[1] if split == TEST else len(ids)
         except ValueError as error:
             raise Rejection("answer_not_traceable", f"the tokenizer changes the text: {error}") from None
         has_special_text = text.encoded is not None
