@@ -740,10 +740,7 @@ def test_raw_text_adds_its_perplexity_to_the_report_and_the_plot(inputs: Inputs,
     assert list(metrics)[-2:] == ["perplexity_base", "perplexity"]
     assert "em_merged" in metrics
     lines = (inputs.root / "scores.csv").read_text().splitlines()
-    assert lines[-2:] == [
-        '"perplexity, of the base model\'s: base",100.00',
-        '"perplexity, of the base model\'s: fine-tuned",36.79',
-    ]
+    assert lines[-2:] == ["perplexity relative to base: base,100.00", "perplexity relative to base: fine-tuned,36.79"]
     assert "<h2>Perplexity on raw text</h2>" in (inputs.root / "report.html").read_text(encoding="utf-8")
     printed = " ".join(capsys.readouterr().out.split())
     assert "perplexity per token on 1 raw texts: base model 7.389 (7.389 to 7.389), fine-tuned model 2.718" in printed
