@@ -41,12 +41,15 @@ class EncodeRun:
         """`conversations` are lists of messages, or rows of data/examples, whose missing fields are filled in."""
         examples = root / "examples"
         examples.mkdir(exist_ok=True)
-        lines = [
-            json.dumps({"id": f"id{n}", "source": f"x.json:{n + 1}"} | (row if isinstance(row, dict) else {"messages": row}))
-            + "\n"
-            for n, row in enumerate(conversations)
-        ]
-        for split in ("train", "validation", "test"):
+        test = params.pop("test", conversations)
+        for split, rows in (("train", conversations), ("validation", conversations), ("test", test)):
+            lines = [
+                json.dumps(
+                    {"id": f"id{n}", "source": f"x.json:{n + 1}"} | (row if isinstance(row, dict) else {"messages": row})
+                )
+                + "\n"
+                for n, row in enumerate(rows)
+            ]
             (examples / f"{split}.jsonl").write_text("".join(lines))
         extra = params.pop("prompts", ["你好 q"])
         template = params.pop("template", str(PROJECT / "stages/templates/chatml.jinja"))
@@ -174,7 +177,9 @@ def test_left_truncation_at_the_bos_of_a_turn_leaves_one_bos(tmp_path: Path, bos
     params = {"template": str(tmp_path / "t.jinja"), "truncation_strategy": "left", "labels_on": "last_assistant"}
     rows = [chat("q", "a", "q", "b")]  # BOS q a BOS q b
     for max_length, expected in ((5, "<|endoftext|>a<|endoftext|>qb"), (4, "<|endoftext|>qb"), (3, "<|endoftext|>qb")):
-        encoded = EncodeRun(tmp_path, bos_tokenizer, rows, max_length=max_length, **params)
+        encoded = EncodeRun(
+            tmp_path, bos_tokenizer, rows, max_length=max_length, test=[chat("q", "a")], prompts=[], **params
+        )
         (row,) = encoded.train.to_pylist()
         assert encoded.tokenizer.decode(row["input_ids"]) == expected
         assert encoded.labelled_text() == "b"
@@ -234,19 +239,35 @@ LONG = chat("q " * 300, "b " * 5)
 
 
 def test_left_truncation_cuts_the_prompt_and_keeps_the_answer(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    encoded = EncodeRun(tmp_path, tiny_tokenizer, [LONG], truncation_strategy="left", max_length=100)
+    encoded = EncodeRun(
+        tmp_path, tiny_tokenizer, [LONG], truncation_strategy="left", max_length=100, test=[LONG, chat("q", "a")]
+    )
+    kept_as_prompts = encoded.test.column("id").to_pylist()
     untruncated = EncodeRun(tmp_path, tiny_tokenizer, [LONG], max_length=10_000)
     cut, full = encoded.train.to_pylist()[0], untruncated.train.to_pylist()[0]
     assert len(cut["input_ids"]) == 100
     assert cut["input_ids"] == full["input_ids"][-100:]
     assert cut["labels"] == full["labels"][-100:]
     assert encoded.labelled_text() == untruncated.labelled_text() == "b " * 5 + "<|im_end|>"
-    assert encoded.report["tokens_cut"] == 3 * (len(full["input_ids"]) - 100)
-    assert encoded.report["rows_cut"] == 3
-    assert (
-        encoded.test.to_pylist()[0]["prompt_ids"]
-        == untruncated.test.to_pylist()[0]["prompt_ids"][-len(encoded.test.to_pylist()[0]["prompt_ids"]) :]
+    assert encoded.report["tokens_cut"] == 2 * (len(full["input_ids"]) - 100)
+    assert encoded.report["rows_cut"] == 2
+    assert kept_as_prompts == ["id1"]  # a cut prompt would be another question
+
+
+@pytest.mark.parametrize(("strategy", "max_length"), [("left", 40), ("right", 40)])
+def test_a_cut_prompt_is_never_answered(tmp_path: Path, tiny_tokenizer: Path, strategy: str, max_length: int) -> None:
+    two_turns = chat("q", "a", "with many trees and rivers " * 9, "Story.")
+    encoded = EncodeRun(
+        tmp_path,
+        tiny_tokenizer,
+        [two_turns],
+        truncation_strategy=strategy,
+        max_length=max_length,
+        test=[two_turns, chat("q", "a")],
     )
+    assert encoded.train.num_rows == 1
+    assert encoded.test.column("id").to_pylist() == ["id1"]
+    assert encoded.report["rejected_by_reason"] == {"too_long": 1}
 
 
 def test_right_truncation_cuts_the_answer_and_adds_no_stop_token(tmp_path: Path, tiny_tokenizer: Path) -> None:
@@ -335,7 +356,8 @@ def test_the_built_in_templates_pass_all_gates_except_join(tmp_path: Path, tiny_
     encoded = EncodeRun(
         tmp_path, tiny_tokenizer, rows, template=str(PROJECT / f"stages/templates/{name}.jinja"), gates=gates
     )
-    assert encoded.report["train_rows"] == 30
+    # ChatGLM's template writes the stop token behind the last answer alone, so that each answer gets a row.
+    assert encoded.report["train_rows"] == (60 if name == "chatglm" else 30)
     assert encoded.report["stop_token_ids"] == ([] if name == "join" else [2])
 
 

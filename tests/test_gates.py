@@ -201,7 +201,12 @@ def test_ingest_leaves_them_too(tmp_path: Path) -> None:
     (tmp_path / "raw" / "x.json").write_text("\n".join(map(json.dumps, rows)))
 
     def run(**given: Any) -> None:
-        paths = {"raw": tmp_path / "raw", "examples": tmp_path / "examples", "report": tmp_path / "report.json"}
+        paths = {
+            "raw": tmp_path / "raw",
+            "hub": tmp_path / "hub",
+            "examples": tmp_path / "examples",
+            "report": tmp_path / "report.json",
+        }
         ingest(IngestParams(**section | given), **paths)
 
     with pytest.raises(Problem) as caught:

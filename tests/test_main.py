@@ -279,7 +279,7 @@ class _Ending:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, during: Callable[[], None]) -> None:
         self.events: list[str] = []
 
-        def stage(params: object, *, raw: Path, examples: Path, report: Path) -> Done:
+        def stage(params: object, *, raw: Path, hub: Path, examples: Path, report: Path) -> Done:
             during()
             self.events.append("outputs")
             return Done("made", lambda: self.events.append("cleaned up"))
@@ -376,7 +376,7 @@ def test_the_parameters_are_those_of_the_snapshot(
 ) -> None:
     seen = []
 
-    def stage(params: ingest.Params, *, raw: Path, examples: Path, report: Path) -> Done:
+    def stage(params: ingest.Params, *, raw: Path, hub: Path, examples: Path, report: Path) -> Done:
         seen.append(params.max_chars)
         return Done("made")
 

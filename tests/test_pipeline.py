@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.core.snapshot import hash_code
+from stages.ingest.splits import Splits
 from tests.tiny import PROJECT, Workspace, folder_hash, make_custom_model, make_model
 
 SPEC = YAML(typ="safe").load(PROJECT / "dvc.yaml")["stages"]
@@ -231,11 +232,18 @@ def test_other_base_weights_with_the_same_tokenizer_tokenize_nothing(workspace: 
 
 @pytest.mark.usefixtures("second_python")
 def test_a_raw_row_that_falls_into_test_trains_nothing(workspace: Workspace) -> None:
-    raw = workspace.root / "data" / "raw" / "test" / "new.jsonl"
-    raw.parent.mkdir()
+    raw = workspace.root / "data" / "raw" / "new.jsonl"
+    given = workspace.params()["ingest"]
+    splits = Splits(
+        seed=given["split_seed"],
+        validation_percent=given["validation_percent"],
+        test_percent=given["test_percent"],
+        grouped=False,
+    )
+    question = next(text for text in (f"new {n}?" for n in range(100)) if splits._hashed_split(text) == "test")
     before = read_examples(workspace.root)
     try:
-        raw.write_text(json.dumps({"instruction": "New?", "output": "Yes."}) + "\n")
+        raw.write_text(json.dumps({"instruction": question, "output": "Yes."}) + "\n")
         assert set(workspace.repro()) == EARLY_CUT_OFF["a raw row that falls into test"]
         after = read_examples(workspace.root)
         assert {split: len(after[split]) - len(before[split]) for split in before} == {
@@ -245,7 +253,6 @@ def test_a_raw_row_that_falls_into_test_trains_nothing(workspace: Workspace) -> 
         }
     finally:
         raw.unlink()
-        raw.parent.rmdir()
         workspace.repro()  # from the run cache
 
 

@@ -206,6 +206,8 @@ class RowMaker:
             return [self._plain(example["text"])]
         conversation = Conversation(example["messages"], example.get("tools", []))
         last_only = split == TEST or self.labels_on != "assistant"
+        if conversation.has_tools and self.encoder.special.first_in(_tool_texts(conversation)):
+            return [Rejection("special_token_in_text", "a tool, a call or a result contains the text of a special token")]
         try:
             rows, problems = self._finder.rows(conversation, last_only=last_only)
         except (Untraceable, jinja2.TemplateError) as error:
@@ -214,9 +216,6 @@ class RowMaker:
             missing = _missing_result(rows[-1].text, conversation.messages[: rows[-1].answers[-1].message])
             if missing is not None:
                 return [Rejection("not_in_template", f"the template leaves out {missing}")]
-            if self.encoder.special.first_in(_tool_texts(conversation)):
-                detail = "a tool, a call or a result contains the text of a special token"
-                return [Rejection("special_token_in_text", detail)]
         has_special_text = any(
             self.encoder.special.first_in(text) for message in conversation.messages for text in _texts(message)
         )

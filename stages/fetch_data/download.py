@@ -16,6 +16,7 @@ from stages.core.jsonl import read_json, write_json
 from stages.core.output import fresh_file, sha256_of
 from stages.core.params import bad_param
 from stages.core.problem import Problem
+from stages.core.progress import progress
 
 READABLE = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt", ".txt.gz")
 """The files that ingest reads; a test compares this with the list in stages/ingest/raw_files.py."""
@@ -97,7 +98,8 @@ def _download(path: str, commit: str, name: str, *, folder: Path) -> dict[str, d
     print(f"fetch_data: downloading {path}: {len(files)} files, {total / 1e6:,.0f} MB", flush=True)
     with _explained_errors(path, commit, kept_in=folder):
         _retried(path, lambda: _get_files(path, commit, files, folder=folder / "files"))
-    hashes = {file: sha256_of(folder / "files" / file) for file in files}
+    shown = progress(files, "hash", total=len(files), unit="files")
+    hashes = {file: sha256_of(folder / "files" / file) for file in shown}
     return {split: {file: hashes[file] for file in names} for split, names in splits.items()}
 
 
