@@ -1,14 +1,25 @@
-"""The two READMEs say the same, and what they say about the project is true."""
+"""The pages in two languages say the same, and what they say about the project is true."""
 
+import json
 import re
+from typing import get_args
 
 import pytest
 from ruamel.yaml import YAML
 
+from stages.ingest.columns import Names
+from stages.ingest.formats import Format, Formats
+from stages.ingest.preference import OTHER_SIDE
+from stages.ingest.row import Settings
 from tests.test_pipeline import AFTER, ALL, EARLY_CUT_OFF, GENERATE, read_by
 from tests.tiny import PROJECT
 
-ENGLISH, CHINESE = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+ENGLISH, CHINESE, DATA, CHINESE_DATA = (
+    (PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md", "docs/data.md", "docs/data.zh.md")
+)
+IN_BOTH = pytest.mark.parametrize(
+    ("english", "chinese"), [(ENGLISH, CHINESE), (DATA, CHINESE_DATA)], ids=["README", "docs/data"]
+)
 
 
 def fenced(text: str) -> list[str]:
@@ -23,18 +34,62 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_both_have_the_same_headings_commands_and_tables() -> None:
-    assert headings(ENGLISH) == headings(CHINESE)
-    assert fenced(ENGLISH) == fenced(CHINESE)
-    assert [len(row) for row in table_rows(ENGLISH)] == [len(row) for row in table_rows(CHINESE)]
+@IN_BOTH
+def test_both_have_the_same_headings_commands_and_tables(english: str, chinese: str) -> None:
+    assert headings(english) == headings(chinese)
+    assert fenced(english) == fenced(chinese)
+    assert [len(row) for row in table_rows(english)] == [len(row) for row in table_rows(chinese)]
 
 
-def test_both_name_the_same_files_and_parameters() -> None:
+@IN_BOTH
+def test_both_name_the_same_files_parameters_and_rows(english: str, chinese: str) -> None:
     def named(text: str) -> list[str]:
         plain = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-        return sorted(set(re.findall(r"`([\w./:<>{}@-]+)`", plain)))
+        return sorted(set(re.findall(r"`([\w./:<>{}@-]+|\{.*?\})`", plain)))
 
-    assert named(ENGLISH) == named(CHINESE)
+    assert named(english) == named(chinese)
+
+
+def read_row(text: str) -> tuple[str, list[str]]:
+    """The format that ingest detects in a row of a page, and the roles of its messages."""
+    settings = Settings(input_separator="", roles={}, preference="chosen", turn_fields=(None, None))
+    found = Formats(Names({}), settings, group_by="").read(json.loads(text.replace("\\|", "|")))
+    return found.format, [message["role"] for message in found.messages]
+
+
+@pytest.mark.parametrize(("format", "row"), re.findall(r"^\| (\w+) \| `(\{.*?\})` \|", DATA, flags=re.MULTILINE))
+def test_every_row_of_the_table_of_formats_has_the_format(format: str, row: str) -> None:
+    found, roles = read_row(row)
+    assert found == format
+    assert roles[-1:] == (["assistant"] if format != "text" else [])
+
+
+@pytest.mark.parametrize(
+    "row", [*re.findall(r"`(\{\".*?\})`", ENGLISH), *re.findall(r"```json\n(.*?)```", DATA, flags=re.DOTALL)]
+)
+def test_every_other_row_is_read(row: str) -> None:
+    assert read_row(row)
+
+
+def test_the_table_of_formats_is_complete() -> None:
+    assert {row[0] for row in table_rows(DATA)} >= set(get_args(Format))
+
+
+def test_the_tables_of_reasons_are_complete() -> None:
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for stage in ("ingest", "encode")
+        for path in (PROJECT / "stages" / stage).glob("*.py")
+    )
+    reasons = {
+        *re.findall(r"""(?:Rejection|TooLong)\(\s*"(\w+)\"""", code),
+        OTHER_SIDE,
+        "not_json",
+        "not_csv",
+        "not_parquet",
+        "not_text",
+    }
+    assert reasons <= {name for row in table_rows(DATA) for name in re.findall(r"`(\w+)`", row[0])}
 
 
 # What each row of the English table edits. The Chinese rows stand in the same order.
@@ -47,6 +102,7 @@ EDITS = {
     "an `encode:` key, or the template's text": "encode",
     "an `ingest:` key": "ingest",
     "a `fetch:` key": "fetch",
+    "a `fetch_data:` key": "fetch_data",
 }
 
 
@@ -92,7 +148,7 @@ def test_every_path_that_is_named_is_the_projects() -> None:
     for path in re.findall(r"`((?:data|models|reports|stages)/[\w./-]*)`", ENGLISH):
         name = path.rstrip("/")
         known = (PROJECT / name).exists() or name in outs or name.rpartition("/")[0] in outs
-        assert known or name in ("data/raw/test", "data/raw/validation"), path
+        assert known, path
 
 
 def test_the_first_screen_has_both_commands() -> None:
@@ -111,8 +167,10 @@ def test_no_text_holds_a_machines_path_or_a_placeholder() -> None:
             "ARCHITECTURE.md",
             "CONTRIBUTING.md",
             "CHANGELOG.md",
+            "docs/data.md",
+            "docs/data.zh.md",
             "constraints.txt",
         )
     ]:
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"/(home|root|work|tmp|Users)/|file:|@[A-Z]+@", text), path
+        assert not re.search(r"/(home|root|work|tmp|Users)/|\bfile:|@[A-Z]+@", text), path
