@@ -726,3 +726,26 @@ def test_an_empty_folder_says_what_is_read(folder: Folder) -> None:
     (message,) = caught.value.messages
     for suffix in (".jsonl", ".parquet", ".csv", ".txt", "fetch_data.datasets"):
         assert suffix in message
+
+
+def test_a_field_with_a_name_that_utf8_cannot_encode_is_counted(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.write("x.jsonl", r'{"instruction": "q", "output": "a", "no\ud800te": "x"}')
+    assert folder.ingest()["unread_fields"] == {r"no\ud800te": {"rows": 1, "first": "x.jsonl:1"}}
+    assert r"no\ud800te is not read: 1 row" in capsys.readouterr().out
+
+
+def test_a_number_too_large_for_json_is_not_trained_as_null(folder: Folder) -> None:
+    call = r'{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1e999}}}]}'
+    folder.write("x.jsonl", f'{{"messages": [{{"role": "user", "content": "q"}}, {call}]}}')
+    assert folder.ingest()["rejected_by_reason"] == {"wrong_type": 1}
+
+
+def test_a_text_file_of_json_lines_is_no_text_and_an_empty_file_is_named(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.write("empty.jsonl", "")
+    folder.ingest()
+    assert "ingest: empty.jsonl: an empty file; it has no rows\n" in capsys.readouterr().out
+    folder.write("x.txt", lines(*FILLER))
+    with pytest.raises(Problem, match="it begins with a JSON object, .* name it .jsonl"):
+        folder.ingest()

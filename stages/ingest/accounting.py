@@ -1,5 +1,6 @@
 """Counts every row: read = kept + rejected, and kept = train + validation + test. Counts the fields that are not read."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -146,7 +147,7 @@ class Accounting:
     def unread_lines(self) -> list[str]:
         """What is said on the screen about fields that are not read, the most frequent first."""
         lines = [
-            f"{name} is not read: {rows:,} row{'s' if rows > 1 else ''}, the first is {self._first_unread[name]}"
+            f"{_printable(name)} is not read: {rows:,} row{'s' if rows > 1 else ''}, the first is {self._first_unread[name]}"
             for name, rows in sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
         ]
         rest = len(lines) - SHOWN_FIELDS
@@ -164,11 +165,17 @@ class Accounting:
             "leaked_prompts": leaked_prompts,
             **near_duplicates,
             "unread_fields": {
-                name: {"rows": rows, "first": self._first_unread[name]} for name, rows in sorted(self.unread.items())
+                _printable(name): {"rows": rows, "first": self._first_unread[name]}
+                for name, rows in sorted(self.unread.items())
             },
             "changes": dict(sorted(self.changes.items())),
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self._files.items())},
         }
+
+
+def _printable(name: str) -> str:
+    """The name of a field, which may be any text, also one that UTF-8 cannot encode."""
+    return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
 def _percentiles(lengths: Counter[int]) -> dict[str, int]:

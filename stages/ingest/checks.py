@@ -43,12 +43,19 @@ def check_encoding(messages: Sequence[Message], tools: list[dict[str, Any]]) -> 
     try:
         for message in messages:
             more_than_role_and_content = len(message) > 2
-            text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
+            text = message["content"] + (_dump(message) if more_than_role_and_content else "")
             _check_utf8(text, f"a {message['role']} text")
         if tools:
-            _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+            _check_utf8(_dump(tools), "tools")
     except RecursionError:
         raise Rejection("wrong_type", "tool calls or tools: nested too deeply") from None
+    except ValueError:
+        raise Rejection("wrong_type", "tool calls or tools: a number too large for JSON") from None
+
+
+def _dump(value: Any) -> str:
+    """JSON text. Raises ValueError for an infinite number, such as 1e999: it would be written as null."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _check_utf8(text: str, where: str) -> None:
