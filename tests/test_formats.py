@@ -666,3 +666,95 @@ def test_a_column_that_no_row_has_is_replaced_in_the_line(folder: Folder) -> Non
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=0, columns={"instruction": "farge"})
     assert written(caught.value.messages[1]) == {"columns": {"instruction": "frage", "output": "antwort"}}
+
+
+# What must not be lost
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"question": "q", "answer": "B", "A": "x", "B": "y", "C": "z", "D": "w"}, "A, B, C, D"),
+        ({"question": "q", "answer": "a", "options": {"A": "x", "B": "y"}}, "options"),
+        ({"question": "q", "answer": "a", "choices": ["x", "y"]}, "choices"),
+        ({"question": "q", "answer": "a", "article": "long"}, "article"),
+    ],
+)
+def test_a_question_without_its_options_or_its_text_is_rejected_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(Rejection, match=f"^{named}: ") as caught:
+        read(fields)
+    assert caught.value.reason == "unread_field"
+
+
+def test_the_definition_of_natural_instructions_stands_before_its_input() -> None:
+    found = read({"task_name": "t", "definition": "q", "inputs": "c", "targets": "a"})
+    assert found.messages == [CONTEXT, assistant("a")]
+
+
+@pytest.mark.parametrize("name", ["code", "summary", "sentiment", "label_text"])
+def test_a_text_with_its_answer_beside_it_is_no_raw_text(name: str) -> None:
+    with pytest.raises(Rejection, match="write into params.yaml") as caught:
+        read({"text": "q", name: "a"})
+    assert written(caught.value.detail) == {"columns": {"instruction": "text", "output": name}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<s>[INST] q [/INST] a </s>",
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n",
+        "Below is an instruction that describes a task.\n\n### Instruction:\nq\n\n### Response:\na",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
+        "USER: q\n\nASSISTANT: a",
+    ],
+)
+def test_a_conversation_that_a_template_has_written_is_raw_text_only_if_asked(folder: Folder, text: str) -> None:
+    folder.write("x [1].jsonl", lines({"text": text}))
+    with pytest.raises(Problem) as caught:
+        folder.ingest(max_rejected_percent=0)
+    assert caught.value.messages[1].startswith("rendered_text: 1 rejected, the first is x [1].jsonl:1: text: a conversation")
+    folder.ingest(max_rejected_percent=0, **written(caught.value.messages[1]))
+    assert [row["text"] for row in folder.kept("x")] == [text]
+
+
+def test_the_tools_of_openais_preference_data_are_read() -> None:
+    row = {
+        "input": {"messages": [user("q")], "tools": [OPENAI_TOOL], "parallel_tool_calls": True, "note": "x"},
+        "preferred_output": [assistant("a")],
+        "non_preferred_output": [assistant("b")],
+    }
+    found = read(row, preference="chosen")
+    assert (found.messages, found.tools) == (QA, [{"type": "function", "function": OPENAI_TOOL}])
+    assert found.unread == ["input.note"]
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [{"rejected_response": "b"}, {"rejected_response": assistant("b")}, {"rejected_messages": [user("q"), assistant("b")]}],
+)
+def test_a_rejected_answer_beside_a_conversation_is_preference_data(rejected: dict[str, Any]) -> None:
+    row = {"messages": QA, **rejected}
+    with pytest.raises(PreferenceFound):
+        read(row)
+    assert read(row, preference="chosen").messages == QA
+    assert read(row, preference="rejected").messages == [user("q"), assistant("b")]
+
+
+def test_other_elements_beside_a_named_one_are_counted() -> None:
+    columns = {"instruction": "question", "output": "answers.text.0"}
+    row = {"question": "q", "answers": {"text": ["a", "b"]}}
+    assert read(row, **columns).unread == ["answers.text[] (elements that no column names)"]
+    assert read({"question": "q", "answers": {"text": ["a", "a"]}}, **columns).unread == []
+    with pytest.raises(Rejection):
+        read({"question": "q", "answers": {"text": []}}, **columns)
+
+
+def test_an_answer_that_acts_in_its_text_may_have_a_result_behind_it() -> None:
+    turns = [user("q"), assistant("Action: f\nAction Input: {}"), {"role": "function", "content": "r"}, assistant("a")]
+    check_turns(read({"messages": turns}).messages)
+
+
+def test_a_thought_that_repeats_the_answer_is_no_thinking() -> None:
+    assert read({"messages": [user("q"), assistant("a") | {"thought": "a"}]}).messages == QA
+    with pytest.raises(Rejection, match="thought"):
+        read({"messages": [user("q"), assistant("a") | {"thought": "b"}]})

@@ -747,5 +747,5 @@ def test_a_text_file_of_json_lines_is_no_text_and_an_empty_file_is_named(
     folder.ingest()
     assert "ingest: empty.jsonl: an empty file; it has no rows\n" in capsys.readouterr().out
     folder.write("x.txt", lines(*FILLER))
-    with pytest.raises(Problem, match="it begins with a JSON object, .* name it .jsonl"):
+    with pytest.raises(Problem, match=r"it begins with a JSON object, .* name it \.jsonl"):
         folder.ingest()

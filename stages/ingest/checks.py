@@ -26,6 +26,8 @@ NEXT_ROLES = {
     "tool": ("tool", "assistant"),
 }
 """The roles that may follow each role; `tool_calls` is an assistant message that calls tools."""
+CALL_MARKS = ("<tool_call>", "Action Input:")
+"""What calls in a text are known by: Hermes', and ReAct's, as in ToolBench."""
 PLACEHOLDER = re.compile(r"\{\{\s*[\w.]+\s*\}\}")
 
 
@@ -89,8 +91,8 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 def _calls_in_text(message: Message) -> bool:
-    """Whether an answer calls tools in its text, as the system text of Hermes' data asks it to."""
-    return message["role"] == "assistant" and "<tool_call>" in message["content"]
+    """Whether an answer calls tools in its text, as the system text of Hermes' or of ReAct's data asks it to."""
+    return message["role"] == "assistant" and any(mark in message["content"] for mark in CALL_MARKS)
 
 
 def _order(messages: Sequence[Message]) -> str:

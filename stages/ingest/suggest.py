@@ -152,6 +152,11 @@ def columns_line(columns: Mapping[str, str], *, given: Mapping[str, str], file: 
     return f"{WRITE}columns: {flow({**given, **columns})}"
 
 
+def formats_line(format: str, *, file: str) -> str:
+    """What to write so that the rows of a file are read in a format."""
+    return f"{WRITE}formats: {flow({glob.escape(file): format})}"
+
+
 def roles_line(roles: Mapping[str, str]) -> str:
     """What to write for the role names of a row."""
     return f"{WRITE}roles: {flow(roles)}"
