@@ -693,7 +693,7 @@ def test_the_definition_of_natural_instructions_stands_before_its_input() -> Non
 
 @pytest.mark.parametrize("name", ["code", "summary", "sentiment", "label_text"])
 def test_a_text_with_its_answer_beside_it_is_no_raw_text(name: str) -> None:
-    with pytest.raises(Rejection, match="write into params.yaml") as caught:
+    with pytest.raises(Rejection, match=r"write into params\.yaml") as caught:
         read({"text": "q", name: "a"})
     assert written(caught.value.detail) == {"columns": {"instruction": "text", "output": name}}
 
@@ -758,3 +758,63 @@ def test_a_thought_that_repeats_the_answer_is_no_thinking() -> None:
     assert read({"messages": [user("q"), assistant("a") | {"thought": "a"}]}).messages == QA
     with pytest.raises(Rejection, match="thought"):
         read({"messages": [user("q"), assistant("a") | {"thought": "b"}]})
+
+
+SUGGESTED: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"hexsha": "4c" * 20, "path": "a/b.py", "repo_name": "owner/name", "content": "import os"}, {"text": "content"}),
+    ({"questions": [["q", "q again"]], "answers": ["a"]}, {"instruction": "questions.0.0", "output": "answers.0"}),
+    ({"anchor": "q", "positive": "a", "negative": "a longer one"}, {"instruction": "anchor", "output": "positive"}),
+    ({"query": "q", "pos": ["a"], "neg": ["b", "c"]}, {"instruction": "query", "output": "pos.0"}),
+    (
+        {"question": "q", "best_answer": "a", "incorrect_answers": ["w"]},
+        {"instruction": "question", "output": "best_answer"},
+    ),
+    ({"db_id": "x", "query": "SELECT", "question": "q"}, {"instruction": "question", "output": "query"}),
+    (
+        {"sql_prompt": "q", "sql": "a", "sql_explanation": "a long explanation"},
+        {"instruction": "sql_prompt", "output": "sql"},
+    ),
+    (
+        {"context": "q", "rots": ["x"], "response": "a", "safety_label": "y"},
+        {"instruction": "context", "output": "response"},
+    ),
+    ({"q_id": "x", "title": "q", "answers": {"text": ["a", "b"]}}, {"instruction": "title", "output": "answers.text.0"}),
+    (
+        {"message": "q", "chat_history": [{"role": "USER", "message": "x"}], "response": "a"},
+        {"instruction": "message", "output": "response", "history": "chat_history"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "columns"), SUGGESTED, ids=lambda value: json.dumps(value)[:40])
+def test_the_line_names_the_question_and_its_answer(row: dict[str, Any], columns: dict[str, str]) -> None:
+    with pytest.raises(Rejection, match=r"write into params\.yaml") as caught:
+        read(row)
+    assert written(caught.value.detail) == {"columns": columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": "p", "response_0": "a", "response_1": "b"}, "response_0 and response_1 are of one kind"),
+        ({"history": "p", "human_ref_A": "a", "human_ref_B": "b"}, "human_ref_A and human_ref_B are of one kind"),
+        ({"conversation_a": QA, "conversation_b": QA}, "conversation_a and conversation_b are of one kind"),
+        ({"qid": 1, "question": "p", "answers": [{"text": "a"}, {"text": "b"}]}, "answers has several objects"),
+        ({"title": "T", "paragraphs": [{"context": "c"}, {"context": "d"}]}, "paragraphs has several objects"),
+        ({"category": "c", "turns": ["Write a long text about it", "Now write it again"]}, "none of them looks like"),
+        ({"audio": {"path": "x"}, "sentence": "hello"}, "audio: media"),
+        ({"premise": "x", "hypothesis": "y", "label": 1}, "label: a label"),
+        ({"system": "s", "chat": "USER: q\n\nASSISTANT: a"}, "chat: a conversation as a chat template writes it"),
+    ],
+)
+def test_no_line_is_said_that_would_train_a_wrong_side_or_would_not_work(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(Rejection, match=r"^fields ") as caught:
+        read(row)
+    assert why in caught.value.detail
+    assert "write into" not in caught.value.detail
+
+
+def test_a_row_of_many_unknown_fields_is_named_by_some_of_them() -> None:
+    with pytest.raises(Rejection, match="and 70 more") as caught:
+        read({f"field {number}": number for number in range(100)})
+    assert len(caught.value.detail) < 500

@@ -55,7 +55,6 @@ PAIRS = (
     ("input", "target"),  # Firefly
     ("definition", "targets"),  # Natural Instructions
     ("inputs", "targets"),  # Aya, FLAN
-    ("questions", "answers"),  # Huatuo-26M
     ("input_text", "output_text"),  # Vertex AI
     ("source", "target"),
     ("src", "tgt"),

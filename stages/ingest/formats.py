@@ -36,7 +36,7 @@ from stages.ingest.marked_text import (
 from stages.ingest.pairs import is_multiturn, read_belle_multiturn, read_pair
 from stages.ingest.preference import PreferenceFound, read_kto, read_preference, read_rejected_beside
 from stages.ingest.row import Row, Settings
-from stages.ingest.suggest import columns_line, formats_line, suggest_columns
+from stages.ingest.suggest import columns_line, formats_line, suggest_columns, why_no_columns
 from stages.ingest.tools import Message, Tool, read_tools
 from stages.ingest.trees import is_tree, read_tree, refuse_message
 from stages.ingest.turns import add_system
@@ -122,6 +122,8 @@ FORMATS: tuple[Shape, ...] = (
 
 
 MAX_PLANS = 10_000
+SHOWN_FIELDS = 30
+"""The fields that a message about a row names."""
 SAME: dict[str, tuple[str, ...]] = {"sharegpt": ("sharegpt", "messages"), "messages": ("sharegpt", "messages")}
 """Formats of which params.yaml may name either: the fields of each turn say which it is."""
 WEAK = frozenset(("user", "human", "source", "content", "document", "article", "a", "q"))
@@ -173,8 +175,10 @@ class Formats:
             return self._told(value, format)
         except Rejection as rejection:
             if rejection.reason == "unknown_format" and not rejection.detail:
-                found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
-                line = self._line(value, file, ()) or "none of them holds text or a list of turns"
+                names = sorted(map(str, value))
+                more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+                found = f"fields {', '.join(names[:SHOWN_FIELDS]) or 'none'}{more}"
+                line = self._line(value, file, ()) or why_no_columns(value)
                 raise Rejection("unknown_format", f"{found}; {line}") from None
             if rejection.reason == "rendered_text":
                 line = formats_line("text", file=file)
@@ -192,12 +196,11 @@ class Formats:
         for plan in self._find_plans(value, format):
             row.fields = plan.fields
             if plan.shape.when is None or plan.shape.when(row):
-                found = self._read(row, plan)
-                if format is None and found.text is not None and (mark := rendered_mark(found.text)):
+                if format is None and plan.shape.format == "text" and (mark := rendered_mark(row.text("text"))):
                     raise Rejection(
                         "rendered_text", f"{row.field('text')}: a conversation as a chat template writes it ({mark})"
                     )
-                return found
+                return self._read(row, plan)
         raise Rejection("unknown_format", "")
 
     def _read(self, row: Row, plan: Plan) -> Conversation:
@@ -341,20 +344,28 @@ class Formats:
             columns = suggest_columns(value)
             # Columns that no row has so far are a mistake, which the line replaces.
             given = self._names.given if self._given_found else {}
-            useful = columns and (not wanted or any(column in columns for column in wanted)) and self._works(columns, value)
-            line = self._lines[key] = columns_line(columns, given=given, file=file) if useful else ""
+            line = ""
+            if columns and (not wanted or any(column in columns for column in wanted)):
+                found = self._try(columns, value)
+                if found is None:
+                    line = columns_line(columns, given=given, file=file)
+                elif found.reason in ("unread_field", "rendered_text") and not wanted:
+                    line = found.detail
+            self._lines[key] = line
         return line
 
-    def _works(self, columns: Mapping[str, str], value: dict[str, Any]) -> bool:
-        """Whether a row is read with such columns, or is rejected for another reason than its fields."""
+    def _try(self, columns: Mapping[str, str], value: dict[str, Any]) -> Rejection | None:
+        """Why a row is not read with such columns; None if it is, or for a reason that lies in this row alone."""
         fields = (columns.get("role"), columns.get("content"))
         formats = Formats(Names(columns), self._settings._replace(turn_fields=fields), group_by=self._group_by)
         try:
-            return bool(formats._told(value, None))
+            formats._told(value, None)
         except Rejection as rejection:
-            return rejection.reason not in ("unknown_format", "missing_field", "wrong_type")
+            ours = ("unknown_format", "missing_field", "wrong_type", "unread_field", "rendered_text")
+            return rejection if rejection.reason in ours else None
         except PreferenceFound:
-            return True
+            pass
+        return None
 
 
 def _kind(value: Any) -> str:
