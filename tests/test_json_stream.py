@@ -358,3 +358,11 @@ def test_gb18030_with_a_mark_is_read(tmp_path: Path) -> None:
 def test_a_byte_order_mark_at_the_beginning_of_a_line_is_dropped(tmp_path: Path) -> None:
     data = b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": "\xef\xbb\xbf"}\n'
     assert read(tmp_path, data) == [(1, {"a": 1}), (2, {"a": "\ufeff"})]
+
+
+@pytest.mark.parametrize("between", ["\n", ",\n"])
+def test_a_key_that_is_there_twice_is_no_loss_in_silence(tmp_path: Path, between: str) -> None:
+    texts = ['{"a": 1, "b": {"c": 1, "c": 2}}', '{"a": 1, "a": 1}']
+    data = between.join(texts)
+    found = read(tmp_path, (f"[{data}]" if "," in between else data).encode())
+    assert found == [(1, Broken(texts[0], "an object has the key 'c' twice")), (2, {"a": 1})]

@@ -29,6 +29,8 @@ class Accounting:
 
     def __init__(self, *, max_rejected_percent: float) -> None:
         self.rows_read = 0
+        self._held_out = 0
+        """Rows of files that are named for validation or test."""
         self.kept: Counter[str] = Counter()
         """Rows kept, by split."""
         self.reasons: Counter[str] = Counter()
@@ -60,6 +62,7 @@ class Accounting:
     def read(self, row: RawRow) -> None:
         """Counts a row that was read; `keep` or `reject` must follow."""
         self.rows_read += 1
+        self._held_out += row.forced_split is not None
         self._files.setdefault(row.file, Counter())["rows_read"] += 1
 
     def keep(self, row: RawRow, conversation: Conversation, *, split: str) -> None:
@@ -133,6 +136,19 @@ class Accounting:
                 *self._reasons(),
             )
         if empty := [split for split in SPLITS if not self.kept[split]]:
+            if not self.kept.total() and self.reasons[OTHER_SIDE]:
+                raise Problem(
+                    bad_param(
+                        "ingest.preference",
+                        f"no row has an answer of this side; {self.reasons[OTHER_SIDE]:,} rows are of the other side",
+                    )
+                )
+            if "train" in empty and self._held_out == self.rows_read > 0:
+                raise Problem(
+                    bad_param(
+                        "ingest", "no rows for train: the names of all files say validation or test; rename one, or add data"
+                    )
+                )
             raise Problem(*map(_empty_split, empty))
 
     def _reasons(self) -> Iterator[str]:

@@ -597,11 +597,17 @@ class _LineCounter:
 
 
 class _Decoder:
-    """Python's JSON decoder, except that NaN, Infinity (as pandas writes them) and huge integers make a value Broken."""
+    """Python's JSON decoder, except that some things make a value Broken.
+
+    These are NaN and Infinity (as pandas writes them), huge integers, and a key that an object has twice with different
+    values: one of them would be lost.
+    """
 
     def __init__(self) -> None:
-        self._not_json: list[str] = []  # what the decoder accepted in the current value although it is not JSON
-        self._decoder = json.JSONDecoder(parse_constant=self._not_json.append, parse_int=self._parse_int)
+        self._not_json: list[str] = []  # what the decoder accepted in the current value although it may not stay
+        self._decoder = json.JSONDecoder(
+            parse_constant=self._refuse_constant, parse_int=self._parse_int, object_pairs_hook=self._make_object
+        )
 
     def decode_line(self, text: str, number: int) -> Any:
         """The value that is the complete text of a line, or a Broken. `number` is the line's."""
@@ -624,11 +630,22 @@ class _Decoder:
         return (self._not_strict(text[start:end]) if self._not_json else value), end
 
     def _not_strict(self, text: str) -> Broken:
-        return _broken(text, f"{self._not_json[0]} is not JSON")
+        return _broken(text, self._not_json[0])
+
+    def _refuse_constant(self, name: str) -> None:
+        self._not_json.append(f"{name} is not JSON")
+
+    def _make_object(self, members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(members)
+        if len(found) != len(members):
+            twice = next((key for key, value in members if value != found[key]), None)
+            if twice is not None:
+                self._not_json.append(f"an object has the key {twice!r} twice")
+        return found
 
     def _parse_int(self, digits: str) -> int | None:
         if len(digits) > MAX_INTEGER_DIGITS:
-            self._not_json.append(f"an integer of {len(digits)} digits")
+            self._not_json.append(f"an integer of {len(digits)} digits is not JSON")
             return None
         return int(digits)
 
