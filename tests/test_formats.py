@@ -666,3 +666,155 @@ def test_a_column_that_no_row_has_is_replaced_in_the_line(folder: Folder) -> Non
     with pytest.raises(Problem) as caught:
         folder.ingest(max_rejected_percent=0, columns={"instruction": "farge"})
     assert written(caught.value.messages[1]) == {"columns": {"instruction": "frage", "output": "antwort"}}
+
+
+# What must not be lost
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"question": "q", "answer": "B", "A": "x", "B": "y", "C": "z", "D": "w"}, "A, B, C, D"),
+        ({"question": "q", "answer": "a", "options": {"A": "x", "B": "y"}}, "options"),
+        ({"question": "q", "answer": "a", "choices": ["x", "y"]}, "choices"),
+        ({"question": "q", "answer": "a", "article": "long"}, "article"),
+    ],
+)
+def test_a_question_without_its_options_or_its_text_is_rejected_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(Rejection, match=f"^{named}: ") as caught:
+        read(fields)
+    assert caught.value.reason == "unread_field"
+
+
+def test_the_definition_of_natural_instructions_stands_before_its_input() -> None:
+    found = read({"task_name": "t", "definition": "q", "inputs": "c", "targets": "a"})
+    assert found.messages == [CONTEXT, assistant("a")]
+
+
+@pytest.mark.parametrize("name", ["code", "summary", "sentiment", "label_text"])
+def test_a_text_with_its_answer_beside_it_is_no_raw_text(name: str) -> None:
+    with pytest.raises(Rejection, match=r"write into params\.yaml") as caught:
+        read({"text": "q", name: "a"})
+    assert written(caught.value.detail) == {"columns": {"instruction": "text", "output": name}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<s>[INST] q [/INST] a </s>",
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n",
+        "Below is an instruction that describes a task.\n\n### Instruction:\nq\n\n### Response:\na",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>",
+        "USER: q\n\nASSISTANT: a",
+    ],
+)
+def test_a_conversation_that_a_template_has_written_is_raw_text_only_if_asked(folder: Folder, text: str) -> None:
+    folder.write("x [1].jsonl", lines({"text": text}))
+    with pytest.raises(Problem) as caught:
+        folder.ingest(max_rejected_percent=0)
+    assert caught.value.messages[1].startswith("rendered_text: 1 rejected, the first is x [1].jsonl:1: text: a conversation")
+    folder.ingest(max_rejected_percent=0, **written(caught.value.messages[1]))
+    assert [row["text"] for row in folder.kept("x")] == [text]
+
+
+def test_the_tools_of_openais_preference_data_are_read() -> None:
+    row = {
+        "input": {"messages": [user("q")], "tools": [OPENAI_TOOL], "parallel_tool_calls": True, "note": "x"},
+        "preferred_output": [assistant("a")],
+        "non_preferred_output": [assistant("b")],
+    }
+    found = read(row, preference="chosen")
+    assert (found.messages, found.tools) == (QA, [{"type": "function", "function": OPENAI_TOOL}])
+    assert found.unread == ["input.note"]
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [{"rejected_response": "b"}, {"rejected_response": assistant("b")}, {"rejected_messages": [user("q"), assistant("b")]}],
+)
+def test_a_rejected_answer_beside_a_conversation_is_preference_data(rejected: dict[str, Any]) -> None:
+    row = {"messages": QA, **rejected}
+    with pytest.raises(PreferenceFound):
+        read(row)
+    assert read(row, preference="chosen").messages == QA
+    assert read(row, preference="rejected").messages == [user("q"), assistant("b")]
+
+
+def test_other_elements_beside_a_named_one_are_counted() -> None:
+    columns = {"instruction": "question", "output": "answers.text.0"}
+    row = {"question": "q", "answers": {"text": ["a", "b"]}}
+    assert read(row, **columns).unread == ["answers.text[] (elements that no column names)"]
+    assert read({"question": "q", "answers": {"text": ["a", "a"]}}, **columns).unread == []
+    with pytest.raises(Rejection):
+        read({"question": "q", "answers": {"text": []}}, **columns)
+
+
+def test_an_answer_that_acts_in_its_text_may_have_a_result_behind_it() -> None:
+    turns = [user("q"), assistant("Action: f\nAction Input: {}"), {"role": "function", "content": "r"}, assistant("a")]
+    check_turns(read({"messages": turns}).messages)
+
+
+def test_a_thought_that_repeats_the_answer_is_no_thinking() -> None:
+    assert read({"messages": [user("q"), assistant("a") | {"thought": "a"}]}).messages == QA
+    with pytest.raises(Rejection, match="thought"):
+        read({"messages": [user("q"), assistant("a") | {"thought": "b"}]})
+
+
+SUGGESTED: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"hexsha": "4c" * 20, "path": "a/b.py", "repo_name": "owner/name", "content": "import os"}, {"text": "content"}),
+    ({"questions": [["q", "q again"]], "answers": ["a"]}, {"instruction": "questions.0.0", "output": "answers.0"}),
+    ({"anchor": "q", "positive": "a", "negative": "a longer one"}, {"instruction": "anchor", "output": "positive"}),
+    ({"query": "q", "pos": ["a"], "neg": ["b", "c"]}, {"instruction": "query", "output": "pos.0"}),
+    (
+        {"question": "q", "best_answer": "a", "incorrect_answers": ["w"]},
+        {"instruction": "question", "output": "best_answer"},
+    ),
+    ({"db_id": "x", "query": "SELECT", "question": "q"}, {"instruction": "question", "output": "query"}),
+    (
+        {"sql_prompt": "q", "sql": "a", "sql_explanation": "a long explanation"},
+        {"instruction": "sql_prompt", "output": "sql"},
+    ),
+    (
+        {"context": "q", "rots": ["x"], "response": "a", "safety_label": "y"},
+        {"instruction": "context", "output": "response"},
+    ),
+    ({"q_id": "x", "title": "q", "answers": {"text": ["a", "b"]}}, {"instruction": "title", "output": "answers.text.0"}),
+    (
+        {"message": "q", "chat_history": [{"role": "USER", "message": "x"}], "response": "a"},
+        {"instruction": "message", "output": "response", "history": "chat_history"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "columns"), SUGGESTED, ids=lambda value: json.dumps(value)[:40])
+def test_the_line_names_the_question_and_its_answer(row: dict[str, Any], columns: dict[str, str]) -> None:
+    with pytest.raises(Rejection, match=r"write into params\.yaml") as caught:
+        read(row)
+    assert written(caught.value.detail) == {"columns": columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": "p", "response_0": "a", "response_1": "b"}, "response_0 and response_1 are of one kind"),
+        ({"history": "p", "human_ref_A": "a", "human_ref_B": "b"}, "human_ref_A and human_ref_B are of one kind"),
+        ({"conversation_a": QA, "conversation_b": QA}, "conversation_a and conversation_b are of one kind"),
+        ({"qid": 1, "question": "p", "answers": [{"text": "a"}, {"text": "b"}]}, "answers has several objects"),
+        ({"title": "T", "paragraphs": [{"context": "c"}, {"context": "d"}]}, "paragraphs has several objects"),
+        ({"category": "c", "turns": ["Write a long text about it", "Now write it again"]}, "none of them looks like"),
+        ({"audio": {"path": "x"}, "sentence": "hello"}, "audio: media"),
+        ({"premise": "x", "hypothesis": "y", "label": 1}, "label: a label"),
+        ({"system": "s", "chat": "USER: q\n\nASSISTANT: a"}, "chat: a conversation as a chat template writes it"),
+    ],
+)
+def test_no_line_is_said_that_would_train_a_wrong_side_or_would_not_work(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(Rejection, match=r"^fields ") as caught:
+        read(row)
+    assert why in caught.value.detail
+    assert "write into" not in caught.value.detail
+
+
+def test_a_row_of_many_unknown_fields_is_named_by_some_of_them() -> None:
+    with pytest.raises(Rejection, match="and 70 more") as caught:
+        read({f"field {number}": number for number in range(100)})
+    assert len(caught.value.detail) < 500

@@ -137,7 +137,7 @@ def test_input_separator_is_added_only_between_instruction_and_input(folder: Fol
         ('{"a": 1} {"b": 2}', "not_json", "Extra data"),
         ("[1]x", "not_json", "Extra data"),
         ("3", "not_an_object", "found int"),
-        ('{"score": 1}', "unknown_format", "fields score; none of them holds text"),
+        ('{"score": 1}', "unknown_format", "fields score; none of them looks like a text"),
         ('{"instruction": "a"}', "missing_field", "output"),
         ('{"output": "a"}', "missing_field", "instruction"),
         ('{"instruction": 1, "output": "a"}', "wrong_type", "instruction: wanted text, found int"),
@@ -470,7 +470,7 @@ def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Fold
         "params.yaml: ingest.max_rejected_percent: 3 of 43 rows (7.0 %) were rejected, the limit is 5 %; correct the "
         "rows, or raise it if they may be left out",
         "empty_answer: 1 rejected, the first is x.jsonl:3: ''",
-        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them holds text or a list of turns",
+        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them looks like a text, a question with its answer, or a list of turns",
     )
     assert caught.value.messages[-1].endswith("(removed when this stage succeeds)")
     assert not (folder.root / "examples").exists()
@@ -726,3 +726,45 @@ def test_an_empty_folder_says_what_is_read(folder: Folder) -> None:
     (message,) = caught.value.messages
     for suffix in (".jsonl", ".parquet", ".csv", ".txt", "fetch_data.datasets"):
         assert suffix in message
+
+
+def test_a_field_with_a_name_that_utf8_cannot_encode_is_counted(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.write("x.jsonl", r'{"instruction": "q", "output": "a", "no\ud800te": "x"}')
+    assert folder.ingest()["unread_fields"] == {r"no\ud800te": {"rows": 1, "first": "x.jsonl:1"}}
+    assert r"no\ud800te is not read: 1 row" in capsys.readouterr().out
+
+
+def test_a_number_too_large_for_json_is_not_trained_as_null(folder: Folder) -> None:
+    call = r'{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1e999}}}]}'
+    folder.write("x.jsonl", f'{{"messages": [{{"role": "user", "content": "q"}}, {call}]}}')
+    assert folder.ingest()["rejected_by_reason"] == {"wrong_type": 1}
+
+
+def test_a_text_file_of_json_lines_is_no_text_and_an_empty_file_is_named(
+    folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.write("empty.jsonl", "")
+    folder.ingest()
+    assert "ingest: empty.jsonl: an empty file; it has no rows\n" in capsys.readouterr().out
+    folder.write("x.txt", lines(*FILLER))
+    with pytest.raises(Problem, match=r"it begins with a JSON object, .* name it \.jsonl"):
+        folder.ingest()
+
+
+def test_files_that_are_all_held_out_by_name_leave_nothing_to_train_on(folder: Folder) -> None:
+    (folder.raw / "filler.json").rename(folder.raw / "my_test_data.json")
+    with pytest.raises(Problem, match="no rows for train: the names of all files say validation or test; rename one"):
+        folder.ingest()
+
+
+def test_a_file_of_evaluation_is_named(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.write("my_eval.jsonl", lines({"instruction": "q", "output": "a"}))
+    folder.ingest()
+    assert "ingest: my_eval.jsonl: `eval` may mean validation or test;" in capsys.readouterr().out
+
+
+def test_a_side_of_which_there_is_no_row_is_named(folder: Folder) -> None:
+    (folder.raw / "filler.json").unlink()
+    folder.write("x.jsonl", lines({"prompt": "q", "completion": "a", "label": False}))
+    with pytest.raises(Problem, match="no row has an answer of this side; 1 rows are of the other side"):
+        folder.ingest(preference="chosen")

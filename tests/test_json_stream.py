@@ -45,7 +45,7 @@ def test_an_array_is_read_back_whatever_the_chunk_size(
 
 
 @QUICK
-@given(values=st.lists(JSON.filter(lambda value: not isinstance(value, list)), min_size=1, max_size=6), bom=st.booleans())
+@given(values=st.lists(JSON.filter(lambda value: not isinstance(value, list)), min_size=2, max_size=6), bom=st.booleans())
 def test_json_lines_are_read_back(tmp_path: Path, values: list[Any], bom: bool) -> None:
     lines = "\n".join(json.dumps(value) for value in values).encode()
     assert read(tmp_path, (b"\xef\xbb\xbf" if bom else b"") + lines) == list(enumerate(values, 1))
@@ -249,6 +249,15 @@ SHAPES: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
     "columns": (COLUMNS, list(enumerate(ROWS, 1))),
     "split": (TABLE, list(enumerate(ROWS, 1))),
     "numbered": (NUMBERED, list(enumerate(ROWS, 1))),
+    "lists": (
+        {"question": ["x", "y"], "answer": ["1", "2"], "n": [1, 2]},
+        [(1, {"question": "x", "answer": "1", "n": 1}), (2, {"question": "y", "answer": "2", "n": 2})],
+    ),
+    "named": (
+        {f"row {n}": {"question": "x", "n": n} for n in (3, 8)},
+        [(1, {"question": "x", "n": 3}), (2, {"question": "x", "n": 8})],
+    ),
+    "no rows": ({"version": 1, "data": []}, []),
 }
 
 
@@ -288,6 +297,9 @@ def test_a_large_object_is_read_as_a_small_one(tmp_path: Path, monkeypatch: pyte
         {"q": "x", "a": {"0": "y"}},
         {"a": {}},
         {"a": [{"x": 1}], "b": [{"y": 1}]},
+        {"conversations": ["q", "a"], "tags": ["x", "y"]},
+        {"dialog": ["q", "a"], "act": [1, 2]},
+        {"frage": {"text": "q", "n": 1}, "antwort": {"text": "a"}},
     ],
 )
 @pytest.mark.parametrize("indent", [None, 2])
@@ -341,3 +353,16 @@ def test_what_utf16_cannot_mean_costs_only_its_line(tmp_path: Path) -> None:
 
 def test_gb18030_with_a_mark_is_read(tmp_path: Path) -> None:
     assert read(tmp_path, '\ufeff{"a": "一"}\n{"a": "二"}\n'.encode("gb18030")) == [(1, {"a": "一"}), (2, {"a": "二"})]
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_line_is_dropped(tmp_path: Path) -> None:
+    data = b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": "\xef\xbb\xbf"}\n'
+    assert read(tmp_path, data) == [(1, {"a": 1}), (2, {"a": "\ufeff"})]
+
+
+@pytest.mark.parametrize("between", ["\n", ",\n"])
+def test_a_key_that_is_there_twice_is_no_loss_in_silence(tmp_path: Path, between: str) -> None:
+    texts = ['{"a": 1, "b": {"c": 1, "c": 2}}', '{"a": 1, "a": 1}']
+    data = between.join(texts)
+    found = read(tmp_path, (f"[{data}]" if "," in between else data).encode())
+    assert found == [(1, Broken(texts[0], "an object has the key 'c' twice")), (2, {"a": 1})]

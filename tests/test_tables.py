@@ -131,6 +131,7 @@ def test_the_delimiter_is_that_of_the_name_or_the_one_that_the_header_has(tmp_pa
         ("x.tsv", "a\tb\n1\t2,3\n", ""),
         ("y.csv", "a;b\n1;2,3\n", "its cells are separated by a semicolon"),
         ("z.csv", "a\tb\n1\t2,3\n", "its cells are separated by a tab"),
+        ("v.csv", "a|b\n1|2,3\n", "its cells are separated by a vertical bar"),
         ("text.csv", 'b\n"2,3"\n', ""),
     ):
         assert read(tmp_path, data, name)[0][1]["b"] == "2,3"
@@ -142,6 +143,8 @@ def test_a_header_that_names_nothing_or_a_column_twice_is_a_problem(tmp_path: Pa
     assert problem(tmp_path, b"\n \n").startswith("empty")
     assert problem(tmp_path, b"a,b,a\n1,2,3\n") == "two columns have the name 'a'; rename one in its first line"
     assert read(tmp_path, "a,b\n") == []
+    for first in ("What is tin?,A metal", "x," + "a long text " * 9):
+        assert problem(tmp_path, f"{first}\nq,a\n".encode()).startswith("its first line has no names of columns, but ")
 
 
 def test_the_row_numbers_of_pandas_and_empty_lines_are_no_content(tmp_path: Path) -> None:

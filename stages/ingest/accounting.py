@@ -1,5 +1,6 @@
 """Counts every row: read = kept + rejected, and kept = train + validation + test. Counts the fields that are not read."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,8 @@ class Accounting:
 
     def __init__(self, *, max_rejected_percent: float) -> None:
         self.rows_read = 0
+        self._held_out = 0
+        """Rows of files that are named for validation or test."""
         self.kept: Counter[str] = Counter()
         """Rows kept, by split."""
         self.reasons: Counter[str] = Counter()
@@ -59,6 +62,7 @@ class Accounting:
     def read(self, row: RawRow) -> None:
         """Counts a row that was read; `keep` or `reject` must follow."""
         self.rows_read += 1
+        self._held_out += row.forced_split is not None
         self._files.setdefault(row.file, Counter())["rows_read"] += 1
 
     def keep(self, row: RawRow, conversation: Conversation, *, split: str) -> None:
@@ -132,6 +136,19 @@ class Accounting:
                 *self._reasons(),
             )
         if empty := [split for split in SPLITS if not self.kept[split]]:
+            if not self.kept.total() and self.reasons[OTHER_SIDE]:
+                raise Problem(
+                    bad_param(
+                        "ingest.preference",
+                        f"no row has an answer of this side; {self.reasons[OTHER_SIDE]:,} rows are of the other side",
+                    )
+                )
+            if "train" in empty and self._held_out == self.rows_read > 0:
+                raise Problem(
+                    bad_param(
+                        "ingest", "no rows for train: the names of all files say validation or test; rename one, or add data"
+                    )
+                )
             raise Problem(*map(_empty_split, empty))
 
     def _reasons(self) -> Iterator[str]:
@@ -146,7 +163,7 @@ class Accounting:
     def unread_lines(self) -> list[str]:
         """What is said on the screen about fields that are not read, the most frequent first."""
         lines = [
-            f"{name} is not read: {rows:,} row{'s' if rows > 1 else ''}, the first is {self._first_unread[name]}"
+            f"{_printable(name)} is not read: {rows:,} row{'s' if rows > 1 else ''}, the first is {self._first_unread[name]}"
             for name, rows in sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
         ]
         rest = len(lines) - SHOWN_FIELDS
@@ -164,11 +181,17 @@ class Accounting:
             "leaked_prompts": leaked_prompts,
             **near_duplicates,
             "unread_fields": {
-                name: {"rows": rows, "first": self._first_unread[name]} for name, rows in sorted(self.unread.items())
+                _printable(name): {"rows": rows, "first": self._first_unread[name]}
+                for name, rows in sorted(self.unread.items())
             },
             "changes": dict(sorted(self.changes.items())),
             "files": {name: dict(sorted(counts.items())) for name, counts in sorted(self._files.items())},
         }
+
+
+def _printable(name: str) -> str:
+    """The name of a field, which may be any text, also one that UTF-8 cannot encode."""
+    return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
 def _percentiles(lengths: Counter[int]) -> dict[str, int]:

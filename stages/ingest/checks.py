@@ -26,6 +26,8 @@ NEXT_ROLES = {
     "tool": ("tool", "assistant"),
 }
 """The roles that may follow each role; `tool_calls` is an assistant message that calls tools."""
+CALL_MARKS = ("<tool_call>", "Action Input:")
+"""What calls in a text are known by: Hermes', and ReAct's, as in ToolBench."""
 PLACEHOLDER = re.compile(r"\{\{\s*[\w.]+\s*\}\}")
 
 
@@ -43,12 +45,19 @@ def check_encoding(messages: Sequence[Message], tools: list[dict[str, Any]]) -> 
     try:
         for message in messages:
             more_than_role_and_content = len(message) > 2
-            text = message["content"] + (json.dumps(message, ensure_ascii=False) if more_than_role_and_content else "")
+            text = message["content"] + (_dump(message) if more_than_role_and_content else "")
             _check_utf8(text, f"a {message['role']} text")
         if tools:
-            _check_utf8(json.dumps(tools, ensure_ascii=False), "tools")
+            _check_utf8(_dump(tools), "tools")
     except RecursionError:
         raise Rejection("wrong_type", "tool calls or tools: nested too deeply") from None
+    except ValueError:
+        raise Rejection("wrong_type", "tool calls or tools: a number too large for JSON") from None
+
+
+def _dump(value: Any) -> str:
+    """JSON text. Raises ValueError for an infinite number, such as 1e999: it would be written as null."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _check_utf8(text: str, where: str) -> None:
@@ -82,8 +91,8 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 def _calls_in_text(message: Message) -> bool:
-    """Whether an answer calls tools in its text, as the system text of Hermes' data asks it to."""
-    return message["role"] == "assistant" and "<tool_call>" in message["content"]
+    """Whether an answer calls tools in its text, as the system text of Hermes' or of ReAct's data asks it to."""
+    return message["role"] == "assistant" and any(mark in message["content"] for mark in CALL_MARKS)
 
 
 def _order(messages: Sequence[Message]) -> str:

@@ -48,11 +48,14 @@ PAIRS = (
     ("query", "output"),
     ("problem", "deepseek_solution"),  # OpenThoughts
     ("problem", "generated_solution"),  # OpenMathInstruct
+    ("question", "generated_solution"),
     ("problem", "solution"),  # NuminaMath
     ("problem", "response"),
     ("problem", "answer"),
     ("input", "target"),  # Firefly
+    ("definition", "targets"),  # Natural Instructions
     ("inputs", "targets"),  # Aya, FLAN
+    ("input_text", "output_text"),  # Vertex AI
     ("source", "target"),
     ("src", "tgt"),
     ("input", "output"),
@@ -102,7 +105,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "tools": ("tools", "functions"),
     "text": ("text",),
     "chosen": ("chosen", "chosen_response", "preferred_output"),
-    "rejected": ("rejected", "rejected_response", "non_preferred_output"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages", "non_preferred_output"),
     "label": ("label", "kto_tag"),
     "prompt": ("prompt", "instruction", "question", "query", "problem", "input"),
     "task": ("instruction",),
@@ -116,7 +119,7 @@ USUAL: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The usual names of the other columns. `texts`, and those from `prompt` on, belong to single formats and cannot be named in
 params.yaml. `instruction` and `output` have PAIRS; `role` and `content` are known to turns.py."""
-INPUTS = {"trans_instruction": ("trans_input",), "textbox_question": ("textbox_q_context",)}
+INPUTS = {"definition": ("inputs",), "trans_instruction": ("trans_input",), "textbox_question": ("textbox_q_context",)}
 """The names of `input` beside a question of a name of its own."""
 PRIMARY = {"messages": ("messages", "conversations"), "instruction": ("instruction",), "output": ("output",)}
 """Names that tell the format even where another field of it is missing, or of the wrong kind."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stages.core.problem import Rejection
 from stages.ingest.columns import PAIRS, Names, lookup
-from stages.ingest.keys import CARRY_NOTHING
+from stages.ingest.keys import CARRY_NOTHING, CHANGE_MEANING, is_empty
 from stages.ingest.lists import (
     is_from_value,
     is_list,
@@ -25,11 +25,18 @@ from stages.ingest.lists import (
     read_xlam,
     system_of,
 )
-from stages.ingest.marked_text import is_marked, is_moss_text, read_marked, read_moss, read_moss_text
+from stages.ingest.marked_text import (
+    is_marked,
+    is_moss_text,
+    read_marked,
+    read_moss,
+    read_moss_text,
+    rendered_mark,
+)
 from stages.ingest.pairs import is_multiturn, read_belle_multiturn, read_pair
-from stages.ingest.preference import PreferenceFound, read_kto, read_preference
+from stages.ingest.preference import PreferenceFound, read_kto, read_preference, read_rejected_beside
 from stages.ingest.row import Row, Settings
-from stages.ingest.suggest import columns_line, suggest_columns
+from stages.ingest.suggest import columns_line, formats_line, suggest_columns, why_no_columns
 from stages.ingest.tools import Message, Tool, read_tools
 from stages.ingest.trees import is_tree, read_tree, refuse_message
 from stages.ingest.turns import add_system
@@ -93,6 +100,7 @@ _CONVERSATION = ("instruction", "output", "messages")
 FORMATS: tuple[Shape, ...] = (
     # format, the columns that tell it, others that it may have, how it is read, what must be true of the values
     Shape("preference", {"chosen": ANYTHING, "rejected": ANYTHING}, _ONE_SIDE, read_preference),
+    Shape("preference", {"rejected": (TEXT, OBJECT, OBJECTS), "messages": (OBJECTS,)}, _TURNS, read_rejected_beside),
     Shape("kto", {"label": (FLAG,), **_PROMPT}, {**_PAIR, **_TURNS}, read_kto),
     Shape("kto", {"label": (FLAG,), "messages": (OBJECTS,)}, _TURNS, read_kto),
     Shape("moss", {"rounds": (OBJECT,)}, _SYSTEM, read_moss),
@@ -114,10 +122,14 @@ FORMATS: tuple[Shape, ...] = (
 
 
 MAX_PLANS = 10_000
+SHOWN_FIELDS = 30
+"""The fields that a message about a row names."""
 SAME: dict[str, tuple[str, ...]] = {"sharegpt": ("sharegpt", "messages"), "messages": ("sharegpt", "messages")}
 """Formats of which params.yaml may name either: the fields of each turn say which it is."""
 WEAK = frozenset(("user", "human", "source", "content", "document", "article", "a", "q"))
 """Names of a question or an answer that often mean something else beside a text."""
+NO_TEXT = frozenset(("code", "sentiment", "label_text", "translation", "highlights"))
+"""Names beside a text that make it a question."""
 _SHAPES: dict[str, Shape] = {shape.format: shape for shape in reversed(FORMATS)}
 
 
@@ -163,9 +175,17 @@ class Formats:
             return self._told(value, format)
         except Rejection as rejection:
             if rejection.reason == "unknown_format" and not rejection.detail:
-                found = f"fields {', '.join(sorted(map(str, value))) or 'none'}"
-                line = self._line(value, file, ()) or "none of them holds text or a list of turns"
+                names = sorted(map(str, value))
+                more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+                found = f"fields {', '.join(names[:SHOWN_FIELDS]) or 'none'}{more}"
+                line = self._line(value, file, ()) or why_no_columns(value)
                 raise Rejection("unknown_format", f"{found}; {line}") from None
+            if rejection.reason == "rendered_text":
+                line = formats_line("text", file=file)
+                raise Rejection(
+                    "rendered_text",
+                    f"{rejection.detail}; use the data set with its turns, or, to train it as raw text, {line}",
+                ) from None
             if rejection.reason == "missing_field" and (line := self._line(value, file, ("output", "role"))):
                 raise Rejection("missing_field", f"{rejection.detail}; {line}") from None
             raise
@@ -176,6 +196,10 @@ class Formats:
         for plan in self._find_plans(value, format):
             row.fields = plan.fields
             if plan.shape.when is None or plan.shape.when(row):
+                if format is None and plan.shape.format == "text" and (mark := rendered_mark(row.text("text"))):
+                    raise Rejection(
+                        "rendered_text", f"{row.field('text')}: a conversation as a chat template writes it ({mark})"
+                    )
                 return self._read(row, plan)
         raise Rejection("unknown_format", "")
 
@@ -196,6 +220,10 @@ class Formats:
     def _count_unread(self, row: Row, plan: Plan) -> None:
         """Notes the fields that are not read, at the top and beside each path into an object."""
         row.books(row.value, plan.read, "")
+        letters = sorted(name for name in row.unread if name.casefold() in ("a", "b", "c", "d"))
+        if {"a", "b"} <= set(map(str.casefold, letters)):  # C-Eval, CMMLU: the question means nothing without them
+            meaning = CHANGE_MEANING["options"]
+            raise Rejection("unread_field", f"{', '.join(letters)}: {meaning.what}, is not read here; {meaning.to_do}")
         if plan.nested:
             inside: dict[str, set[str]] = {}
             for field in plan.fields.values():
@@ -207,6 +235,10 @@ class Formats:
                 found = lookup(row.value, path)
                 if isinstance(found, dict):
                     row.books(found, read, path)
+                elif isinstance(found, list):
+                    taken = [found[int(step)] for step in read if step.isdecimal() and int(step) < len(found)]
+                    if any(not is_empty(other) and other not in taken for other in found):
+                        row.unread.append(f"{path}[] (elements that no column names)")
 
     def _find_plans(self, value: dict[str, Any], format: Format | None) -> tuple[Plan, ...]:
         types = tuple(map(type, value.values()))
@@ -265,7 +297,7 @@ class Formats:
         others = {name: kind for name, kind in kinds.items() if name not in read}
         if column == "messages":
             return self._names.find("messages", others, (OBJECTS,)) is not None
-        names = {pair[column == "output"] for pair in PAIRS} - WEAK
+        names = {pair[column == "output"] for pair in PAIRS} - WEAK | (NO_TEXT if column == "output" else set())
         return any(name.casefold() in names and kind in (TEXT, OBJECTS) for name, kind in others.items())
 
     def _nearest(self, kinds: Mapping[str, str], format: Format | None) -> tuple[Shape, dict[str, str]] | None:
@@ -312,20 +344,28 @@ class Formats:
             columns = suggest_columns(value)
             # Columns that no row has so far are a mistake, which the line replaces.
             given = self._names.given if self._given_found else {}
-            useful = columns and (not wanted or any(column in columns for column in wanted)) and self._works(columns, value)
-            line = self._lines[key] = columns_line(columns, given=given, file=file) if useful else ""
+            line = ""
+            if columns and (not wanted or any(column in columns for column in wanted)):
+                found = self._try(columns, value)
+                if found is None:
+                    line = columns_line(columns, given=given, file=file)
+                elif found.reason in ("unread_field", "rendered_text") and not wanted:
+                    line = found.detail
+            self._lines[key] = line
         return line
 
-    def _works(self, columns: Mapping[str, str], value: dict[str, Any]) -> bool:
-        """Whether a row is read with such columns, or is rejected for another reason than its fields."""
+    def _try(self, columns: Mapping[str, str], value: dict[str, Any]) -> Rejection | None:
+        """Why a row is not read with such columns; None if it is, or for a reason that lies in this row alone."""
         fields = (columns.get("role"), columns.get("content"))
         formats = Formats(Names(columns), self._settings._replace(turn_fields=fields), group_by=self._group_by)
         try:
-            return bool(formats._told(value, None))
+            formats._told(value, None)
         except Rejection as rejection:
-            return rejection.reason not in ("unknown_format", "missing_field", "wrong_type")
+            ours = ("unknown_format", "missing_field", "wrong_type", "unread_field", "rendered_text")
+            return rejection if rejection.reason in ours else None
         except PreferenceFound:
-            return True
+            pass
+        return None
 
 
 def _kind(value: Any) -> str:

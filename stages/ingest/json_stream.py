@@ -8,9 +8,11 @@ The content decides the shape of a file, not its name, because BELLE's JSON line
     wrapper         {"data": [{...}, {...}]}, {"train": [...], "test": [...]}, with or without other members
     numbered        {"0": {...}, "1": {...}}, also pandas' orient="index"
     columns         {"question": {"0": "...", "1": "..."}, "answer": {...}}, as pandas' to_json() writes them
+    lists           {"question": ["...", "..."], "answer": ["...", "..."]}, pandas' orient="list"
+    named           {"row-7": {...}, "row-9": {...}}, rows with the same fields
     split           {"columns": [...], "index": [...], "data": [[...], [...]]}, pandas' orient="split"
 
-Memory holds one value, or one chunk of the file if that is larger. The last two shapes, and a wrapper whose list is not
+Memory holds one value, or one chunk of the file if that is larger. The last four shapes, and a wrapper whose list is not
 called one of WRAPPERS, are read whole: about ten times the size of the file.
 
 A broken line costs only itself, because the next line starts a new value. In an array, the next element must be found.
@@ -182,7 +184,7 @@ def _is_wrapper(text: str) -> bool:
         return False
     key = _first_list(text)
     if found[2].endswith("]"):
-        return bool(split_named(key))
+        return key in WRAPPERS or bool(split_named(key))
     if key not in WRAPPERS and not split_named(key):
         return False
     try:
@@ -213,7 +215,10 @@ def _rows_of(value: Any) -> Iterator[tuple[Place, Any]]:
     elif _are_columns(value):
         for number, key in enumerate(next(iter(value.values())), 1):
             yield number, {name: column[key] for name, column in value.items()}
-    elif all(key.isdecimal() and isinstance(row, dict) for key, row in value.items()):
+    elif _are_lists(value):
+        for number, cells in enumerate(zip(*value.values(), strict=True), 1):
+            yield number, dict(zip(value, cells, strict=True))
+    elif all(key.isdecimal() and isinstance(row, dict) for key, row in value.items()) or _are_named_rows(value):
         yield from enumerate(value.values(), 1)
     elif key := _wrapped(value):
         yield from enumerate(value[key], 1)
@@ -237,6 +242,27 @@ def _are_columns(value: dict[str, Any]) -> bool:
     if not all(isinstance(column, dict) and column for column in columns) or all(map(str.isdecimal, value)):
         return False
     return all(map(str.isdecimal, columns[0])) and all(list(column) == list(columns[0]) for column in columns[1:])
+
+
+def _are_lists(value: dict[str, Any]) -> bool:
+    """Whether an object is a table in pandas' orient="list", as Dataset.to_dict() gives it: lists of the same length.
+
+    The lists of a single row would be of turns, or of different lengths.
+    """
+    columns = list(value.values())
+    if len(columns) < 2 or not all(isinstance(column, list) and column for column in columns):
+        return False
+    texts = [name for name, column in value.items() if name in ROW_FIELDS and not any(map(_is_turn, column))]
+    return (len(texts) > 1 or "text" in texts) and len(set(map(len, columns))) == 1
+
+
+def _are_named_rows(value: dict[str, Any]) -> bool:
+    """Whether an object has rows with the same fields under names, such as ids."""
+    rows = list(value.values())
+    if len(rows) < 2 or not ROW_FIELDS.isdisjoint(value) or not all(isinstance(row, dict) for row in rows):
+        return False
+    fields = rows[0].keys()
+    return len(fields) > 1 and not ROW_FIELDS.isdisjoint(fields) and all(row.keys() == fields for row in rows)
 
 
 def _wrapped(value: dict[str, Any]) -> str:
@@ -269,7 +295,8 @@ def _read_each_line(chunks: ByteChunks) -> Iterator[tuple[int, Any]]:
         if chunks.gzip_error:  # known when the last chunk was read, so this is the last line
             yield number, _broken(text, chunks.gzip_error)
         elif text and not text.isspace():
-            yield number, decoder.decode_line(text, number)
+            # A file that was put together from several has their byte order marks at the beginning of lines.
+            yield number, decoder.decode_line(text.removeprefix("\ufeff"), number)
 
 
 def _split_lines(chunks: ByteChunks) -> Iterator[bytes]:
@@ -570,11 +597,17 @@ class _LineCounter:
 
 
 class _Decoder:
-    """Python's JSON decoder, except that NaN, Infinity (as pandas writes them) and huge integers make a value Broken."""
+    """Python's JSON decoder, except that some things make a value Broken.
+
+    These are NaN and Infinity (as pandas writes them), huge integers, and a key that an object has twice with different
+    values: one of them would be lost.
+    """
 
     def __init__(self) -> None:
-        self._not_json: list[str] = []  # what the decoder accepted in the current value although it is not JSON
-        self._decoder = json.JSONDecoder(parse_constant=self._not_json.append, parse_int=self._parse_int)
+        self._not_json: list[str] = []  # what the decoder accepted in the current value although it may not stay
+        self._decoder = json.JSONDecoder(
+            parse_constant=self._refuse_constant, parse_int=self._parse_int, object_pairs_hook=self._make_object
+        )
 
     def decode_line(self, text: str, number: int) -> Any:
         """The value that is the complete text of a line, or a Broken. `number` is the line's."""
@@ -597,11 +630,22 @@ class _Decoder:
         return (self._not_strict(text[start:end]) if self._not_json else value), end
 
     def _not_strict(self, text: str) -> Broken:
-        return _broken(text, f"{self._not_json[0]} is not JSON")
+        return _broken(text, self._not_json[0])
+
+    def _refuse_constant(self, name: str) -> None:
+        self._not_json.append(f"{name} is not JSON")
+
+    def _make_object(self, members: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(members)
+        if len(found) != len(members):
+            twice = next((key for key, value in members if value != found[key]), None)
+            if twice is not None:
+                self._not_json.append(f"an object has the key {twice!r} twice")
+        return found
 
     def _parse_int(self, digits: str) -> int | None:
         if len(digits) > MAX_INTEGER_DIGITS:
-            self._not_json.append(f"an integer of {len(digits)} digits")
+            self._not_json.append(f"an integer of {len(digits)} digits is not JSON")
             return None
         return int(digits)
 

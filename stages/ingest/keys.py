@@ -59,6 +59,10 @@ _REMOVE = "remove the field if the row is complete without it"
 _PREFERENCE = Meaning(
     "a preference between answers", "keep only the answers to imitate, and remove the field; this is supervised training"
 )
+_LABEL = Meaning(
+    "a label: a class, or whether the answer is a good one", "name it as the output if it is the answer, or remove the field"
+)
+_OPTIONS = Meaning("the options of a question", "write them into the question, or remove the field if they stand there")
 _MEDIA = Meaning("media, which a text model cannot see", _REMOVE)
 _CONTEXT = Meaning("text that the question is about", "write it into the question, or name it as the field that holds it")
 _THINKING = Meaning("the thinking behind an answer", "write it as reasoning_content into the assistant's turn", flags=True)
@@ -77,15 +81,20 @@ CHANGE_MEANING: dict[str, Meaning] = {
     for meaning, keys in (
         (
             _PREFERENCE,
-            "label kto_tag chosen rejected preferred non_preferred preferred_output non_preferred_output rejected_response"
+            "chosen rejected preferred non_preferred preferred_output non_preferred_output rejected_response"
             " rejected_messages rejected_completion chosen_response chosen_messages preference",
+        ),
+        (_LABEL, "label kto_tag"),
+        (
+            _OPTIONS,
+            "options choices choice_list answer_choices candidates opa opb opc opd option_a option_b option_c option_d",
         ),
         (
             _MEDIA,
             "image images image_path image_paths image_url image_urls image_file img imgs picture pictures pixel_values"
             " audio audios audio_path audio_paths audio_url video videos video_path video_paths video_url media",
         ),
-        (_CONTEXT, "context contexts document documents passage passages knowledge"),
+        (_CONTEXT, "context contexts document documents passage passages article articles knowledge"),
         (
             _THINKING,
             "reasoning_content reasoning reasoning_details reasoning_trace thinking thinking_content thinking_blocks think"

@@ -14,6 +14,13 @@ MARKS = (
     (re.compile(r"^[ \t]*(?:Human|User)[:：]", re.MULTILINE), re.compile(r"^[ \t]*Assistant[:：]", re.MULTILINE)),  # HH
 )
 """The marks of the user's and the assistant's turns."""
+RENDERED = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*(<\|im_start\|>|\[INST\]|<\|start_header_id\|>|<start_of_turn>"
+    r"|<\|(?:user|system|assistant|start_of_role)\|>|<｜User｜>|### ?Instruction:|(?:USER|SYSTEM): "
+    r"|Below is an instruction that describes a task)",
+    re.IGNORECASE,
+)
+"""How a conversation begins that a chat template has written, or a script before there were templates."""
 MOSS_ROUND = re.compile(r"turn_(\d+)")
 MOSS_TURN = re.compile(r"\[(Human|MOSS)\][:：]\s*(.*?)\s*<eo[ham]>", re.DOTALL)
 MOSS_MARKS = re.compile(r"<\|[\w ]+\|>[:：]|<eo[a-z]>")
@@ -30,6 +37,12 @@ def marks_of(text: str) -> tuple[re.Pattern[str], re.Pattern[str]] | None:
     """The marks that a text has, if it is a conversation."""
     start = text.lstrip()[:20]
     return next((pair for pair in MARKS if pair[0].match(start) and pair[1].search(text)), None)
+
+
+def rendered_mark(text: str) -> str:
+    """The mark of a template with which a text begins; "" if it does not."""
+    found = RENDERED.match(text)
+    return found[1].strip() if found else ""
 
 
 def read_marked(row: Row) -> list[Message]:

@@ -11,7 +11,7 @@ from stages.ingest.lists import messages_of, read_list, read_prompt_completion
 from stages.ingest.marked_text import marks_of, split_marked
 from stages.ingest.pairs import read_pair
 from stages.ingest.row import Row
-from stages.ingest.tools import Message
+from stages.ingest.tools import Message, read_tools
 
 OTHER_SIDE = "other_side"
 """The reason of rows that `ingest.preference` leaves out: the user chose it, so they do not count towards the limit."""
@@ -67,6 +67,23 @@ def read_preference(row: Row) -> list[Message]:
     return messages_of(turns_of(row), row.field(row.settings.preference), row)
 
 
+def read_rejected_beside(row: Row) -> list[Message]:
+    """A whole conversation, whose last answer is preferred to the one in a field of its own, as ms-swift writes it."""
+    side, turns = row.settings.preference, row.get("messages")
+    if side == "error":
+        raise PreferenceFound(
+            f"{row.field('rejected')} is another answer than the last of {row.field('messages')}, which is preferred"
+        )
+    if side == "chosen":
+        return read_list(row)
+    worse, field = row.get("rejected"), row.field("rejected")
+    if isinstance(worse, str):
+        worse = {"role": "assistant", "content": worse}
+    if isinstance(worse, list) and len(worse) > 1:  # a whole conversation too
+        return messages_of(worse, field, row)
+    return messages_of([*turns[:-1], *([worse] if isinstance(worse, dict) else worse)], field, row)
+
+
 def turns_of(row: Row) -> list[Any]:
     """The turns of a row with chosen and rejected, with the side that is trained as the answer.
 
@@ -94,6 +111,8 @@ def _prompt(row: Row) -> list[Any] | None:
     """The turns before the answer; None if the row has no field for them."""
     prompt = row.get("prompt")
     if isinstance(prompt, dict):
+        row.books(prompt, ("messages", "tools"), row.field("prompt"))
+        row.tools = row.tools or read_tools(prompt.get("tools"), f"{row.field('prompt')}.tools")
         prompt = prompt.get("messages")
     if prompt is None:
         prompt = row.get("messages")

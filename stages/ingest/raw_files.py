@@ -10,7 +10,7 @@ from stages.ingest.byte_chunks import ByteChunks
 from stages.ingest.encodings import guess_other_encoding
 from stages.ingest.formats import Format
 from stages.ingest.json_stream import MAX_BROKEN_CHARS, Broken, Place, has_split_lists, is_json, read_values
-from stages.ingest.split_names import split_in_name, split_named, split_of_path
+from stages.ingest.split_names import PARTS, split_in_name, split_named, split_of_path
 from stages.ingest.tables import CSV_SUFFIXES, TABLE_SUFFIXES, describe_header, find_table_problem, read_table
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -33,6 +33,8 @@ SIGNATURES = {
     b"SQLite format 3": "it is an SQLite database; export the table as CSV",
 }
 """How files of other formats begin, and what to do with them."""
+EVALUATION = frozenset(("eval", "evaluation"))
+"""Parts of a name that choose no split; the user is told."""
 LINES_LOOKED_AT = 20
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "sources", "requirements")
 """Texts of these names tell about data; a document to train on has another name."""
@@ -109,7 +111,11 @@ def describe_files(files: Iterable[RawFile]) -> list[str]:
             shown = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
             lines.append(f"{split}: by name, the rows of {shown}; {split}_percent takes no others")
     for file in files:
-        if file.name.endswith(CSV_SUFFIXES) and (note := describe_header(file.path)):
+        if file.split is None and not EVALUATION.isdisjoint(PARTS.findall(file.name.lower())):
+            lines.append(f"{file.name}: `eval` may mean validation or test; its rows are split as those of other files")
+        if not file.path.stat().st_size:
+            lines.append(f"{file.name}: an empty file; it has no rows")
+        elif file.name.endswith(CSV_SUFFIXES) and (note := describe_header(file.path)):
             lines.append(f"{file.name}: {note}")
     return lines
 
@@ -164,6 +170,8 @@ def _find_problem(path: Path) -> str:
     head = chunks.raw_head
     if path.name.endswith(TEXT_SUFFIXES) and path.name.lower().startswith(ABOUT_DATA):
         return "each .txt file is a document to train on, and this one seems to tell about the data; move or rename it"
+    if path.name.endswith(TEXT_SUFFIXES) and _is_object(chunks.head):
+        return "it begins with a JSON object, and .txt is a text to train on as it is; if it has rows, name it .jsonl"
     if path.suffix != ".parquet":
         for start, remedy in SIGNATURES.items():
             if head.startswith(start):
@@ -174,6 +182,12 @@ def _find_problem(path: Path) -> str:
     if path.name.endswith(TABLE_SUFFIXES):
         return find_table_problem(path)
     return _not_json(chunks.head) if path.name.endswith(JSON_SUFFIXES) else ""
+
+
+def _is_object(head: bytes) -> bool:
+    """Whether the first line of a text is a JSON object."""
+    line = head.lstrip()[:1] == b"{" and head.strip().partition(b"\n")[0].decode("utf-8", "replace")
+    return bool(line) and is_json(line)
 
 
 def _not_json(head: bytes) -> str:

@@ -34,10 +34,12 @@ from stages.ingest.json_stream import MAX_BROKEN_CHARS, Broken
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 TABLE_SUFFIXES = (".parquet", *CSV_SUFFIXES)
-DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon"}
+DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
 BATCH_ROWS = 1000
 MAX_MISSING_ROWS = 1_000_000
 """A damaged Parquet file may state any number of rows; no more of them are reported one by one."""
+LONGEST_NAME = 100
+"""A longer cell of a header is no name."""
 INDEX = "Unnamed: 0"
 """pandas' name for a first column without one: the row numbers that to_csv() writes."""
 
@@ -76,8 +78,20 @@ def _csv_problem(path: Path) -> str:
         return f"the header cannot be read: {error}; correct its first line"
     if not names:
         return "empty; a CSV file begins with a line that names its columns"
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    return f"two columns have the name {', '.join(map(repr, twice))}; rename one in its first line" if twice else ""
+    if (twice := _twice(names)) or not any(_is_said(name) for name in names):
+        return f"two columns have the name {twice}; rename one in its first line" if twice else ""
+    said = next(filter(_is_said, names))
+    return f"its first line has no names of columns, but {said[:60]!r}; write a line with their names above it"
+
+
+def _twice(names: Sequence[str]) -> str:
+    """The names that stand more than once, for a message."""
+    return ", ".join(sorted(repr(name) for name, count in Counter(names).items() if count > 1))
+
+
+def _is_said(name: str) -> bool:
+    """Whether a cell of a header is a sentence, so that the header is the first row."""
+    return len(name) > LONGEST_NAME or name.endswith((".", "?", "!", "。", "？", "！"))
 
 
 def _read_header(path: Path) -> Header:
@@ -250,6 +264,8 @@ def _parquet_problem(path: Path) -> str:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError, ValueError) as error:  # a damaged name of a column is a ValueError
         return f"not a complete Parquet file: {_one_line(error)}; get it again from an undamaged copy"
+    if twice := _twice(schema.names):
+        return f"two columns have the name {twice}; rename one"
     problems = []
     for field in schema:
         try:

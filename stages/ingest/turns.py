@@ -57,6 +57,7 @@ ANSWER_KEYS = ("assistant", "gpt", "bot", "output", "answer", "response")
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 DETAILS = ("reasoning_details", "thinking_blocks")
 """The same thinking again, as OpenRouter and LiteLLM give it beside `reasoning` and `reasoning_content`."""
+REPEATED = ("thought", "thoughts")
 FLAGS = ("train", "training", "loss")
 """true or false: our own, axolotl's, and ms-swift's."""
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
@@ -364,6 +365,8 @@ class _Reader:
             if isinstance(value, str) and value.casefold() not in ("on", "off"):
                 thinking = _one_thinking(thinking, value.strip(), turn.where)
                 read.add(key)
+        # SWE-agent writes the text of an answer again as its thought.
+        read.update(key for key in REPEATED if turn.keys.get(key) and turn.keys[key] == turn.content)
         self._count(turn, read.union(DETAILS) if thinking else read)
         return thinking
 
@@ -390,6 +393,9 @@ class _Reader:
                 continue
             kind = "text" if isinstance(part, str) else PARTS.get(_type(part))
             if kind is None or kind not in kinds:
+                if isinstance(part, dict) and _type(part) is None:  # Gemini's parts have no type
+                    keys = ", ".join(sorted(map(str, part)))
+                    raise Rejection("unread_part", f"{part_path}: a part with {keys}; only {', '.join(kinds)} is read")
                 raise Rejection(
                     "unread_part", f"{part_path}: a part of type {_type(part)!r}; only {', '.join(kinds)} is read"
                 )
