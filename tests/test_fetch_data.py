@@ -203,7 +203,7 @@ def fetched(hub: Hub, tmp_path: Path, *entries: dict[str, str], **given: str) ->
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".datasets.json")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -340,7 +340,7 @@ def test_an_empty_list_makes_an_empty_folder_without_network_or_libraries(hub: H
     command = [sys.executable, "-c", SCRIPT.format(before=""), "[]", str(tmp_path / "hub")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == [f"{tmp_path / 'hub'}: 0 data sets, 0 files, 0 MB", ""]
-    assert list((tmp_path / "hub").iterdir()) == []
+    assert [(file.name, file.read_text()) for file in (tmp_path / "hub").iterdir()] == [(".datasets.json", "[]\n")]
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 

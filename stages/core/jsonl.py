@@ -41,10 +41,12 @@ def dump_line(value: Any) -> bytes:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one row per line."""
+    """Writes one row per line; without rows an empty line, because DVC warns of an output that is an empty file."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             write_line(file, row)
+        if not file.tell():
+            file.write("\n")
 
 
 def write_line(file: IO[str], row: dict[str, Any]) -> None:

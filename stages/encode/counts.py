@@ -78,6 +78,7 @@ class Counts:
         counts.update(chunk.counts)
         counts["read"] += chunk.rows
         counts["rows"] += len(chunk.lengths)
+        counts["text_windows"] += chunk.text.num_rows
         counts["tokens"] += int(chunk.lengths.sum())
         self.lengths[chunk.split].update(chunk.lengths.tolist())
         self._too_long.update(chunk.too_long)
@@ -254,6 +255,8 @@ class Counts:
         for split in SPLITS:
             counts = self.by_split[split]
             report |= {f"{split}_{name}": counts[name] for name in ("rows", "tokens", "label_tokens")}
+        windows = self.by_split["test"]["text_windows"]  # nothing is generated for them
+        report |= {"test_rows": report["test_rows"] - windows, "test_text_windows": windows}
         splits: dict[str, Any] = {}
         for split in SPLITS:
             counts = self.by_split[split]

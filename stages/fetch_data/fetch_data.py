@@ -1,11 +1,16 @@
 """Gets data sets of a Hugging Face hub, each at one pinned commit; ingest reads them beside data/raw."""
 
+import json
 import re
 from pathlib import Path
 
+from stages.core.jsonl import write_json
 from stages.core.output import Done, fresh_folder
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+
+LIST = ".datasets.json"
+"""DVC warns of an output that is an empty folder. ingest reads no hidden file."""
 
 
 class HubDataset(Section):
@@ -36,7 +41,7 @@ def fetch_data(params: Params, *, hub: Path) -> Done:
     of them null. The same commit always gives the same bytes.
 
     Downloads are kept next to `hub`, in .fetch-<owner>--<name>-<commit>: an interrupted run resumes there, and a later run
-    of the same commit needs no network. They can be deleted at any time.
+    of the same commit needs no network. They can be deleted at any time. `hub` also gets .datasets.json, the list itself.
 
     Raises Problem with everything that is wrong in the list, with one data set, or with its download.
     """
@@ -61,6 +66,8 @@ def fetch_data(params: Params, *, hub: Path) -> Done:
             if dataset.split and not (target / dataset.split).exists():
                 splits = ", ".join(get_splits(dataset.path, dataset.revision, dataset.name, parent=hub.parent))
                 raise Problem(bad_param(f"{where}.split", f"{dataset.path} has no split {dataset.split!r}; it has {splits}"))
+        listed = [dataset.model_dump() for dataset in params.datasets]
+        write_json(folder / LIST, sorted(listed, key=lambda dataset: json.dumps(dataset, sort_keys=True)))
     size = sum(file.stat().st_size for file in hub.rglob("*") if file.is_file())
     return Done(f"{hub}: {len(params.datasets)} data sets, {files} files, {size / 1e6:,.0f} MB")
 

@@ -112,7 +112,7 @@ def read_predictions(
     problems += [
         f"{predictions[model]}: empty, wanted {test_rows} rows; {_remedy(model)}"
         for model in MODELS
-        if test_rows and not predictions[model].stat().st_size
+        if test_rows and predictions[model].stat().st_size <= 1
     ]
     extra_answers = {model: _read_file(extra[model], _parse, model, problems=problems) for model in MODELS}
     losses = {model: _read_file(text[model], _parse_loss, model, problems=problems) for model in MODELS}
