@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from stages.encode.answers import NO_REASONING, REASONING_NOT_PROMPTED, AnswerFinder, Conversation, RenderedRow, Thinking
+from stages.encode.answers import (
+    NO_REASONING,
+    PROBE_TOOL,
+    REASONING_NOT_PROMPTED,
+    AnswerFinder,
+    Conversation,
+    RenderedRow,
+    Thinking,
+)
 from stages.encode.forms import Form, give
 from stages.encode.mask import SpecialTokens
 from stages.encode.spans import LeftOut, Untraceable
@@ -74,6 +82,12 @@ TEXT_ARGUMENTS = (
     + "{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
     "{%- for c in m.tool_calls or [] -%}{{ c.function.name + c.function.arguments }}{%- endfor -%}{{ '<|im_end|>\\n' }}"
     + PROMPT
+)
+# No word of the tools; calls without a text have no content, and their arguments are text (DeepSeek V3).
+NO_TOOLS = (
+    HEAD + "{%- if m.content is none -%}{{ '<|im_start|>assistant\\n' }}"
+    "{%- for c in m.tool_calls -%}{{ c.function.name + c.function.arguments }}{%- endfor -%}{{ '<|im_end|>\\n' }}"
+    "{%- else -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif -%}" + PROMPT
 )
 TOOLS = [{"type": "function", "function": {"name": "level", "parameters": {}}}]
 
@@ -329,8 +343,56 @@ def test_white_space_may_stand_before_the_stop_token(space: str) -> None:
 def test_a_context_that_lacks_a_call_is_refused() -> None:
     with pytest.raises(Untraceable, match="leaves out 'level' of the call in message 2"):
         find(CHATML, [user("q"), call(river="N"), {"role": "tool", "content": "2"}, answer("two")])
-    with pytest.raises(LeftOut, match="leaves out the tool 'level'"):
+    with pytest.raises(LeftOut, match="leaves out the tool 'level'; choose one that has a place for tools"):
         find(CHATML, [user("q"), answer("a")], tools=TOOLS)
+
+
+def test_tools_may_be_left_out_where_calls_are_written() -> None:
+    rows, problems = find(
+        NO_TOOLS, [user("q"), call(river="N"), {"role": "tool", "content": "2"}, answer("two")], tools=TOOLS
+    )
+    assert problems == []
+    assert marked(rows) == [
+        '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[level{"river": "N"}<|im_end|>]]\n'
+        "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n[[two<|im_end|>]]\n"
+    ]
+    assert [row.tools_left_out for row in rows] == [True]
+    rows, _ = find(TEXT_ARGUMENTS, [user("q"), call(river="N")], tools=TOOLS)
+    assert [row.tools_left_out for row in rows] == [False]
+
+
+def test_every_form_is_tried_for_a_call_that_ends_the_row() -> None:
+    rows, problems = find(NO_TOOLS, [user("q"), call(river="N")], tools=TOOLS)
+    assert problems == []
+    assert marked(rows)[0].endswith('assistant\n[[level{"river": "N"}<|im_end|>]]\n')
+
+
+def test_reasoning_that_the_template_does_not_read_is_written_with_its_marks() -> None:
+    """Where the answer is put behind the prompt, since the template writes the system text in another place."""
+    rows, problems = find(MOVES_SYSTEM, [{"role": "system", "content": "s"}, *THOUGHT])
+    assert problems == []
+    assert marked(rows)[-1].endswith("s\n\nq2<|im_end|>\n<|im_start|>assistant\n[[<think>\nr2\n</think>\n\na2<|im_end|>]]\n")
+    with pytest.raises(LeftOut, match=NO_REASONING.split(";")[0]):
+        find(MOVES_SYSTEM.replace("m.content }}", "m.content.split('</think>')[-1] }}"), [user("s"), *THOUGHT[1:]])
+
+
+def test_a_block_is_not_opened_twice() -> None:
+    opens = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+        "'\\n' + m.content", "('\\n<think>\\n' if m.role == 'assistant' and loop.last else '\\n') + m.content"
+    )
+    (row,), _ = find(opens, [user("q"), answer("a")])
+    assert row.text.endswith("assistant\n<think>\na<|im_end|>\n")
+    with pytest.raises(LeftOut):
+        find(opens, THOUGHT[:2])
+
+
+def test_a_template_may_need_tools() -> None:
+    """Command R+ writes an instruction behind each conversation, and fails without tools."""
+    source = "{%- for t in tools -%}{{ t.function.name }}{%- endfor -%}" + CHATML.replace(
+        "{%- if add_gen", "{{ '<|im_start|>system\\nSay what to do.<|im_end|>' }}{%- if add_gen"
+    )
+    (row,), _ = find(source, TWO_TURNS[:2], tools=[PROBE_TOOL])
+    assert marked([row])[0].endswith("[[a1<|im_end|>]]\n<|im_start|>system\nSay what to do.<|im_end|>")
 
 
 # Variables

@@ -244,6 +244,7 @@ def test_the_report_counts_conversations_thinking_tools_and_formats(
         "conversations": 3,
         "with_thinking": 1,
         "with_tools": 1,
+        "tools_left_out": 0,
         "rows_per_answer": 1,
         "extra_rows": 1,
         "extra_tokens": min(lengths[1:3]),

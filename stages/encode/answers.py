@@ -82,6 +82,8 @@ class RenderedRow(NamedTuple):
     """The answers that this row trains, in order; the last one ends the row. If no answer is in the loss, the last one."""
     spans: list[TextSpan]
     """Where the messages' texts are. Those of tools and tool calls are not among them."""
+    tools_left_out: bool = False
+    """Whether the template writes calls, but not which tools there are."""
 
 
 class Conversation(NamedTuple):
@@ -175,6 +177,7 @@ class _Shapes(NamedTuple):
     rows: list[_RowShape]
     problems: list[Exception]
     """One for each answer that is in no row."""
+    tools_left_out: bool = False
 
     def mismatches(self) -> tuple[int, int]:
         """The numbers of answers that are in no row, and of those that do not follow the prompt for generation."""
@@ -194,6 +197,7 @@ class AnswerFinder:
         self._plain_gap: str | None = None
         self._plain_stop: str | None = None
         self._opening: str | None = None
+        self._has_calls: bool | None = None
         self._common_gaps: dict[str, bool] = {}
         self._block_ends: dict[str, str] = {}
 
@@ -212,8 +216,9 @@ class AnswerFinder:
         if self._thinking == "drop" and any(REASONING in message for message in conversation.messages):
             messages = [{k: v for k, v in message.items() if k != REASONING} for message in conversation.messages]
             conversation = conversation._replace(messages=messages)
-        shapes, problems = self._find_shapes(conversation, last_only=last_only)
-        return [self._fill(shape, conversation) for shape in shapes], problems
+        shapes, problems, tools_left_out = self._find_shapes(conversation, last_only=last_only)
+        rows = [self._fill(shape, conversation) for shape in shapes]
+        return [row._replace(tools_left_out=True) for row in rows] if tools_left_out else rows, problems
 
     def _find_shapes(self, conversation: Conversation, *, last_only: bool) -> _Shapes:
         if conversation.has_tools:  # what a template makes of calls and results depends on their values
@@ -267,7 +272,7 @@ class AnswerFinder:
             if message["role"] == "assistant" and message.get("train", True) and not last_only
         ]
         numbers = trained or [len(marked) - 1]
-        self._check_tools(marked, conversation.tools)
+        tools_left_out = self._leaves_out_tools(marked, conversation.tools)
         best: _Shapes | None = None
         for form in forms_to_try(conversation.messages):
             shapes = self._shapes_in_form(marked, conversation.tools, numbers, form)
@@ -278,17 +283,36 @@ class AnswerFinder:
         assert best is not None  # there are always forms to try
         if not best.rows:
             raise best.problems[0]
-        return best
+        return best._replace(tools_left_out=tools_left_out)
 
-    def _check_tools(self, marked: list[dict[str, Any]], tools: Sequence[Any]) -> None:
-        """Raises LeftOut if the prompt for the first answer lacks a tool, and jinja2.TemplateError."""
+    def _leaves_out_tools(self, marked: list[dict[str, Any]], tools: Sequence[Any]) -> bool:
+        """Whether the prompt for the first answer does not say which tools there are, although the template writes calls.
+
+        Raises LeftOut if it lacks a tool otherwise, and jinja2.TemplateError.
+        """
         if not tools:
-            return
+            return False
         first = next(number for number, message in enumerate(marked) if message["role"] == "assistant")
         prompt = self._template.render(marked[:first], tools, add_generation_prompt=True)
-        for tool in tools:
-            if str(tool.get("function", {}).get("name", "")) not in prompt:
-                raise LeftOut(f"the template leaves out the tool {tool['function']['name']!r}")
+        missing = [name for tool in tools if (name := str(tool.get("function", {}).get("name", ""))) not in prompt]
+        if len(missing) == len(tools) and self._writes_calls():
+            return True
+        if missing:
+            raise LeftOut(f"the template leaves out the tool {missing[0]!r}; choose one that has a place for tools")
+        return False
+
+    def _writes_calls(self) -> bool:
+        """Whether the template has a place for calls, found with a small conversation."""
+        if self._has_calls is None:
+            self._has_calls = False
+            for form in forms_to_try([PROBE_CALL]):
+                try:
+                    text = self._template.render(give([PLAIN[0], PROBE_CALL], form))
+                    _check_calls(PROBE_CALL, text, 1)
+                except (jinja2.TemplateError, Untraceable):
+                    continue
+                self._has_calls = True
+        return self._has_calls
 
     def _shapes_in_form(self, marked: list[dict[str, Any]], tools: Sequence[Any], numbers: list[int], form: Form) -> _Shapes:
         """The rows for the answers in the messages `numbers`, if the messages are given to the template in this form."""
@@ -342,6 +366,7 @@ class AnswerFinder:
             stop_start = len(text) if suffix else stop_start
             text += suffix
             end = len(text) if suffix else end
+        _check_calls(message, text[start:end], number)
         label_start = self._label_start(message, text, number, places, start)
         answer = _Answer(start, label_start, stop_start, end, stop, follows_prompt)
         return _FoundAnswer(text, suffix, rendering.splice, answer)
@@ -448,11 +473,14 @@ class AnswerFinder:
     def _turn_opening(self) -> str:
         """The special token with which the template begins a turn; "" if it begins without one."""
         if self._opening is None:
-            try:
-                text = self._template.render(PLAIN).removeprefix(self._bos)
-            except jinja2.TemplateError:
-                text = ""
-            self._opening = self._special.at(text, 0)
+            self._opening = ""
+            for tools in ((), (PROBE_TOOL,)):  # Command R+ has a template that fails without tools.
+                try:
+                    text = self._template.render(PLAIN, tools).removeprefix(self._bos)
+                except jinja2.TemplateError:
+                    continue
+                self._opening = self._special.at(text, 0)
+                break
         return self._opening
 
     def _stop_of_next_turn(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form, text: str) -> str:
@@ -509,6 +537,8 @@ class AnswerFinder:
         if has_reasoning and form.reasoning == "spliced" and not opened:
             raise LeftOut(NO_REASONING)
         if has_reasoning and form.reasoning != "spliced":
+            if mark(number, REASONING) not in text:
+                raise LeftOut(NO_REASONING)
             return _Splice(skeleton, skeleton.position(start), "") if start > shared else None
         empty = EMPTY_BLOCK.match(text, start)
         gap = text[start:own_start] if own_start < len(text) else empty[0] if empty else ""

@@ -190,6 +190,7 @@ def _count_conversation(rows: list[TokenRow], counts: Counter[str], first: First
     counts["special_text"] += any(each.special_text for each in rows)
     counts["with_thinking"] += row.thinking
     counts["with_tools"] += row.tools
+    counts["tools_left_out"] += row.tools_left_out
     if any(each.tokens_cut for each in rows):
         counts["conversations_cut"] += 1
         first.add("conversations_cut", row.source)

@@ -183,7 +183,8 @@ class Counts:
                 trained["without_stop"],
                 trained["rows"],
                 "rows have no stop token after an answer",
-                "let the template write a special token there, or set 100 if the model need not learn to stop",
+                "let the template write a special token there, do not cut it off (encode.truncation_strategy: right), or set "
+                "100 if the model need not learn to stop",
                 first("without_stop"),
             ),
             "prompt_mismatch": GateCount(
@@ -238,6 +239,11 @@ class Counts:
                 f"{percent:.3g} % of the training conversations contain reasoning; as a rule of thumb, a thinking model "
                 f"tends to lose its reasoning if fewer than about {KEEPS_REASONING} % do"
             )
+        if left_out := total["tools_left_out"]:
+            yield (
+                f"{left_out:,} conversations have tools that the template leaves out: their prompts do not say which tools "
+                "there are; choose a template with a place for tools if the model must know them"
+            )
         if cut := total["rows_cut"]:
             yield f"{cut:,} rows are truncated to encode.max_length: {total['tokens_cut']:,} tokens are cut"
         if truncates and (rejected := self.by_split["test"][f"{REASON}too_long"]):
@@ -254,7 +260,15 @@ class Counts:
         splits: dict[str, Any] = {}
         for split in SPLITS:
             counts = self.by_split[split]
-            names = ("conversations", "with_thinking", "with_tools", "rows_per_answer", "extra_rows", "extra_tokens")
+            names = (
+                "conversations",
+                "with_thinking",
+                "with_tools",
+                "tools_left_out",
+                "rows_per_answer",
+                "extra_rows",
+                "extra_tokens",
+            )
             splits[split] = {name: counts[name] for name in names}
             splits[split] |= {"rows_rejected": counts["rejected"], "rejected_too_long": counts[f"{REASON}too_long"]}
             splits[split]["formats"] = {

@@ -32,8 +32,8 @@ EMPTY_BLOCK = re.compile(rf"\s*(?:{OPENING})?\s*(?:{CLOSING})\s*")
 BLOCK_END = re.compile(rf"\s*(?:{CLOSING})\s*")
 ANY_MARK = re.compile(rf"\s*(?:{OPENING}|{CLOSING})\s*")
 MARKS_AT_END = re.compile(rf"(?:\s*(?:{OPENING}|{CLOSING})\s*)+\Z")
-SECOND_BLOCK = re.compile(rf"(?:{CLOSING})\s*(?:{OPENING})\s*\Z")
-"""A thinking block opened behind one that is closed."""
+SECOND_BLOCK = re.compile(rf"(?:{OPENING}|{CLOSING})\s*(?:{OPENING})\s*\Z")
+"""A thinking block opened in another one, or behind one that is closed."""
 PARTS_AS_TEXT = re.compile(r"""["']type["']: ["']""")
 """In a rendering: the template wrote a list of parts as Python or JSON does, since it knows only text."""
 
@@ -44,6 +44,8 @@ class Form(NamedTuple):
     reasoning: ReasoningForm
     arguments_as_text: bool
     """Whether the arguments of calls are JSON text instead of objects."""
+    no_content: bool = False
+    """Whether the content of calls without a text is None, as DeepSeek V3 wants it, instead of ""."""
 
 
 def forms_to_try(messages: Sequence[Message]) -> Iterator[Form]:
@@ -54,6 +56,8 @@ def forms_to_try(messages: Sequence[Message]) -> Iterator[Form]:
         yield Form(reasoning, arguments_as_text=False)
         if has_calls:
             yield Form(reasoning, arguments_as_text=True)
+            yield Form(reasoning, arguments_as_text=False, no_content=True)
+            yield Form(reasoning, arguments_as_text=True, no_content=True)
 
 
 def give(messages: Sequence[Message], form: Form) -> list[Message]:
@@ -65,6 +69,8 @@ def _give(message: Message, form: Form) -> Message:
     given = {key: value for key, value in message.items() if key != REASONING}
     if form.arguments_as_text and "tool_calls" in message:
         given["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+    if form.no_content and "tool_calls" in message and not message["content"]:
+        given["content"] = None
     if REASONING not in message:
         return given
     reasoning, content = message[REASONING], message["content"]
@@ -75,7 +81,7 @@ def _give(message: Message, form: Form) -> Message:
             given["content"] = [{"type": "thinking", "thinking": reasoning}]
             given["content"] += [{"type": "text", "text": content}] if content else []
         case "inline":
-            given["content"] = f"<think>\n{reasoning}\n</think>\n\n{content}"
+            given["content"] = f"<think>\n{reasoning}\n</think>\n\n{content or ''}"
     return given
 
 

@@ -62,6 +62,8 @@ class TokenRow(NamedTuple):
     """Whether the conversation has reasoning."""
     tools: bool
     """Whether the conversation has tools."""
+    tools_left_out: bool
+    """Whether its prompt does not say which, since the template has no place for them."""
     turns: int
     """Answers in the conversation."""
     number: int
@@ -332,6 +334,7 @@ class RowMaker:
             unknown=self._count_unknown(ids),
             thinking=any("reasoning_content" in message for message in messages),
             tools=bool(example.get("tools")) or any("tool_calls" in message for message in messages),
+            tools_left_out=text.row.tools_left_out,
             turns=sum(message["role"] == "assistant" for message in messages),
             number=number,
             split_answers=rows,
@@ -377,6 +380,7 @@ class RowMaker:
                 unknown=self._count_unknown(ids[start : start + self.max_length]),
                 thinking=False,
                 tools=False,
+                tools_left_out=False,
                 turns=0,
                 number=number,
                 split_answers=1,

@@ -46,7 +46,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from None
+            raise jinja2.TemplateError(f"the template fails: {type(error).__name__}: {error}") from None
         except jinja2.UndefinedError as error:
             if "strftime_now" in str(error):
                 raise jinja2.TemplateError(
