@@ -62,8 +62,10 @@ def answered(workspace: Workspace, out: Path) -> list[dict[str, Any]]:
         model=out / "merged",
         test_prompts=tokens / "test.arrow",
         extra_prompts=tokens / "prompts.arrow",
+        test_text=tokens / "text.arrow",
         predictions=out / "predictions.jsonl",
         extra_predictions=out / "prompts.jsonl",
+        text_losses=out / "text.jsonl",
     ).clean_up()
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 

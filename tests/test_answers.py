@@ -340,6 +340,15 @@ def test_white_space_may_stand_before_the_stop_token(space: str) -> None:
     assert [row.text[span.stop_start :][:10] for row in rows for span in row.answers] == ["<|im_end|>"] * 2
 
 
+def test_the_next_turn_ends_an_answer_whose_reasoning_is_left_out_then() -> None:
+    source = NEXT_TURN.replace(
+        "{{ m.content }}",
+        "{{ '<think>' + m.reasoning_content + '</think>' if loop.last and m.reasoning_content }}{{ m.content }}",
+    )
+    rows, _ = find(source, THOUGHT[:2])
+    assert marked(rows) == ["<|user|>q1<|assistant|>[[<think>r1</think>a1<|user|>]]"]
+
+
 def test_a_context_that_lacks_a_call_is_refused() -> None:
     with pytest.raises(Untraceable, match="leaves out 'level' of the call in message 2"):
         find(CHATML, [user("q"), call(river="N"), {"role": "tool", "content": "2"}, answer("two")])

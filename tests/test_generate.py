@@ -320,13 +320,15 @@ def test_a_perfect_call_behind_a_special_token_is_the_reference(workspace: Works
         workspace.root / "models" / "tokenizer",
         template,
         labels_on="assistant",
+        thinking="train",
+        train_empty_thinking=False,
         max_length=200,
         truncation_strategy="drop",
         use_fastokens=False,
     )
     call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "Köln"}}}
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    (row,) = maker.rows([{"id": "x", "source": "s", "messages": messages}])
+    ((row,),) = maker.rows([{"id": "x", "source": "s", "messages": messages}], "test")
     assert isinstance(row, TokenRow)
     (prompt,) = prompt_batch(maker, [row]).to_pylist()
     answer_ids = row.ids[row.prompt_length :].tolist()

@@ -484,19 +484,28 @@ class AnswerFinder:
         return self._opening
 
     def _stop_of_next_turn(self, marked: list[dict[str, Any]], tools: Sequence[Any], form: Form, text: str) -> str:
-        """The special token that follows the answer at once when the conversation continues, as GLM's `<|user|>`; or ""."""
-        calls = marked[-1].get("tool_calls")
-        following: dict[str, Any] = {"role": "tool" if calls else "user", "content": "0"}
-        if calls:
-            following |= {"name": calls[0]["function"]["name"]} | (
-                {"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}
-            )
-        try:
-            longer = self._template.render(give([*marked, following], form), tools)
-        except jinja2.TemplateError:
-            return ""
-        stop = self._special.at(longer, len(text)) if longer.startswith(text) else ""
-        return "" if stop == self._bos else stop
+        """The special token that follows the answer at once when the conversation continues, as GLM's `<|user|>`; or "".
+
+        If the template writes the answer itself otherwise then, as without its reasoning, a small conversation shows it.
+        """
+        has_calls = "tool_calls" in marked[-1]
+        plain = Form("none", arguments_as_text=form.arguments_as_text)
+        small = ([PLAIN[0], PROBE_CALL], (PROBE_TOOL,)) if has_calls else (PLAIN, ())
+        for messages, these_tools, this_form in ((marked, tools, form), (*small, plain)):
+            following: dict[str, Any] = {"role": "user", "content": "0"}
+            if has_calls:
+                call = messages[-1]["tool_calls"][0]
+                following = {"role": "tool", "content": "0", "name": call["function"]["name"]}
+                following |= {"tool_call_id": call["id"]} if "id" in call else {}
+            try:
+                before = text if messages is marked else self._template.render(give(messages, this_form), these_tools)
+                longer = self._template.render(give([*messages, following], this_form), these_tools)
+            except jinja2.TemplateError:
+                continue
+            if longer.startswith(before):
+                stop = self._special.at(longer, len(before))
+                return "" if stop == self._bos else stop
+        return ""
 
     # Rendering
 

@@ -106,6 +106,7 @@ class RowMaker:
         use_fastokens: bool,
     ) -> None:
         """Reads the tokenizer's folder. Raises jinja2.TemplateSyntaxError if `template` is not valid Jinja source."""
+        self._thinking = thinking
         self.labels_on, self.max_length, self.truncation_strategy = labels_on, max_length, truncation_strategy
         self.encoder = Encoder(tokenizer, use_fastokens=use_fastokens)
         variables = self.encoder.template_variables
@@ -332,7 +333,7 @@ class RowMaker:
             double_bos=bos is not None and len(ids) > 1 and bool(ids[0] == bos == ids[1]),
             special_text=has_special_text,
             unknown=self._count_unknown(ids),
-            thinking=any("reasoning_content" in message for message in messages),
+            thinking=self._thinking != "drop" and any("reasoning_content" in message for message in messages),
             tools=bool(example.get("tools")) or any("tool_calls" in message for message in messages),
             tools_left_out=text.row.tools_left_out,
             turns=sum(message["role"] == "assistant" for message in messages),

@@ -67,7 +67,8 @@ def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
             literal.
         jinja2.TemplateSyntaxError: If `source` is not valid.
     """
-    read = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+    parsed = _environment().parse(source)
+    read = jinja2.meta.find_undeclared_variables(parsed)
     problems, header = [], []
     for name, value in variables.items():
         if name == DATE and "strftime_now" in read:
@@ -76,7 +77,8 @@ def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
             except (TypeError, ValueError):
                 problems.append(f'{name}: found {value!r}, wanted a text in quotes, as "2026-01-31"')
         elif name in RESERVED or name not in read:
-            known = sorted(read - {*RESERVED, "strftime_now"} | ({DATE} if "strftime_now" in read else set()))
+            own = {node.name for node in parsed.find_all(jinja2.nodes.Name) if node.ctx == "store"}
+            known = sorted(read - own - {*RESERVED, "strftime_now"} | ({DATE} if "strftime_now" in read else set()))
             problems.append(f"{name}: the template does not read it; it reads {', '.join(known) or 'no variables'}")
         else:
             try:
