@@ -48,6 +48,7 @@ class Hub(ThreadingHTTPServer):
         self.interrupted: str | None = None
         self.changed: str | None = None
         self.failures = 0
+        self.status, self.status_of_files = 0, False
         self.requests: list[str] = []
         self.tokens: set[str] = set()
 
@@ -98,7 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization") or "")
         file = re.fullmatch(rf"/datasets/owner/tiny/resolve/{COMMIT}/(.+)", path)
         tree = re.fullmatch(rf"/api/datasets/owner/tiny/tree/{COMMIT}/?(.*)", path)
-        if self.server.failures and "/revision/" in path:
+        if self.server.status and ("/resolve/" in path) == self.server.status_of_files:
+            self.send(self.server.status, f"<html>{self.headers.get('Authorization')}</html>".encode(), body)
+        elif self.server.failures and "/revision/" in path:
             self.server.failures -= 1
             self.send(500, b"{}", body)
         elif path in (f"/api/datasets/owner/tiny/revision/{COMMIT}", "/api/datasets/owner/tiny"):
@@ -259,7 +262,7 @@ configs:
     assert list(fetched(hub, tmp_path, entry(name="zh", split="test_sft"))) == ["owner--tiny--zh/test_sft/b.jsonl.gz"]
     (tmp_path / "data" / "hub").rename(tmp_path / "old")
     message = refused(hub, tmp_path, entry(name="zh", split="dev"))
-    assert message == "params.yaml: fetch_data.datasets.0.split: owner/tiny has no split 'dev'; it has train_sft, test_sft"
+    assert message == "params.yaml: fetch_data.datasets: owner/tiny has no split 'dev'; it has train_sft, test_sft"
     message = refused(hub, tmp_path, entry(name="fr"))
     assert message.startswith("params.yaml: fetch_data.datasets: name 'fr' of owner/tiny: BuilderConfig 'fr' not found")
     assert "['zh', 'en']" in message
@@ -346,6 +349,10 @@ def test_an_empty_list_makes_an_empty_folder_without_network_or_libraries(hub: H
 
 def test_everything_wrong_with_the_list_is_said_at_once(tmp_path: Path) -> None:
     wrong = [entry(path="tiny"), entry(revision="main"), entry(), entry(split="train"), entry(name="zh"), entry(name="../x")]
+    wrong += [
+        entry(path=path) for path in ("owner/..", "../..", "öwner/x", "owner/a--b", "owner/x.git", f"owner/{'x' * 99}")
+    ]
+    wrong += [entry(name="x", split="train[:10%]")]
     with pytest.raises(Problem) as caught:
         fetch_data(Params(datasets=wrong), hub=tmp_path / "hub")  # type: ignore[arg-type]
     assert [message.split(": ")[1] for message in caught.value.messages] == [
@@ -354,6 +361,8 @@ def test_everything_wrong_with_the_list_is_said_at_once(tmp_path: Path) -> None:
         "fetch_data.datasets.2",
         "fetch_data.datasets.3",
         "fetch_data.datasets.5.name",
+        *(f"fetch_data.datasets.{number}.path" for number in range(6, 12)),
+        "fetch_data.datasets.12.split",
     ]
     assert "40 hex digits" in caught.value.messages[1]
     with pytest.raises(Problem) as caught:
@@ -363,3 +372,47 @@ def test_everything_wrong_with_the_list_is_said_at_once(tmp_path: Path) -> None:
 
 def test_ingest_reads_every_file_that_fetch_data_takes() -> None:
     assert sorted(READABLE) == sorted(SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    ("status", "of_files", "message"),
+    [
+        (401, False, "owner/tiny: the hub refuses access: "),
+        (403, False, "owner/tiny: the hub refuses access: "),
+        (500, False, "owner/tiny: the download was interrupted: "),
+        (500, True, "owner/tiny: the download was interrupted: "),
+        (200, False, "owner/tiny: the download was interrupted: "),  # the page of a proxy
+    ],
+)
+def test_any_answer_is_one_message_without_the_token(
+    hub: Hub, tmp_path: Path, status: int, of_files: bool, message: str
+) -> None:
+    hub.files["train.jsonl"] = lines(*ROWS)
+    hub.status, hub.status_of_files = status, of_files
+    done = fetch(hub, tmp_path, HF_TOKEN="hf_secret")
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert done.stdout.count("again in") == (0 if message.endswith("access: ") else 2)
+
+
+@pytest.mark.parametrize("token", ["hf_sécret", "hf_sec\nret", "hf_secret\n"])
+def test_a_token_with_white_space_is_stripped_and_another_one_is_not_shown(hub: Hub, tmp_path: Path, token: str) -> None:
+    hub.files["train.jsonl"] = lines(*ROWS)
+    done = fetch(hub, tmp_path, HF_TOKEN=token)
+    if token == "hf_secret\n":
+        assert (done.returncode, hub.tokens) == (0, {"Bearer hf_secret"})
+    else:
+        assert done.stderr == "the variable HF_TOKEN holds characters that no token has; set it again\n"
+
+
+def test_one_split_downloads_no_other(hub: Hub, tmp_path: Path) -> None:
+    hub.files |= {"train.jsonl": lines(*ROWS), "test.jsonl": lines(ROWS[0])}
+    assert list(fetched(hub, tmp_path, entry(split="test"))) == ["owner--tiny/test/test.jsonl"]
+    assert hub.downloads("train.jsonl") == 0
+    assert list(fetched(hub, tmp_path)) == ["owner--tiny/test/test.jsonl", "owner--tiny/train/train.jsonl"]
+    (tmp_path / "data" / "hub").rename(tmp_path / "old")
+    downloads = hub.downloads("train.jsonl")
+    assert "has no split 'dev'; it has train, test" in refused(hub, tmp_path, entry(split="dev"))
+    assert hub.downloads("train.jsonl") == downloads

@@ -818,3 +818,19 @@ def test_a_row_of_many_unknown_fields_is_named_by_some_of_them() -> None:
     with pytest.raises(Rejection, match="and 70 more") as caught:
         read({f"field {number}": number for number in range(100)})
     assert len(caught.value.detail) < 500
+
+
+def test_a_history_may_be_its_json_text() -> None:
+    for history, before in (("[]", []), ('[["x", "y"]]', [user("x"), assistant("y")])):
+        assert read({"prompt": "q", "response": "a", "history": history}).messages == [*before, *QA]
+
+
+def test_a_prompt_of_preference_data_that_ends_in_assistant_is_read_into_turns() -> None:
+    prompt = "\n\nHuman: x\n\nAssistant: y\n\nHuman: q\n\nAssistant:"
+    found = read({"prompt": prompt, "chosen": "a", "rejected": "b"}, preference="chosen")
+    assert found.messages == [user("x"), assistant("y"), *QA]
+
+
+def test_an_id_alone_is_no_text() -> None:
+    with pytest.raises(Rejection, match="none of them looks like a text"):
+        read({"id": "abc", "response": {"n": 1}})

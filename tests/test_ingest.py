@@ -470,7 +470,8 @@ def test_too_many_rejections_fail_with_the_first_row_of_each_reason(folder: Fold
         "params.yaml: ingest.max_rejected_percent: 3 of 43 rows (7.0 %) were rejected, the limit is 5 %; correct the "
         "rows, or raise it if they may be left out",
         "empty_answer: 1 rejected, the first is x.jsonl:3: ''",
-        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them looks like a text, a question with its answer, or a list of turns",
+        "unknown_format: 2 rejected, the first is x.jsonl:1: fields a; none of them looks like a text, a question with its "
+        "answer, or a list of turns",
     )
     assert caught.value.messages[-1].endswith("(removed when this stage succeeds)")
     assert not (folder.root / "examples").exists()

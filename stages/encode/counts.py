@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,7 +233,7 @@ class Counts:
                 f"otherwise if more follows: {total['extra_rows']:,} more rows, {total['extra_tokens']:,} more tokens "
                 f"({100 * total['extra_tokens'] / total['tokens']:.1f} % of all)"
             )
-        percent = 100 * train["with_thinking"] / max(1, train["conversations"])
+        percent = 100 * _thinking_share(train)
         if 0 < percent < KEEPS_REASONING:
             yield (
                 f"{percent:.3g} % of the training conversations contain reasoning; as a rule of thumb, a thinking model "
@@ -279,7 +279,7 @@ class Counts:
         return report | {
             "splits": splits,
             "label_share": round(train["label_tokens"] / train["tokens"], 4),
-            "thinking_share": round(train["with_thinking"] / train["conversations"], 4),
+            "thinking_share": round(_thinking_share(train), 4),
             "length_percentiles": _percentiles(self.lengths["train"]),
             "longest_row": max(max(lengths) for lengths in self.lengths.values() if lengths),
             "rows_cut": total["rows_cut"],
@@ -319,6 +319,11 @@ def binomial_tail(found: int, of: int, share: float) -> float:
 
 def _limit(gates: Gates, name: str) -> float:
     return float(getattr(gates, f"max_{name}_percent"))
+
+
+def _thinking_share(counts: Mapping[str, int]) -> float:
+    """The share of conversations with reasoning; raw texts are none."""
+    return counts["with_thinking"] / max(1, counts["conversations"] - counts["format text"])
 
 
 def _name_first(rows: tuple[str, ...]) -> str:

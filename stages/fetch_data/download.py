@@ -1,8 +1,10 @@
 """The files of one commit of a data set: found by `datasets`, downloaded with the hub's checksums, and kept."""
 
+import json
 import math
 import os
 import posixpath
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,8 @@ from stages.core.progress import progress
 READABLE = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt", ".txt.gz")
 """The files that ingest reads; a test compares this with the list in stages/ingest/raw_files.py."""
 ATTEMPTS = 3
+REFUSED = (401, 403)
+"""HTTP statuses that another attempt does not change."""
 WAIT_S = 5.0
 """Seconds before the second attempt at a download, twice as many before the third."""
 
@@ -28,8 +32,8 @@ Splits = dict[str, dict[str, Path]]
 """Split to the files that belong to it, by their name within it."""
 
 
-def get_splits(path: str, commit: str, name: str, *, parent: Path) -> Splits:
-    """The files of a data set's configuration, all of them complete on this disk.
+def get_splits(path: str, commit: str, name: str, *, split: str, parent: Path) -> Splits:
+    """The files of a data set's configuration, or of one split of it, all of them complete on this disk.
 
     They are in `parent`/.fetch-<owner>--<name>-<commit>. What is there already, and has the recorded hash, is not asked for
     again. Raises Problem if the data set cannot be found, cannot be read by ingest, or cannot be downloaded completely.
@@ -38,9 +42,9 @@ def get_splits(path: str, commit: str, name: str, *, parent: Path) -> Splits:
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            listed = folder / "splits" / f"{name or '(default)'}.json"
+            listed = folder / "splits" / f"{name or '(default)'}{split and f' {split}'}.json"
             if not _check_kept(folder / "files", listed):
-                splits = _download(path, commit, name, folder=folder)
+                splits = _download(path, commit, name, split=split, folder=folder)
                 with fresh_file(listed) as file:
                     write_json(file, splits)
             return _named({split: list(files) for split, files in read_json(listed).items()}, folder / "files")
@@ -80,7 +84,7 @@ def _named(splits: Mapping[str, list[str]], folder: Path) -> Splits:
     return named
 
 
-def _download(path: str, commit: str, name: str, *, folder: Path) -> dict[str, dict[str, str]]:
+def _download(path: str, commit: str, name: str, *, split: str, folder: Path) -> dict[str, dict[str, str]]:
     """Downloads what is missing. Returns split to file to sha256."""
     cache = folder.with_name(".fetch-cache").resolve()
     _keep_libraries_in(cache)
@@ -92,6 +96,9 @@ def _download(path: str, commit: str, name: str, *, folder: Path) -> dict[str, d
     with _explained_errors(path, commit, kept_in=folder):
         sizes = _retried(path, lambda: _list_files(path, commit))
         splits = _retried(path, lambda: _find_splits(path, commit, name, cache=cache))
+    if split and split not in splits:
+        raise Problem(bad_param("fetch_data.datasets", f"{path} has no split {split!r}; it has {', '.join(splits)}"))
+    splits = {split: splits[split]} if split else splits
     files = sorted({file for split in splits.values() for file in split})
     _check(path, files, sizes, folder=folder)
     total = sum(sizes.get(file, 0) for file in files)
@@ -115,8 +122,14 @@ def _keep_libraries_in(cache: Path) -> None:
 
 
 def _token() -> str | bool:
-    """The token of the environment; False keeps the libraries from looking for another one."""
-    return os.environ.get("HF_TOKEN") or False
+    """The token of the environment; False keeps the libraries from looking for another one.
+
+    Raises Problem, without the token, if it cannot be sent: the libraries' own errors would show it.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise Problem("the variable HF_TOKEN holds characters that no token has; set it again")
+    return token or False
 
 
 def _list_files(path: str, commit: str) -> dict[str, int]:
@@ -150,6 +163,8 @@ def _find_splits(path: str, commit: str, name: str, *, cache: Path) -> dict[str,
     except _network_errors():  # some of them are of the two kinds below, too
         raise
     except FileNotFoundError as error:
+        if "LocalEntryNotFoundError" in str(error):  # what `datasets` makes of an answer that is no file
+            raise ConnectionError(str(error).partition("LocalEntryNotFoundError: ")[2]) from None
         raise Problem(f"{path}: `datasets` finds no data in it: {_one_line(error)}") from None
     except ValueError as error:
         if "onfig" in str(error):  # which lists the configurations
@@ -215,6 +230,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
         errors.LocalEntryNotFoundError,
         errors.XetDownloadError,
         httpx2.HTTPError,
+        json.JSONDecodeError,  # the page of a proxy
         ConnectionError,
         TimeoutError,
     )
@@ -230,6 +246,8 @@ def _retried(path: str, attempt: Any) -> Any:
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
         except _network_errors() as error:
+            if _status(error) in REFUSED:
+                raise
             wait = WAIT_S * number
             print(f"fetch_data: {path}: {_one_line(error)}; again in {wait:g} s ({number + 1} of {ATTEMPTS})", flush=True)
             time.sleep(wait)
@@ -252,11 +270,23 @@ def _explained_errors(path: str, commit: str, *, kept_in: Path) -> Iterator[None
     except errors.RevisionNotFoundError:
         raise Problem(bad_param("fetch_data.datasets", f"{path} has no commit {commit} on the hub")) from None
     except _network_errors() as error:
+        if _status(error) in REFUSED:
+            raise Problem(
+                f"{path}: the hub refuses access: {_one_line(error)}. Put the token of an account that may read it into the "
+                "variable HF_TOKEN, or correct the one that is there"
+            ) from None
         raise Problem(
             f"{path}: the download was interrupted: {_one_line(error)}. What was downloaded is kept in {kept_in}; run dvc "
             "repro again to resume"
         ) from None
 
 
+def _status(error: Exception) -> int | None:
+    """The HTTP status of the hub's answer; None if there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    token = os.environ.get("HF_TOKEN", "").strip()  # an answer may repeat it
+    return (text.replace(token, "***") if token else text)[:300]

@@ -11,6 +11,9 @@ from stages.core.problem import Problem
 
 LIST = ".datasets.json"
 """DVC warns of an output that is an empty folder. ingest reads no hidden file."""
+PATH = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
+"""owner/name, as the hub allows it (huggingface_hub/utils/_validators.py)."""
+MAX_NAME = 96
 
 
 class HubDataset(Section):
@@ -51,21 +54,17 @@ def fetch_data(params: Params, *, hub: Path) -> Done:
     hub.parent.mkdir(parents=True, exist_ok=True)
     files = 0
     with fresh_folder(hub) as folder:
-        for number, dataset in enumerate(params.datasets):
+        for dataset in params.datasets:
             from stages.fetch_data.download import get_splits, link_file  # imports what an empty list does not need
 
-            where = f"fetch_data.datasets.{number}"
             target = folder / dataset.path.replace("/", "--")
             if dataset.name:
                 target = target.with_name(f"{target.name}--{dataset.name}")
-            for split, split_files in get_splits(dataset.path, dataset.revision, dataset.name, parent=hub.parent).items():
-                if dataset.split in ("", split):
-                    for name, file in split_files.items():
-                        link_file(file, target / split / name)
-                        files += 1
-            if dataset.split and not (target / dataset.split).exists():
-                splits = ", ".join(get_splits(dataset.path, dataset.revision, dataset.name, parent=hub.parent))
-                raise Problem(bad_param(f"{where}.split", f"{dataset.path} has no split {dataset.split!r}; it has {splits}"))
+            splits = get_splits(dataset.path, dataset.revision, dataset.name, split=dataset.split, parent=hub.parent)
+            for split, split_files in splits.items():
+                for name, file in split_files.items():
+                    link_file(file, target / split / name)
+                    files += 1
         listed = [dataset.model_dump() for dataset in params.datasets]
         write_json(folder / LIST, sorted(listed, key=lambda dataset: json.dumps(dataset, sort_keys=True)))
     size = sum(file.stat().st_size for file in hub.rglob("*") if file.is_file())
@@ -77,7 +76,7 @@ def _find_problems(datasets: list[HubDataset]) -> list[str]:
     splits: dict[tuple[str, str], list[HubDataset]] = {}
     for number, dataset in enumerate(datasets):
         where = f"fetch_data.datasets.{number}"
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset.path):
+        if not PATH.fullmatch(dataset.path) or len(dataset.path) > MAX_NAME or dataset.path.endswith(".git"):
             problems.append(bad_param(f"{where}.path", f"{dataset.path!r} is not owner/name of a data set on the hub"))
         if not re.fullmatch(r"[0-9a-f]{40}", dataset.revision):
             problems.append(
@@ -87,8 +86,14 @@ def _find_problems(datasets: list[HubDataset]) -> list[str]:
                     "later; write the 40 hex digits that the hub shows under the data set's history",
                 )
             )
-        if re.search(r"[/\\]", dataset.name):
+        if re.search(r"[/\\\0]", dataset.name) or len(dataset.name) > MAX_NAME:
             problems.append(bad_param(f"{where}.name", f"{dataset.name!r} is not the name of a configuration"))
+        if not re.fullmatch(r"[\w.-]*", dataset.split) or len(dataset.split) > MAX_NAME:
+            problems.append(
+                bad_param(
+                    f"{where}.split", f"{dataset.split!r} is not the name of a split; parts such as train[:10%] are not read"
+                )
+            )
         earlier = splits.setdefault((dataset.path, dataset.name), [])
         if any("" in (dataset.split, other.split) or dataset.split == other.split for other in earlier):
             problems.append(bad_param(where, f"{dataset.path} stands in the list already, with the same split"))

@@ -5,7 +5,7 @@ import re
 from stages.core.problem import Rejection
 from stages.ingest.lists import messages_of
 from stages.ingest.row import Row
-from stages.ingest.tools import Message
+from stages.ingest.tools import Message, parse_json
 from stages.ingest.turns import read_answer
 
 TURN = re.compile(r"^[ \t]*(Human|Assistant)[:：]", re.MULTILINE)
@@ -26,6 +26,8 @@ def read_pair(row: Row) -> list[Message]:
 def _history(row: Row) -> list[Message]:
     """Earlier turns: [question, answer] pairs, or a list of turns."""
     field, history = row.field("history"), row.get("history") or []
+    if isinstance(history, str):  # a cell of a CSV file
+        history = parse_json(history, f"{field}: wanted a list of [question, answer] pairs")
     if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
         return messages_of(history, field, row)
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):

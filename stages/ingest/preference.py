@@ -116,6 +116,10 @@ def _prompt(row: Row) -> list[Any] | None:
         prompt = prompt.get("messages")
     if prompt is None:
         prompt = row.get("messages")
+    if isinstance(prompt, str) and marks_of(prompt):
+        turns = split_marked(prompt, row.field("prompt"))
+        if turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end in "Assistant:"
+            return turns[:-1]
     if isinstance(prompt, str):
         query = row.text("input", default="") if row.field("input") != row.field("prompt") else ""
         return [{"role": "user", "content": prompt + (row.settings.input_separator if query else "") + query}]

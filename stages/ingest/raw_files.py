@@ -186,8 +186,8 @@ def _find_problem(path: Path) -> str:
 
 def _is_object(head: bytes) -> bool:
     """Whether the first line of a text is a JSON object."""
-    line = head.lstrip()[:1] == b"{" and head.strip().partition(b"\n")[0].decode("utf-8", "replace")
-    return bool(line) and is_json(line)
+    line = head.strip().partition(b"\n")[0].decode("utf-8", "replace")
+    return line.startswith("{") and is_json(line)
 
 
 def _not_json(head: bytes) -> str:

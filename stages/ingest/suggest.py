@@ -97,7 +97,7 @@ def _texts(leaves: list[tuple[str, Any]]) -> list[tuple[str, str]]:
         for path, found in texts
         if _last(path).casefold() not in CARRY_NOTHING and not NO_NAMES.search(_last(path)) and not NO_TEXT.fullmatch(found)
     ]
-    return said or texts
+    return said or (texts if len(texts) > 1 else [])
 
 
 def _several(leaves: list[tuple[str, Any]]) -> str:
