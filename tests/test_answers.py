@@ -89,6 +89,10 @@ NO_TOOLS = (
     "{%- for c in m.tool_calls -%}{{ c.function.name + c.function.arguments }}{%- endfor -%}{{ '<|im_end|>\\n' }}"
     "{%- else -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif -%}" + PROMPT
 )
+# An instruction stands behind each conversation (Command R+).
+INSTRUCTS = CHATML.replace("<|im_end|>\\n", "<|im_end|>").replace(
+    "{%- if add_gen", "{{ '<|im_start|>system\\nSay what to do.<|im_end|>' }}{%- if add_gen"
+)
 TOOLS = [{"type": "function", "function": {"name": "level", "parameters": {}}}]
 
 
@@ -367,13 +371,15 @@ def test_every_form_is_tried_for_a_call_that_ends_the_row() -> None:
     assert marked(rows)[0].endswith('assistant\n[[level{"river": "N"}<|im_end|>]]\n')
 
 
-def test_reasoning_that_the_template_does_not_read_is_written_with_its_marks() -> None:
-    """Where the answer is put behind the prompt, since the template writes the system text in another place."""
-    rows, problems = find(MOVES_SYSTEM, [{"role": "system", "content": "s"}, *THOUGHT])
+def test_reasoning_that_the_template_does_not_read_is_not_written_without_marks() -> None:
+    rows, problems = find(INSTRUCTS, THOUGHT[:2])
     assert problems == []
-    assert marked(rows)[-1].endswith("s\n\nq2<|im_end|>\n<|im_start|>assistant\n[[<think>\nr2\n</think>\n\na2<|im_end|>]]\n")
+    assert marked(rows)[0].startswith(
+        "<|im_start|>user\nq1<|im_end|><|im_start|>system\nSay what to do.<|im_end|><|im_start|>assistant\n"
+        "[[<think>\nr1\n</think>\n\na1<|im_end|>]]"
+    )
     with pytest.raises(LeftOut, match=NO_REASONING.split(";")[0]):
-        find(MOVES_SYSTEM.replace("m.content }}", "m.content.split('</think>')[-1] }}"), [user("s"), *THOUGHT[1:]])
+        find(INSTRUCTS.replace("m.content", "m.content.split('</think>')[-1]"), THOUGHT[:2])
 
 
 def test_a_block_is_not_opened_twice() -> None:
@@ -387,12 +393,9 @@ def test_a_block_is_not_opened_twice() -> None:
 
 
 def test_a_template_may_need_tools() -> None:
-    """Command R+ writes an instruction behind each conversation, and fails without tools."""
-    source = "{%- for t in tools -%}{{ t.function.name }}{%- endfor -%}" + CHATML.replace(
-        "{%- if add_gen", "{{ '<|im_start|>system\\nSay what to do.<|im_end|>' }}{%- if add_gen"
-    )
+    source = INSTRUCTS.replace("{%- if add", "{%- for t in tools -%}{{ t.function.name }}{%- endfor -%}{%- if add")
     (row,), _ = find(source, TWO_TURNS[:2], tools=[PROBE_TOOL])
-    assert marked([row])[0].endswith("[[a1<|im_end|>]]\n<|im_start|>system\nSay what to do.<|im_end|>")
+    assert marked([row])[0].endswith("[[a1<|im_end|>]]<|im_start|>system\nSay what to do.<|im_end|>look_up")
 
 
 # Variables

@@ -527,7 +527,9 @@ class AnswerFinder:
         own_start = min((place for place in own if place >= 0), default=len(text))
         without_blocks = MARKS_AT_END.sub("", prompt)
         header = without_blocks[self._special.last(without_blocks, 0, len(without_blocks))[0] :]
-        at = text.rfind(header, 0, own_start) if MARKED in prompt_end else text.find(header, shared, own_start)
+        # The header ends behind the shared text; its first token may be in it.
+        behind = max(0, shared + 1 - len(header))
+        at = text.rfind(header, 0, own_start) if MARKED in prompt_end else text.find(header, behind, own_start)
         if header != without_blocks and at >= 0:
             start = at + len(header)  # they differ in an earlier message; the answer is behind the same header
         elif MARKED in prompt_end or ANY_MARK.sub("", prompt_end).strip():

@@ -183,8 +183,8 @@ class Counts:
                 trained["without_stop"],
                 trained["rows"],
                 "rows have no stop token after an answer",
-                "let the template write a special token there, do not cut it off (encode.truncation_strategy: right), or set "
-                "100 if the model need not learn to stop",
+                "let the template write a special token there, do not cut it off (encode.truncation_strategy: right), or "
+                "set 100 if the model need not learn to stop",
                 first("without_stop"),
             ),
             "prompt_mismatch": GateCount(
