@@ -3,6 +3,7 @@
 The templates do in a few lines what the templates of well-known models do.
 """
 
+import datetime
 from typing import Any
 
 import pytest
@@ -398,6 +399,11 @@ def test_a_template_may_need_tools() -> None:
     assert marked([row])[0].endswith("[[a1<|im_end|>]]<|im_start|>system\nSay what to do.<|im_end|>look_up")
 
 
+def test_a_stop_token_may_begin_the_conversation_too() -> None:
+    rows, _ = find("{{ '<|im_end|>' }}" + CHATML, TWO_TURNS)
+    assert [row.text[span.start : span.end] for row in rows for span in row.answers] == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
 # Variables
 
 
@@ -415,6 +421,8 @@ def test_the_date_is_fixed() -> None:
     assert ChatTemplate(fix_variables(source, {"date": "2026-01-31"}), {}).render([]) == "31 Jan 2026 2026"
     in_a_macro = "{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}{{ f() }}"
     assert ChatTemplate(fix_variables(in_a_macro, {"date": "2026-01-31"}), {}).render([]) == "2026"
+    for_a_variable = "{% set f = '%A, %-d.%-m.%Y' %}{{ strftime_now(f) }}{{ strftime_now(format='%y') }}"
+    assert ChatTemplate(fix_variables(for_a_variable, {"date": "2026-01-03"}), {}).render([]) == "Saturday, 3.1.202626"
     with pytest.raises(Exception, match=r'encode.template_kwargs: \{date: "2026-01-31"\}'):
         ChatTemplate(in_a_macro, {}).render([])
 
@@ -423,8 +431,11 @@ def test_a_variable_that_the_template_does_not_read_is_an_error() -> None:
     with pytest.raises(
         ValueError, match="enable_thinkin: the template does not read it; it reads enable_thinking"
     ) as caught:
-        fix_variables("{{ enable_thinking }}", {"enable_thinkin": False, "messages": []})
-    assert len(str(caught.value).splitlines()) == 2
+        fix_variables("{{ enable_thinking }}{{ eos_token }}", {"enable_thinkin": False, "messages": [], "eos_token": "x"})
+    assert len(str(caught.value).splitlines()) == 3
+    for value in (float("inf"), float("nan"), "\ud800", [{"a": datetime.date(2026, 1, 31)}]):
+        with pytest.raises(ValueError, match=r"enable_thinking: found .* wanted a text, a number"):
+            fix_variables("{{ enable_thinking }}", {"enable_thinking": value})
     with pytest.raises(ValueError, match="wanted a text in quotes"):
         fix_variables("{{ strftime_now('%Y') }}", {"date": "yesterday"})
     with pytest.raises(ValueError, match="date: the template does not read it"):

@@ -800,7 +800,7 @@ def test_an_extra_prompt_that_the_template_refuses_is_named(tmp_path: Path, tiny
     template = str(PROJECT / "stages/templates/chatglm.jinja")
     asked = [[{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]]
     with pytest.raises(
-        Problem, match=r"prompts\.json: entry 1: not_in_template: this template has no place for a system message"
+        Problem, match=r"prompts\.json: entry 1: not_in_template: the template says: this template has no place"
     ):
         EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked, template=template)
 

@@ -457,7 +457,7 @@ class AnswerFinder:
             return (len(text), len(text), "") if start == end or text[end:].strip() else (start, end, text[start:end])
         start = len(text) - len(text[at:].lstrip())
         stop = self._special.at(text, start)
-        end = self._end_of_run(text, start)
+        end = self._end_of_run(text, start + len(stop))
         words = any(piece.strip() for piece in self._special.split(text[end:]))
         if words and self._special.at(text, end) != self._turn_opening():  # the template's own words behind the answer
             start, end = self._special.last(text, at, len(text))
