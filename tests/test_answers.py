@@ -3,6 +3,7 @@
 The templates do in a few lines what the templates of well-known models do.
 """
 
+import datetime
 from typing import Any
 
 import pytest
@@ -88,6 +89,10 @@ NO_TOOLS = (
     HEAD + "{%- if m.content is none -%}{{ '<|im_start|>assistant\\n' }}"
     "{%- for c in m.tool_calls -%}{{ c.function.name + c.function.arguments }}{%- endfor -%}{{ '<|im_end|>\\n' }}"
     "{%- else -%}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif -%}" + PROMPT
+)
+# An instruction stands behind each conversation (Command R+).
+INSTRUCTS = CHATML.replace("<|im_end|>\\n", "<|im_end|>").replace(
+    "{%- if add_gen", "{{ '<|im_start|>system\\nSay what to do.<|im_end|>' }}{%- if add_gen"
 )
 TOOLS = [{"type": "function", "function": {"name": "level", "parameters": {}}}]
 
@@ -376,13 +381,15 @@ def test_every_form_is_tried_for_a_call_that_ends_the_row() -> None:
     assert marked(rows)[0].endswith('assistant\n[[level{"river": "N"}<|im_end|>]]\n')
 
 
-def test_reasoning_that_the_template_does_not_read_is_written_with_its_marks() -> None:
-    """Where the answer is put behind the prompt, since the template writes the system text in another place."""
-    rows, problems = find(MOVES_SYSTEM, [{"role": "system", "content": "s"}, *THOUGHT])
+def test_reasoning_that_the_template_does_not_read_is_not_written_without_marks() -> None:
+    rows, problems = find(INSTRUCTS, THOUGHT[:2])
     assert problems == []
-    assert marked(rows)[-1].endswith("s\n\nq2<|im_end|>\n<|im_start|>assistant\n[[<think>\nr2\n</think>\n\na2<|im_end|>]]\n")
+    assert marked(rows)[0].startswith(
+        "<|im_start|>user\nq1<|im_end|><|im_start|>system\nSay what to do.<|im_end|><|im_start|>assistant\n"
+        "[[<think>\nr1\n</think>\n\na1<|im_end|>]]"
+    )
     with pytest.raises(LeftOut, match=NO_REASONING.split(";")[0]):
-        find(MOVES_SYSTEM.replace("m.content }}", "m.content.split('</think>')[-1] }}"), [user("s"), *THOUGHT[1:]])
+        find(INSTRUCTS.replace("m.content", "m.content.split('</think>')[-1]"), THOUGHT[:2])
 
 
 def test_a_block_is_not_opened_twice() -> None:
@@ -396,12 +403,14 @@ def test_a_block_is_not_opened_twice() -> None:
 
 
 def test_a_template_may_need_tools() -> None:
-    """Command R+ writes an instruction behind each conversation, and fails without tools."""
-    source = "{%- for t in tools -%}{{ t.function.name }}{%- endfor -%}" + CHATML.replace(
-        "{%- if add_gen", "{{ '<|im_start|>system\\nSay what to do.<|im_end|>' }}{%- if add_gen"
-    )
+    source = INSTRUCTS.replace("{%- if add", "{%- for t in tools -%}{{ t.function.name }}{%- endfor -%}{%- if add")
     (row,), _ = find(source, TWO_TURNS[:2], tools=[PROBE_TOOL])
-    assert marked([row])[0].endswith("[[a1<|im_end|>]]\n<|im_start|>system\nSay what to do.<|im_end|>")
+    assert marked([row])[0].endswith("[[a1<|im_end|>]]<|im_start|>system\nSay what to do.<|im_end|>look_up")
+
+
+def test_a_stop_token_may_begin_the_conversation_too() -> None:
+    rows, _ = find("{{ '<|im_end|>' }}" + CHATML, TWO_TURNS)
+    assert [row.text[span.start : span.end] for row in rows for span in row.answers] == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
 # Variables
@@ -421,6 +430,8 @@ def test_the_date_is_fixed() -> None:
     assert ChatTemplate(fix_variables(source, {"date": "2026-01-31"}), {}).render([]) == "31 Jan 2026 2026"
     in_a_macro = "{% macro f() %}{{ strftime_now('%Y') }}{% endmacro %}{{ f() }}"
     assert ChatTemplate(fix_variables(in_a_macro, {"date": "2026-01-31"}), {}).render([]) == "2026"
+    for_a_variable = "{% set f = '%A, %-d.%-m.%Y' %}{{ strftime_now(f) }}{{ strftime_now(format='%y') }}"
+    assert ChatTemplate(fix_variables(for_a_variable, {"date": "2026-01-03"}), {}).render([]) == "Saturday, 3.1.202626"
     with pytest.raises(Exception, match=r'encode.template_kwargs: \{date: "2026-01-31"\}'):
         ChatTemplate(in_a_macro, {}).render([])
 
@@ -429,8 +440,11 @@ def test_a_variable_that_the_template_does_not_read_is_an_error() -> None:
     with pytest.raises(
         ValueError, match="enable_thinkin: the template does not read it; it reads enable_thinking"
     ) as caught:
-        fix_variables("{{ enable_thinking }}", {"enable_thinkin": False, "messages": []})
-    assert len(str(caught.value).splitlines()) == 2
+        fix_variables("{{ enable_thinking }}{{ eos_token }}", {"enable_thinkin": False, "messages": [], "eos_token": "x"})
+    assert len(str(caught.value).splitlines()) == 3
+    for value in (float("inf"), float("nan"), "\ud800", [{"a": datetime.date(2026, 1, 31)}]):
+        with pytest.raises(ValueError, match=r"enable_thinking: found .* wanted a text, a number"):
+            fix_variables("{{ enable_thinking }}", {"enable_thinking": value})
     with pytest.raises(ValueError, match="wanted a text in quotes"):
         fix_variables("{{ strftime_now('%Y') }}", {"date": "yesterday"})
     with pytest.raises(ValueError, match="date: the template does not read it"):

@@ -279,6 +279,7 @@ def test_right_truncation_cuts_the_answer_and_adds_no_stop_token(tmp_path: Path,
     assert cut["labels"] == full["labels"][:50]
     assert 2 not in cut["labels"]
     assert encoded.report["gates"]["without_stop"] == 2  # train and validation
+    assert encoded.test.to_pylist()[0]["reference"] == "b " * 300  # the prompt fits; answers are compared with all of it
     with pytest.raises(Problem, match="the row has no labelled tokens after truncation"):
         EncodeRun(tmp_path, tiny_tokenizer, [LONG], truncation_strategy="right", max_length=50)
 
@@ -800,7 +801,7 @@ def test_an_extra_prompt_that_the_template_refuses_is_named(tmp_path: Path, tiny
     template = str(PROJECT / "stages/templates/chatglm.jinja")
     asked = [[{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]]
     with pytest.raises(
-        Problem, match=r"prompts\.json: entry 1: not_in_template: this template has no place for a system message"
+        Problem, match=r"prompts\.json: entry 1: not_in_template: the template says: this template has no place"
     ):
         EncodeRun(tmp_path, tiny_tokenizer, [chat("q", "x")], prompts=asked, template=template)
 
@@ -810,3 +811,10 @@ def test_a_damaged_file_of_tokens_is_one_message(tmp_path: Path, content: bytes)
     (tmp_path / "train.arrow").write_bytes(content)
     with pytest.raises(Problem, match=r"train\.arrow: not a complete Arrow file: .*; run dvc repro encode"):
         read_tokens(tmp_path / "train.arrow")
+
+
+def test_an_empty_raw_text_is_rejected(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    texts = [{"format": "text", "text": text} for text in ("", "a")]
+    encoded = EncodeRun(tmp_path, tiny_tokenizer, texts, test=[*texts, {"messages": chat("q", "a")}])
+    assert encoded.report["rejected_by_reason"] == {"no_labels": 3}
+    assert [len(row["input_ids"]) for row in encoded.train.to_pylist()] == [2]

@@ -218,7 +218,8 @@ def test_the_text_of_a_special_token_is_text_as_in_transformers(tmp_path: Path, 
         lines.append(
             json.dumps({"id": str(number), "source": f"x:{number}", "format": "messages", "messages": messages}) + "\n"
         )
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for text, is_message, in_loss in (
             ("<|im_start|>user\n", False, False),
             (question, True, False),

@@ -457,7 +457,7 @@ class AnswerFinder:
             return (len(text), len(text), "") if start == end or text[end:].strip() else (start, end, text[start:end])
         start = len(text) - len(text[at:].lstrip())
         stop = self._special.at(text, start)
-        end = self._end_of_run(text, start)
+        end = self._end_of_run(text, start + len(stop))
         words = any(piece.strip() for piece in self._special.split(text[end:]))
         if words and self._special.at(text, end) != self._turn_opening():  # the template's own words behind the answer
             start, end = self._special.last(text, at, len(text))
@@ -536,7 +536,9 @@ class AnswerFinder:
         own_start = min((place for place in own if place >= 0), default=len(text))
         without_blocks = MARKS_AT_END.sub("", prompt)
         header = without_blocks[self._special.last(without_blocks, 0, len(without_blocks))[0] :]
-        at = text.rfind(header, 0, own_start) if MARKED in prompt_end else text.find(header, shared, own_start)
+        # The header ends behind the shared text; its first token may be in it.
+        behind = max(0, shared + 1 - len(header))
+        at = text.rfind(header, 0, own_start) if MARKED in prompt_end else text.find(header, behind, own_start)
         if header != without_blocks and at >= 0:
             start = at + len(header)  # they differ in an earlier message; the answer is behind the same header
         elif MARKED in prompt_end or ANY_MARK.sub("", prompt_end).strip():

@@ -313,7 +313,9 @@ class RowMaker:
         prompt_or_answer_cut = self.truncation_strategy == "left" or prompt_length >= self.max_length
         if split == TEST and label_ranges and len(ids) > self.max_length and prompt_or_answer_cut:
             raise TooLong(len(ids), self.max_length, "; the prompt or all of the answer would be cut")
-        ids, label_ranges, prompt_length, cut = self._truncate(ids, label_ranges, prompt_length)
+        cut = 0
+        if split != TEST or self.truncation_strategy != "right":  # a model is compared with the whole reference answer
+            ids, label_ranges, prompt_length, cut = self._truncate(ids, label_ranges, prompt_length)
         if cut and prompt_length <= len(self.encoder.bos_ids):
             raise Rejection("too_long", "no token of the prompt is left after truncation")
         if not label_ranges:
@@ -362,6 +364,8 @@ class RowMaker:
         if eos is None:
             return [Rejection("no_end_of_text", "the tokenizer has no eos_token, which must end a raw text")]
         ids = np.array([*self.encoder.bos_ids, *encoded.ids.tolist(), eos], dtype=np.int32)
+        if len(ids) == 1:
+            return [Rejection("no_labels", "the text has no tokens")]
         step = self.max_length - 1
         starts = range(0, max(1, len(ids) - 1), step)
         return [

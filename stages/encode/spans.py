@@ -106,7 +106,7 @@ class Skeleton:
     def _match(self, texts: Sequence[str], text: str) -> Iterator[str]:
         """Each text as it stands in `text`, as far as it can be matched."""
         at = len(self.parts[0])
-        for number, (content, part) in enumerate(zip(texts, self.parts[1:], strict=True), 1):
+        for number, (slot, content, part) in enumerate(zip(self.slots, texts, self.parts[1:], strict=True), 1):
             is_last = number == len(texts)
             for variant in _variants(content):
                 end = at + len(variant)
@@ -119,7 +119,9 @@ class Skeleton:
                     at = end + len(part)
                     break
             else:
-                raise Untraceable("the template changes the text of a message")
+                raise Untraceable(
+                    f"the template changes the text of a message, or the text beside it (message {slot.message + 1})"
+                )
 
 
 class Filled(NamedTuple):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +14,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 DATE = "date"
 """The variable that fixes `strftime_now`, which would give other tokens tomorrow."""
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
+"""Variables that every rendering gives to the template."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What UTF-8 cannot hold."""
+DIRECTIVE = re.compile(r"%-?[A-Za-z]")
+"""A part of a date format."""
 
 
 class ChatTemplate:
@@ -53,7 +58,7 @@ class ChatTemplate:
                     "the template writes today's date; fix one, so that a rerun gives the same tokens: "
                     'encode.template_kwargs: {date: "2026-01-31"}'
                 ) from None
-            raise
+            raise jinja2.TemplateError(f"the template fails: {error}") from None
 
 
 def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
@@ -76,7 +81,9 @@ def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
                 header.append(_fixed_date(source, value))
             except (TypeError, ValueError):
                 problems.append(f'{name}: found {value!r}, wanted a text in quotes, as "2026-01-31"')
-        elif name in RESERVED or name not in read:
+        elif name in RESERVED:
+            problems.append(f"{name}: the rows or the tokenizer say what it is; delete it here")
+        elif name not in read:
             own = {node.name for node in parsed.find_all(jinja2.nodes.Name) if node.ctx == "store"}
             known = sorted(read - own - {*RESERVED, "strftime_now"} | ({DATE} if "strftime_now" in read else set()))
             problems.append(f"{name}: the template does not read it; it reads {', '.join(known) or 'no variables'}")
@@ -94,14 +101,11 @@ def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def _fixed_date(source: str, value: Any) -> str:
-    """A macro `strftime_now` that knows the formats which occur in the source. Raises TypeError or ValueError."""
+    """A macro `strftime_now` that knows the directives (%d) which occur in the source. Raises TypeError or ValueError."""
     date = datetime.datetime.combine(datetime.date.fromisoformat(value), datetime.time())
-    formats = sorted({found[2] for found in STRFTIME.finditer(source)})
-    cases = "".join(
-        f"{{%- if format == {_literal(each)} -%}}{{{{- {_literal(date.strftime(each))} -}}}}{{%- endif -%}}"
-        for each in formats
-    )
-    return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro +%}}"
+    found = sorted(set(DIRECTIVE.findall(source)), key=lambda each: (-len(each), each))
+    filters = "".join(f" | replace({_literal(each)}, {_literal(date.strftime(each))})" for each in found)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro +%}}"
 
 
 def _literal(value: Any) -> str:
@@ -111,9 +115,9 @@ def _literal(value: Any) -> str:
             return "none"
         case bool():
             return "true" if value else "false"
-        case int() | float():
+        case int() | float() if math.isfinite(value):
             return repr(value)
-        case str():
+        case str() if not SURROGATE.search(value):
             escaped = value.encode("unicode_escape").decode("ascii").replace('"', '\\"')
             return f'"{escaped}"'
         case list():
@@ -153,4 +157,4 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise jinja2.TemplateError(f"the template says: {message}")
