@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from stages.encode.answers import (
-    NO_REASONING,
-    PROBE_TOOL,
-    REASONING_NOT_PROMPTED,
-    AnswerFinder,
-    Conversation,
-    RenderedRow,
-    Thinking,
-)
+from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking
+from stages.encode.conventions import PROBE_TOOL
 from stages.encode.forms import Form, give
 from stages.encode.mask import SpecialTokens
+from stages.encode.required import NO_REASONING, REASONING_NOT_PROMPTED
 from stages.encode.spans import LeftOut, Untraceable
 from stages.encode.template import ChatTemplate, fix_variables
 

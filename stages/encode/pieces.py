@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from stages.encode.answers import RenderedRow, tool_result_forms
+from stages.encode.answers import RenderedRow
+from stages.encode.required import tool_result_forms
 
 Kind: TypeAlias = Literal["template", "system", "user", "tool", "answer", "reasoning", "call", "stop", "text", "cut"]
 Why: TypeAlias = Literal["trained", "prompt", "context", "untrained", "left_out", "removed"]

@@ -10,17 +10,11 @@ import jinja2
 import numpy as np
 
 from stages.core.problem import Rejection
-from stages.encode.answers import (
-    PROBE_CALL,
-    PROBE_TOOL,
-    AnswerFinder,
-    Conversation,
-    RenderedRow,
-    Thinking,
-    tool_result_forms,
-)
+from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking
+from stages.encode.conventions import PROBE_CALL, PROBE_TOOL
 from stages.encode.mask import AnswerSpan, LabelsOn, find_label_ranges
 from stages.encode.pieces import KindSpan, Piece, cut_pieces, kind_spans, text_spans
+from stages.encode.required import tool_result_forms
 from stages.encode.spans import LeftOut, Untraceable
 from stages.encode.template import ChatTemplate
 from stages.encode.tokenizer import EncodedText, Encoder, Ids

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TEXT_FIELDS = ("content", "instruction", "input", "reasoning_content")
+MARKED = "\ue000"
+"""The first character of a mark."""
 MARK = re.compile("\ue000(\\d+)\\.(\\d)\ue001")
 """A mark holds only digits, which filters like `upper` do not change."""
 
