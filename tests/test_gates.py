@@ -328,3 +328,19 @@ def test_the_pieces_of_a_row_are_its_text(tmp_path: Path, tiny_tokenizer: Path, 
     plain = [re.sub("<.*?>", "", re.sub("<b>.*?</b>", "", text)).replace("&lt;", "<").replace("&gt;", ">") for text in texts]
     wanted = [run.tokenizer.decode(ids) for ids in run.train.column("input_ids").to_pylist()]
     assert [text.strip("\ufffd") for text in plain] == [text.strip("\ufffd") for text in wanted]
+
+
+def test_a_call_begins_behind_the_reasoning_and_the_content(tmp_path: Path, tiny_tokenizer: Path, template: str) -> None:
+    """The text before it is the template's, or the message's."""
+    call = {"role": "assistant", "content": "look", "reasoning_content": "why", "tool_calls": [CALL]}
+    EncodeRun(
+        tmp_path,
+        tiny_tokenizer,
+        [{"format": "messages", "tools": [TOOL], "messages": [*chat("q"), call]}],
+        template=template,
+    )
+    page = (tmp_path / "masks.html").read_text()
+    assert '<b>written by the template <span lang="zh">模板文字</span></b>&lt;think&gt;' in page
+    called = page.split('<mark class="call"')[1:]
+    assert len(called) == 1
+    assert "think" not in called[0].split("</mark>")[0]

@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
     @property
     def has_tools(self) -> bool:
         """Whether tools are described or called. Each template writes them in its own way."""
-        return bool(self.tools) or any("tool_calls" in message for message in self.messages)
+        return bool(self.tools) or "tool_calls" in fields_of(self.messages)
 
 
 class _Answer(NamedTuple):
@@ -309,9 +309,14 @@ def _row_shape(marked: list[dict[str, Any]], row: _FoundAnswer, answers: Mapping
     return _RowShape(len(marked), form, row.splice, row.suffix, skeleton, shapes)
 
 
+def fields_of(messages: Sequence[Message]) -> set[str]:
+    """The names of the fields that any of the messages has."""
+    return set().union(*messages)
+
+
 def _shape_key(message: Message) -> tuple[Any, ...]:
     """What the shape of a conversation without tools depends on: the role, which texts there are, and `train`."""
-    fields = tuple(
-        (field, bool(value.strip())) for field, value in message.items() if field != "role" and isinstance(value, str)
-    )
-    return (message["role"], fields, message.get("train", True))
+    texts = [
+        (field, not value or value.isspace()) for field, value in message.items() if field != "role" and type(value) is str
+    ]
+    return (message["role"], message.get("train", True), *texts)

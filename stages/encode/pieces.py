@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from stages.encode.answers import RenderedRow
+from stages.encode.forms import BLOCK_END
 from stages.encode.required import tool_result_forms
 
 Kind: TypeAlias = Literal["template", "system", "user", "tool", "answer", "reasoning", "call", "stop", "text", "cut"]
@@ -39,7 +40,9 @@ def kind_spans(row: RenderedRow, messages: Sequence[Mapping[str, Any]]) -> Itera
     """The characters of a rendered row that are not the template's own. A later span overrides an earlier one."""
     for answer in row.answers:
         if messages[answer.message].get("tool_calls"):
-            yield KindSpan(answer.label_start, answer.stop_start, "call", answer.message)
+            start = max([answer.label_start, *(span.end for span in row.spans if span.message == answer.message)])
+            closing = BLOCK_END.match(row.text, start)  # of the reasoning
+            yield KindSpan(closing.end() if closing else start, answer.stop_start, "call", answer.message)
         yield KindSpan(answer.stop_start, answer.end, "stop", answer.message)
     ends = {answer.message: answer.end for answer in row.answers}
     for span in row.spans:

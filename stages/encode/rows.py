@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from stages.core.problem import Rejection
-from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking
+from stages.encode.answers import AnswerFinder, Conversation, RenderedRow, Thinking, fields_of
 from stages.encode.conventions import PROBE_CALL, PROBE_TOOL
 from stages.encode.mask import AnswerSpan, LabelsOn, find_label_ranges
 from stages.encode.pieces import KindSpan, Piece, cut_pieces, kind_spans, text_spans
@@ -203,13 +203,14 @@ class RowMaker:
             return [self._plain(example["text"])]
         conversation = Conversation(example["messages"], example.get("tools", []))
         last_only = split == TEST or self.labels_on != "assistant"
-        if conversation.has_tools and self.encoder.special.first_in(_tool_texts(conversation)):
+        has_tools = conversation.has_tools
+        if has_tools and self.encoder.special.first_in(_tool_texts(conversation)):
             return [Rejection("special_token_in_text", "a tool, a call or a result contains the text of a special token")]
         try:
             rows, problems = self._finder.rows(conversation, last_only=last_only)
         except (Untraceable, jinja2.TemplateError) as error:
             return [_rejection(error)]
-        if conversation.has_tools:
+        if has_tools:
             missing = _missing_result(rows[-1].text, conversation.messages[: rows[-1].answers[-1].message])
             if missing is not None:
                 return [Rejection("not_in_template", f"the template leaves out {missing}")]
@@ -315,6 +316,7 @@ class RowMaker:
         if not label_ranges:
             raise Rejection("no_labels", "the row has no labelled tokens" + (" after truncation" if cut else ""))
         stopped = all(answer.stop for answer in answers if answer.in_loss) and bool(answers[-1].stop)
+        fields = fields_of(messages)
         return TokenRow(
             id=example["id"] if rows == 1 else f"{example['id']}.{number}",
             source=example["source"],
@@ -329,10 +331,10 @@ class RowMaker:
             double_bos=bos is not None and len(ids) > 1 and bool(ids[0] == bos == ids[1]),
             special_text=has_special_text,
             unknown=self._count_unknown(ids),
-            thinking=self._thinking != "drop" and any("reasoning_content" in message for message in messages),
-            tools=bool(example.get("tools")) or any("tool_calls" in message for message in messages),
+            thinking=self._thinking != "drop" and "reasoning_content" in fields,
+            tools=bool(example.get("tools")) or "tool_calls" in fields,
             tools_left_out=text.row.tools_left_out,
-            turns=sum(message["role"] == "assistant" for message in messages),
+            turns=[message["role"] for message in messages].count("assistant"),
             number=number,
             split_answers=rows,
         )
