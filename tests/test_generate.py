@@ -393,7 +393,7 @@ def test_the_losses_of_raw_text_are_those_of_single_windows(workspace: Workspace
     assert [row["id"] for row in found] == [window["id"] for window in windows]
     assert [row["tokens"] for row in found] == [8, 28, 1, 29, 0, 16, 29]
     assert [row["loss"] for row in found] == pytest.approx(plain_losses(model, windows), rel=1e-5)
-    assert (tmp_path / "a" / "out.jsonl").read_text() == (tmp_path / "a" / "extra.jsonl").read_text() == ""
+    assert (tmp_path / "a" / "out.jsonl").read_text() == (tmp_path / "a" / "extra.jsonl").read_text() == "\n"
     assert text_run(workspace, tmp_path / "b", windows, batch_size=1) == [
         row | {"loss": pytest.approx(row["loss"], rel=1e-5)} for row in found
     ]

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ ROWS_PER_CHUNK = 500
 """Rows that are encoded together and form one batch of the Arrow file, whatever the number of processes."""
 COUNTED = ("without_stop", "prompt_mismatch", "double_bos", "unknown")
 """Fields of TokenRow that are summed over the rows, and whose first rows are named."""
+counted_of = attrgetter(*COUNTED)
 REASON = "rejected: "
 """Before a reason in the names of counts."""
 MIN_SAMPLED = 10_000
@@ -116,13 +118,15 @@ def encode_chunk(maker: RowMaker, task: ChunkTask) -> Chunk:
             if task.split == "train":
                 previews.add(example, encoded)
     for row in rows:
-        counts["label_tokens"] += sum(end - start for start, end in row.label_ranges)
-        counts["tokens_cut"] += row.tokens_cut
-        counts["rows_cut"] += row.tokens_cut > 0
-        for name in COUNTED:
-            if value := getattr(row, name):
+        values = counted_of(row)
+        if any(values):  # seldom; this loop runs once for every row
+            for name, value in zip(COUNTED, values, strict=True):
                 counts[name] += value
-                first.add(name, row.source)
+                if value:
+                    first.add(name, row.source)
+    counts["label_tokens"] += sum(end - start for row in rows for start, end in row.label_ranges)
+    counts["tokens_cut"] += sum(row.tokens_cut for row in rows)
+    counts["rows_cut"] += sum(row.tokens_cut > 0 for row in rows)
     text = [row for row in rows if row.format == "text"] if task.split == "test" else []
     prompts = [row for row in rows if row.format != "text"] if task.split == "test" else []
     return Chunk(

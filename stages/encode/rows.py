@@ -214,9 +214,8 @@ class RowMaker:
             missing = _missing_result(rows[-1].text, conversation.messages[: rows[-1].answers[-1].message])
             if missing is not None:
                 return [Rejection("not_in_template", f"the template leaves out {missing}")]
-        has_special_text = any(
-            self.encoder.special.first_in(text) for message in conversation.messages for text in _texts(message)
-        )
+        all_texts = "\0".join(text for message in conversation.messages for text in _texts(message))
+        has_special_text = self.encoder.special.first_in(all_texts) is not None
         texts = [self._encode_pieces(row) if has_special_text else self._with_prompt_ends(row) for row in rows]
         return [*texts, *map(_rejection, problems)]
 
