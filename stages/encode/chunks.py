@@ -107,6 +107,7 @@ def encode_chunk(maker: RowMaker, task: ChunkTask) -> Chunk:
     counts: Counter[str] = Counter()
     first = FirstRows()
     too_long: list[int] = []
+    conversations: list[list[TokenRow]] = []
     previews = Previews()
     for example, found in zip(examples, maker.rows(examples, task.split), strict=True):
         encoded = [row for row in found if isinstance(row, TokenRow)]
@@ -114,9 +115,10 @@ def encode_chunk(maker: RowMaker, task: ChunkTask) -> Chunk:
             rejected += _reject(example, task.split, found, counts, first, too_long)
         if encoded:
             rows += encoded
-            _count_conversation(encoded, counts, first)
+            conversations.append(encoded)
             if task.split == "train":
                 previews.add(example, encoded)
+    _count_conversations(conversations, counts, first)
     for row in rows:
         values = counted_of(row)
         if any(values):  # seldom; this loop runs once for every row
@@ -186,23 +188,27 @@ def _reject(
     return entries
 
 
-def _count_conversation(rows: list[TokenRow], counts: Counter[str], first: FirstRows) -> None:
+def _count_conversations(conversations: Sequence[list[TokenRow]], counts: Counter[str], first: FirstRows) -> None:
     """Counts what is counted once for a conversation, however many rows it became."""
-    row = rows[0]
-    counts["conversations"] += 1
-    counts[f"format {row.format}"] += 1
-    counts["special_text"] += any(each.special_text for each in rows)
-    counts["with_thinking"] += row.thinking
-    counts["with_tools"] += row.tools
-    counts["tools_left_out"] += row.tools_left_out
-    if any(each.tokens_cut for each in rows):
-        counts["conversations_cut"] += 1
-        first.add("conversations_cut", row.source)
-    if row.split_answers > 1:
-        counts["rows_per_answer"] += 1
-        lengths = [len(each.ids) for each in rows]
-        counts["extra_rows"] += len(rows) - 1
-        counts["extra_tokens"] += sum(lengths) - max(lengths)
+    first_rows = [rows[0] for rows in conversations]
+    counts["conversations"] += len(first_rows)
+    counts.update({f"format {name}": count for name, count in Counter(row.format for row in first_rows).items()})
+    counts["with_thinking"] += sum(row.thinking for row in first_rows)
+    counts["with_tools"] += sum(row.tools for row in first_rows)
+    counts["tools_left_out"] += sum(row.tools_left_out for row in first_rows)
+    for rows in conversations:
+        row = rows[0]
+        if row.split_answers == 1 and not row.tokens_cut and not row.special_text:  # most of them
+            continue
+        counts["special_text"] += any(each.special_text for each in rows)
+        if any(each.tokens_cut for each in rows):
+            counts["conversations_cut"] += 1
+            first.add("conversations_cut", row.source)
+        if row.split_answers > 1:
+            counts["rows_per_answer"] += 1
+            lengths = [len(each.ids) for each in rows]
+            counts["extra_rows"] += len(rows) - 1
+            counts["extra_tokens"] += sum(lengths) - max(lengths)
 
 
 def prompt_batch(maker: RowMaker, rows: Sequence[TokenRow]) -> pa.RecordBatch:

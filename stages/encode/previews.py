@@ -1,6 +1,6 @@
 """Chooses the training rows that the masks page shows: the first of each kind that occurs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stages.encode.rows import TokenRow
@@ -26,7 +26,7 @@ class Preview(NamedTuple):
             "tools": rows[0].tools,
             "turns": rows[0].turns > 1,
             "per_answer": rows[0].split_answers > 1,
-            "untrained": _has_untrained(self.example),
+            "untrained": rows[0].untrained,
             "cut": any(row.tokens_cut for row in rows),
             "special_text": any(row.special_text for row in rows),
         }
@@ -45,7 +45,7 @@ class Previews:
 
     def add(self, example: dict[str, Any], rows: list[TokenRow]) -> None:
         """Keeps the conversation if it is the first of its kinds."""
-        key = _key(example, rows)
+        key = _key(rows)
         if key in self._first:
             return
         preview = Preview(example, rows)
@@ -66,13 +66,8 @@ class Previews:
         return [previews[number] for number in sorted(chosen[:SHOWN])]
 
 
-def _has_untrained(example: Mapping[str, Any]) -> bool:
-    return any(not message.get("train", True) for message in example.get("messages", ()))
-
-
-def _key(example: Mapping[str, Any], rows: Sequence[TokenRow]) -> tuple[Any, ...]:
+def _key(rows: Sequence[TokenRow]) -> tuple[Any, ...]:
     """The conversation's file and kinds; computed for every conversation, so it must take no time."""
     row = rows[0] if len(rows) == 1 else max(rows, key=lambda row: row.tokens_cut)
-    file = row.source.rpartition(":")[0]
-    several, is_cut, untrained = row.split_answers > 1, row.tokens_cut > 0, _has_untrained(example)
-    return file, row.format, row.thinking, row.tools, row.turns > 1, several, is_cut, row.special_text, untrained
+    file, several, is_cut = row.source.rpartition(":")[0], row.split_answers > 1, row.tokens_cut > 0
+    return file, row.format, row.thinking, row.tools, row.turns > 1, several, is_cut, row.special_text, row.untrained

@@ -58,6 +58,8 @@ class TokenRow(NamedTuple):
     """Whether the conversation has tools."""
     tools_left_out: bool
     """Whether its prompt does not say which, since the template has no place for them."""
+    untrained: bool
+    """Whether the conversation has an answer with `"train": false`."""
     turns: int
     """Answers in the conversation."""
     number: int
@@ -333,6 +335,7 @@ class RowMaker:
             thinking=self._thinking != "drop" and "reasoning_content" in fields,
             tools=bool(example.get("tools")) or "tool_calls" in fields,
             tools_left_out=text.row.tools_left_out,
+            untrained="train" in fields,
             turns=[message["role"] for message in messages].count("assistant"),
             number=number,
             split_answers=rows,
@@ -381,6 +384,7 @@ class RowMaker:
                 thinking=False,
                 tools=False,
                 tools_left_out=False,
+                untrained=False,
                 turns=0,
                 number=number,
                 split_answers=1,

@@ -15,6 +15,8 @@ from stages.encode.rows import RowMaker
 
 MIN_ROWS = 2000
 """With fewer rows, starting worker processes takes longer than it saves."""
+OBJECTS_BEFORE_COLLECTION = 100_000
+"""New objects after which a worker process looks for unreachable ones; Python's default is 700."""
 TASKS_AHEAD = 4
 """Chunks for each process that may be in progress while the oldest result is awaited: this limits the memory."""
 
@@ -66,6 +68,8 @@ _worker_maker: RowMaker
 
 def _keep_maker(maker: RowMaker) -> None:
     global _worker_maker  # noqa: PLW0603
+    # A chunk of rows is many small objects that live until its end; to look through them again and again frees nothing.
+    gc.set_threshold(OBJECTS_BEFORE_COLLECTION)
     _worker_maker = maker
 
 
