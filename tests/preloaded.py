@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import runpy
+import shlex
 import socket
 import stat
 import struct
@@ -20,8 +21,7 @@ from pathlib import Path
 
 HEAVY = ("bitsandbytes", "peft", "sacrebleu", "torch", "transformers.trainer", "transformers.models.llama.modeling_llama")
 
-CLIENT = """#!{python} -IS
-import os, pickle, socket, struct, sys
+CLIENT = """import os, pickle, socket, struct, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 data = pickle.dumps((sys.argv[1:], os.getcwd(), dict(os.environ)))
@@ -35,8 +35,10 @@ sys.exit(struct.unpack("<q", server.recv(8))[0])
 def python(folder: Path, hash_seed: int) -> Iterator[None]:
     """While it holds, `python` on the PATH is one that has everything loaded, with this PYTHONHASHSEED."""
     address = str(folder / "socket")
-    client = folder / "python"
-    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client, script = folder / "python", folder / "client.py"
+    script.write_text(CLIENT.format(address=address))
+    # Not the first line of the script: there, the path of Python could not have a space.
+    client.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(script))} "$@"\n')
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
     server = subprocess.Popen([sys.executable, __file__, address], env=os.environ | {"PYTHONHASHSEED": str(hash_seed)})
     path = os.environ["PATH"]
