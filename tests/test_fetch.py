@@ -5,13 +5,11 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ from stages.core.problem import Problem
 from stages.fetch import files
 from stages.fetch.fetch import Params, fetch
 from stages.fetch.wheel import _dequantizing
+from tests.hub_server import COMMIT, HubHandler, served
 from tests.tiny import folder_hash
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def params(**given: Any) -> Params:
@@ -349,17 +346,8 @@ class Hub(ThreadingHTTPServer):
         return entries
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HubHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
@@ -376,39 +364,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound" if "/api/" in path else "EntryNotFound"})
 
-    def send_file(self, name: str, body: bool) -> None:
-        data = self.server.files[name]
-        if self.server.changed == name:
-            data = bytes([data[0] ^ 1]) + data[1:]
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        headers = {"ETag": f'"{self.server.etag(name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if body and self.server.interrupted == name:
-            half = len(data) // 2
-            self.send(206 if start else 200, data[start:], False, headers)
-            self.wfile.write(data[start:half])
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.send(206 if start else 200, data[start:], body, headers)
-
-    def send(self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | (headers or {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
 
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[Hub]:
-    server = Hub(tiny_model)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with served(Hub(tiny_model)) as server:
+        yield server
 
 
 SCRIPT = """

@@ -6,12 +6,10 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from stages.core.problem import Problem
 from stages.fetch_data.download import READABLE
 from stages.fetch_data.fetch_data import Params, fetch_data
 from stages.ingest.raw_files import SUFFIXES
+from tests.hub_server import COMMIT, HubHandler, served
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(4)]
 
 
@@ -77,21 +75,8 @@ class Hub(ThreadingHTTPServer):
         return list(entries.values())
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HubHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
         path, _, query = self.path.partition("?")
@@ -120,38 +105,11 @@ class Handler(BaseHTTPRequestHandler):
             missing_file = "/owner/tiny/" in path
             self.send(404, b"{}", body, {"X-Error-Code": "EntryNotFound" if missing_file else "RepoNotFound"})
 
-    def send_file(self, name: str, body: bool) -> None:
-        data = self.server.files[name]
-        if self.server.changed == name:
-            data = bytes([data[0] ^ 1]) + data[1:]
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        headers = {"ETag": f'"{self.server.etag(name)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if body and self.server.interrupted == name:
-            self.send(206 if start else 200, data[start:], False, headers)
-            self.wfile.write(data[start : len(data) // 2])
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.send(206 if start else 200, data[start:], body, headers)
-
-    def send(self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | (headers or {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with served(Hub()) as server:
+        yield server
 
 
 SCRIPT = """

@@ -337,6 +337,21 @@ def test_a_perfect_call_behind_a_special_token_is_the_reference(workspace: Works
     assert prompt["reference"].startswith('<|endoftext|>{"')
 
 
+def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> list[int]:
+    """Interrupts a method of the backend at its call of this number. Returns the sizes of the batches of all calls."""
+    calls: list[int] = []
+    real = getattr(TransformersBackend, method)
+
+    def killed(self: Any, batch: Any) -> Any:
+        calls.append(len(batch))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(TransformersBackend, method, killed)
+    return calls
+
+
 # Raw text
 
 
@@ -477,15 +492,7 @@ def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
     text_run(workspace, scratch / "two", windows, num_processes=2)
     whole = (scratch / "whole" / "text.jsonl").read_bytes()
     assert (scratch / "two" / "text.jsonl").read_bytes() == whole
-    calls, real = [], TransformersBackend.text_losses
-
-    def killed(self: Any, batch: Any) -> Any:
-        calls.append(len(batch))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, batch)
-
-    monkeypatch.setattr(TransformersBackend, "text_losses", killed)
+    calls = kill_at(monkeypatch, "text_losses", 2)
     with pytest.raises(KeyboardInterrupt):
         text_run(workspace, scratch / "again", windows)
     text_run(workspace, scratch / "again", windows)
@@ -507,16 +514,7 @@ def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_
     workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer(workspace, scratch / "whole.jsonl")
-    calls: list[int] = []
-    batch = TransformersBackend._generate_batch
-
-    def killed(self: Any, rows: Any) -> Any:
-        calls.append(len(rows))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return batch(self, rows)
-
-    monkeypatch.setattr(TransformersBackend, "_generate_batch", killed)
+    calls = kill_at(monkeypatch, "_generate_batch", 3)
     with pytest.raises(KeyboardInterrupt):
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()

@@ -164,25 +164,29 @@ def without_reasoning(example: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run_encode(tmp_path: Path, tokenizer: Path, examples: Path, **given: Any) -> None:
+    (tmp_path / "prompts.json").write_text("[]")
+    encode(
+        EncodeParams(**params("encode") | given),
+        examples=examples,
+        prompts=tmp_path / "prompts.json",
+        tokenizer=tokenizer,
+        tokens=tmp_path / "tokens",
+        report=tmp_path / "encode.json",
+        masks=tmp_path / "masks.html",
+        lengths=tmp_path / "lengths.csv",
+    )
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_tokens_and_labels_are_those_of_transformers(
     tmp_path: Path, tiny_tokenizer: Path, examples: Path, name: str
 ) -> None:
     source = tmp_path / "template.jinja"
     source.write_text(TEMPLATES[name], encoding="utf-8")
-    (tmp_path / "prompts.json").write_text("[]")
     given = {"template": str(source), "max_length": 4096, "thinking": "drop" if name == "chatml" else "train"}
     gates = dict.fromkeys(params("encode")["gates"], 0.0)
-    encode(
-        EncodeParams(**params("encode") | given | {"gates": gates}),
-        examples=examples,
-        prompts=tmp_path / "prompts.json",
-        tokenizer=tiny_tokenizer,
-        tokens=tmp_path / "tokens",
-        report=tmp_path / "encode.json",
-        masks=tmp_path / "masks.html",
-        lengths=tmp_path / "lengths.csv",
-    )
+    run_encode(tmp_path, tiny_tokenizer, examples, **given, gates=gates)
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     compared = split_conversations = 0
     for split in ("train", "validation", "test"):
@@ -235,16 +239,6 @@ def test_the_text_of_a_special_token_is_text_as_in_transformers(tmp_path: Path, 
         assert sum(token in tokenizer.all_special_ids for token in ids) == 4
     for split in ("train", "validation", "test"):
         (examples / f"{split}.jsonl").write_text("".join(lines))
-    (tmp_path / "prompts.json").write_text("[]")
-    encode(
-        EncodeParams(**params("encode") | {"template": str(PROJECT / "stages/templates/chatml.jinja")}),
-        examples=examples,
-        prompts=tmp_path / "prompts.json",
-        tokenizer=tiny_tokenizer,
-        tokens=tmp_path / "tokens",
-        report=tmp_path / "encode.json",
-        masks=tmp_path / "masks.html",
-        lengths=tmp_path / "lengths.csv",
-    )
+    run_encode(tmp_path, tiny_tokenizer, examples, template=str(PROJECT / "stages/templates/chatml.jinja"))
     table = read_tokens(tmp_path / "tokens" / "train.arrow").to_pylist()
     assert [(row["input_ids"], row["labels"]) for row in table] == wanted

@@ -50,17 +50,6 @@ class Conversation(NamedTuple):
         return bool(self.tools) or "tool_calls" in fields_of(self.messages)
 
 
-class _Answer(NamedTuple):
-    """An answer of a marked rendering."""
-
-    start: int
-    label_start: int
-    stop_start: int
-    end: int
-    stop: str
-    follows_prompt: bool
-
-
 class _FoundAnswer(NamedTuple):
     """A marked conversation that ends with an answer, and where that is."""
 
@@ -68,11 +57,11 @@ class _FoundAnswer(NamedTuple):
     suffix: str
     """The stop token at the end of `text` that the template writes only if another message follows, or ""."""
     splice: Splice | None
-    answer: _Answer
+    answer: AnswerSpan
 
 
 class _AnswerShape(NamedTuple):
-    """The same, independent of the texts' lengths."""
+    """An AnswerSpan, independent of the texts' lengths."""
 
     message: int
     start: Position
@@ -238,7 +227,7 @@ class AnswerFinder:
             held = [n for n in left if row.text.startswith(found[n].text[: found[n].answer.end])]
             left, number = [n for n in left if n not in held], left[-1]
             try:
-                rows.append(_row_shape(marked[: number + 1], row, {n: found[n].answer for n in held}, form))
+                rows.append(_row_shape(marked[: number + 1], row, [found[n].answer for n in held], form))
             except Untraceable as error:
                 problems += [error] * len(held)
         return _Shapes(rows[::-1], problems)
@@ -276,7 +265,16 @@ class AnswerFinder:
             end = len(text) if suffix else end
         check_calls(message, text[start:end], number)
         label_start = self._label_start(message, text, number, places, start)
-        answer = _Answer(start, label_start, stop_start, end, stop, follows_prompt)
+        answer = AnswerSpan(
+            message=number,
+            start=start,
+            label_start=label_start,
+            stop_start=stop_start,
+            end=end,
+            in_loss=message.get("train", True),
+            stop=stop,
+            follows_prompt=follows_prompt,
+        )
         return _FoundAnswer(text, suffix, rendering.splice, answer)
 
     def _label_start(self, message: Message, text: str, number: int, places: Mapping[str, int], start: int) -> int:
@@ -290,13 +288,13 @@ class AnswerFinder:
         return closing.end() if closing else reasoning_end
 
 
-def _row_shape(marked: list[dict[str, Any]], row: _FoundAnswer, answers: Mapping[int, _Answer], form: Form) -> _RowShape:
-    """The row that holds some answers, by message number. Raises Untraceable."""
+def _row_shape(marked: list[dict[str, Any]], row: _FoundAnswer, answers: Sequence[AnswerSpan], form: Form) -> _RowShape:
+    """The row that holds some answers. Raises Untraceable."""
     skeleton = Skeleton(row.text)
     check_context(marked, skeleton, row.text)
     shapes = [
         _AnswerShape(
-            message=number,
+            message=answer.message,
             start=skeleton.position(answer.start),
             label_start=skeleton.position(answer.label_start),
             stop_start=skeleton.position(answer.stop_start),
@@ -304,7 +302,7 @@ def _row_shape(marked: list[dict[str, Any]], row: _FoundAnswer, answers: Mapping
             stop=answer.stop,
             follows_prompt=answer.follows_prompt,
         )
-        for number, answer in answers.items()
+        for answer in answers
     ]
     return _RowShape(len(marked), form, row.splice, row.suffix, skeleton, shapes)
 

@@ -252,28 +252,26 @@ class Counts:
     def report(self, stop_token_ids: list[int]) -> dict[str, Any]:
         """The content of reports/encode.json."""
         report: dict[str, Any] = {}
+        splits: dict[str, Any] = {}
+        names = (
+            "conversations",
+            "with_thinking",
+            "with_tools",
+            "tools_left_out",
+            "rows_per_answer",
+            "extra_rows",
+            "extra_tokens",
+        )
         for split in SPLITS:
             counts = self.by_split[split]
             report |= {f"{split}_{name}": counts[name] for name in ("rows", "tokens", "label_tokens")}
-        windows = self.by_split["test"]["text_windows"]  # nothing is generated for them
-        report |= {"test_rows": report["test_rows"] - windows, "test_text_windows": windows}
-        splits: dict[str, Any] = {}
-        for split in SPLITS:
-            counts = self.by_split[split]
-            names = (
-                "conversations",
-                "with_thinking",
-                "with_tools",
-                "tools_left_out",
-                "rows_per_answer",
-                "extra_rows",
-                "extra_tokens",
-            )
             splits[split] = {name: counts[name] for name in names}
             splits[split] |= {"rows_rejected": counts["rejected"], "rejected_too_long": counts[f"{REASON}too_long"]}
             splits[split]["formats"] = {
                 name.removeprefix("format "): count for name, count in sorted(counts.items()) if name.startswith("format ")
             }
+        windows = self.by_split["test"]["text_windows"]  # nothing is generated for them
+        report |= {"test_rows": report["test_rows"] - windows, "test_text_windows": windows}
         train = self.by_split["train"]
         total = self._total()
         return report | {
@@ -306,15 +304,9 @@ class Counts:
 
 def binomial_tail(found: int, of: int, share: float) -> float:
     """The probability of `found` or more successes in `of` draws, each with the probability `share`."""
-    if found <= 0 or share >= 1:
-        return 1.0
-    if share <= 0:
-        return 0.0
-    # Added up from the smallest terms; math.comb is exact, and its logarithm does not overflow.
-    logs = [
-        math.log(math.comb(of, n)) + n * math.log(share) + (of - n) * math.log1p(-share) for n in range(of, found - 1, -1)
-    ]
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    from scipy.stats import binom  # type: ignore[import-untyped]  # takes a second to import, and few runs need it
+
+    return float(binom.sf(found - 1, of, share))
 
 
 def _limit(gates: Gates, name: str) -> float:

@@ -163,8 +163,8 @@ def _write_tokens(
     with ExitStack() as stack:
         folder = stack.enter_context(fresh_folder(tokens))
         rejected_file = folder / "rejected.jsonl"
-        summary = lambda: counts.summary() or of_sample.summary()  # noqa: E731
-        stack.enter_context(kept_if_stopped(failed, rejected_file, summary=summary))
+        kept = kept_if_stopped(failed, rejected_file, summary=lambda: counts.summary() or of_sample.summary())
+        stack.enter_context(kept)
         schemas = {"train": TRAINING, "validation": TRAINING, "test": PROMPTS, "text": TRAINING}
         out = {
             name: stack.enter_context(open_tokens(folder / f"{name}.arrow", schema, maker.stop_token_ids))
