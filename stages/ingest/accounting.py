@@ -7,8 +7,7 @@ from typing import Any
 
 from stages.core.params import bad_param
 from stages.core.problem import Problem, Rejection
-from stages.ingest.checks import TooManyCharacters
-from stages.ingest.example import Example
+from stages.ingest.checks import TooManyCharacters, count_characters
 from stages.ingest.formats import Conversation
 from stages.ingest.preference import OTHER_SIDE
 from stages.ingest.raw_files import RawRow
@@ -71,6 +70,7 @@ class Accounting:
         file = self._files[row.file]
         file["rows_kept"] += 1
         file[conversation.format] += 1
+        self._lengths[count_characters(conversation.messages) + len(conversation.text or "")] += 1
         if conversation.unread:
             for name in set(conversation.unread):
                 self.unread[name] += 1
@@ -99,12 +99,6 @@ class Accounting:
                     ),
                     *self._reasons(),
                 )
-
-    def measure(self, example: Example) -> None:
-        """Counts the characters of a row that was kept."""
-        conversation = example.conversation
-        characters = sum(len(message["content"]) for message in conversation.messages) + len(conversation.text or "")
-        self._lengths[characters] += 1
 
     def summary(self) -> dict[str, Any]:
         """What a stopped run has counted; {} if it has read nothing."""

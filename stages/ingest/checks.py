@@ -109,9 +109,14 @@ def _wrong_order(messages: Sequence[Message], previous: str, role: str) -> str:
 
 def check_length(messages: Sequence[Message], max_chars: int) -> None:
     """The contents and the thinking of all messages may have `max_chars` characters together."""
-    length = sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
+    length = count_characters(messages)
     if length > max_chars:
         raise TooManyCharacters(length, max_chars)
+
+
+def count_characters(messages: Sequence[Message]) -> int:
+    """The characters of the contents and the thinking of all messages."""
+    return sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
 
 
 def check_placeholders(messages: Sequence[Message]) -> None:

@@ -115,7 +115,6 @@ def ingest(params: Params, *, raw: Path, hub: Path, examples: Path, report: Path
             except PreferenceFound as found:
                 raise Problem(found.problem(row.source)) from None
             accounting.keep(row, example.conversation, split=split)
-            accounting.measure(example)
             duplicates.add(example, row.source)
             splits.add(example, split)
             kept[split].write(dump_line(_kept_row(row, example)))

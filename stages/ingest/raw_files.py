@@ -196,7 +196,7 @@ def _not_json(head: bytes) -> str:
     lines = [line for line in lines if line]
     if not lines:
         return ""
-    if any(line[0] in "{[" and _is_python(line) for line in lines[:1]):
+    if lines[0][0] in "{[" and _is_python(lines[0]):
         return "written in Python's notation, with single quotes, and not in JSON; write it with json.dumps"
     if lines[0][0] in "{[" or any(map(is_json, lines)):
         return ""

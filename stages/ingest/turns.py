@@ -300,10 +300,8 @@ class _Reader:
             return
         if texts:
             text = texts[0]
-        elif isinstance(content, list) and content and all(PARTS.get(_type(part)) == "text" for part in content):
-            text, _, _ = self._content(turn, ("text",))
-        elif isinstance(content, list) and any(_type(part) in MEDIA for part in content):
-            text, _, _ = self._content(turn, ("text",))  # rejects it
+        elif _has_parts(content):
+            text, _, _ = self._content(turn, ("text",))  # which rejects media
         else:
             text = result_text(content, turn.content_path)
         message: Message = {"role": "tool", "content": text}
@@ -329,9 +327,7 @@ class _Reader:
                 turn = turn._replace(content="")
             text, part_thinking, text_calls = self._content(turn, PART_ORDER)
             thinking = _one_thinking(thinking, part_thinking, turn.where)
-            if "think>" in text:
-                text_thinking, text = split_thinking(text, turn.where)
-                thinking = _one_thinking(thinking, text_thinking, turn.where)
+            thinking, text = _add_thinking(thinking, text, turn.where)
             if is_call and not calls:
                 text, text_calls = parse_calls(text, turn.where, self.unread)
             elif self.has_tools and not calls and (found := split_calls(text, turn.where, self.unread)):
@@ -429,10 +425,7 @@ def read_answer(text: str, where: str, *, thinking: str = "") -> Message:
 
     `thinking` is what the row has beside it. Raises Rejection as `split_thinking` does, or if there are two thinkings.
     """
-    thinking = thinking.strip()
-    if "think>" in text:
-        text_thinking, text = split_thinking(text, where)
-        thinking = _one_thinking(thinking, text_thinking, where)
+    thinking, text = _add_thinking(thinking.strip(), text, where)
     message: Message = {"role": "assistant", "content": text}
     if thinking:
         message["reasoning_content"] = thinking
@@ -466,6 +459,14 @@ def split_thinking(content: str, where: str) -> tuple[str, str]:
         return "", content
     space = BLANK_LINES.match(rest)
     return "\n\n".join(filter(None, blocks)), rest[space.end() :] if space else rest
+
+
+def _add_thinking(thinking: str, text: str, where: str) -> tuple[str, str]:
+    """The thinking of an answer, whether it stands beside its text or at the start of it, and the rest of the text."""
+    if "think>" not in text:
+        return thinking, text
+    text_thinking, text = split_thinking(text, where)
+    return _one_thinking(thinking, text_thinking, where), text
 
 
 def _one_thinking(first: str, second: str, where: str) -> str:
@@ -514,6 +515,13 @@ def _loss(turn: Mapping[str, Any], where: str) -> tuple[list[str], bool]:
 
 def _plain(name: str) -> str:
     return name.strip().casefold().replace("-", "_").replace(" ", "_")
+
+
+def _has_parts(content: Any) -> bool:
+    """Whether a tool's result is a list of text parts, or has a part that is no text; other lists are results themselves."""
+    if not isinstance(content, list) or not content:
+        return False
+    return all(PARTS.get(_type(part)) == "text" for part in content) or any(_type(part) in MEDIA for part in content)
 
 
 def _type(part: Any) -> Any:
