@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from stages.core.tokens import PROMPTS, TRAINING, open_tokens, read_tokens
+from stages.core.tokens import PROMPTS, TRAINING, choose_rows, open_tokens, read_tokens
 from tests.tiny import Workspace
 
 ROWS: list[tuple[pa.Schema, list[dict[str, Any]]]] = [
@@ -43,3 +43,17 @@ def test_what_encode_writes_is_a_dataset(workspace: Workspace, name: str) -> Non
         assert opened.features["input_ids"] == opened.features["labels"] == datasets.List(datasets.Value("int32"))
         tensors = opened.with_format("torch")[0]
         assert tensors["input_ids"].shape == tensors["labels"].shape
+
+
+def test_chosen_rows_are_stable_and_spread() -> None:
+    ids = [f"row {number}" for number in range(1000)]
+    chosen = {ids[index] for index in choose_rows(ids, 100)}
+    assert len(chosen) == 100
+    assert choose_rows(ids, 100) == sorted(choose_rows(ids, 100))
+    assert 30 < sum(index < 500 for index in choose_rows(ids, 100)) < 70  # not the first ones
+    assert {ids[::-1][index] for index in choose_rows(ids[::-1], 100)} == chosen  # the order of the rows does not matter
+    more = [*ids, *(f"new {number}" for number in range(1000))]
+    kept = {more[index] for index in choose_rows(more, 100)}
+    assert kept - chosen == {name for name in kept if name.startswith("new")}
+    assert 30 < len(kept & chosen) < 70
+    assert choose_rows(ids, 0) == choose_rows(ids, 1000) == list(range(1000))

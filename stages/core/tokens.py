@@ -4,6 +4,8 @@ They are IPC streams with an explicit schema. The batches depend only on the row
 `datasets.save_to_disk` would add a fingerprint that changes with the code and the date (huggingface/datasets#7982).
 """
 
+import hashlib
+import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -80,6 +82,18 @@ def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def choose_rows(ids: Sequence[str], count: int) -> list[int]:
+    """The indices of at most `count` rows, in their order; of all rows if `count` is 0.
+
+    The rows are those whose ids have the smallest sha256. So the choice is random with respect to content and order, the
+    same in every stage and run, and stable: among more rows, a chosen row is replaced only by a new one.
+    """
+    if count == 0 or len(ids) <= count:
+        return list(range(len(ids)))
+    digests = [hashlib.sha256(name.encode()).digest() for name in ids]
+    return sorted(heapq.nsmallest(count, range(len(ids)), key=digests.__getitem__))
 
 
 class TokenRows:
