@@ -52,12 +52,7 @@ class Project(ProjectFolder):
             _write(tokens / f"{name}.arrow", TRAINING, [_training_row(row) for row in _prompts(draw, count)])
         for name, some in (("test", self.prompts), ("prompts", self.prompts[:3])):
             _write(tokens / f"{name}.arrow", PROMPTS, some)
-        windows = [{**_training_row(row), "labels": [IGNORE, *row["prompt_ids"][1:]]} for row in self.prompts[:7]]
-        _write(
-            tokens / "text.arrow",
-            TRAINING,
-            [{**row, "input_ids": row["input_ids"][: len(row["labels"])]} for row in windows],
-        )
+        _write(tokens / "text.arrow", TRAINING, [text_window(row) for row in self.prompts[:8]])
 
     def merge(self, out: Path) -> dict[str, Any]:
         """Merges out/adapter into out/merged, within the limits of params.yaml. Returns the report."""
@@ -94,6 +89,12 @@ def _prompts(draw: random.Random, count: int) -> Iterator[dict[str, Any]]:
         noise = draw.choices(range(LAST + 1, 400), k=draw.randrange(LONGEST_PROMPT - 1))
         ids = [BOS, *noise, draw.randint(FIRST, LAST)]
         yield {"id": f"{draw.getrandbits(64):016x}", "prompt": "", "prompt_ids": ids, "reference": ""}
+
+
+def text_window(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt as a window of raw text: every token but the first has a label."""
+    ids = prompt["prompt_ids"]
+    return {"id": prompt["id"], "input_ids": ids, "labels": [IGNORE, *ids[1:]]}
 
 
 def _training_row(prompt: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.sampling import SamplingConfig
 from stages.generate.transformers_backend import TransformersBackend
-from tests.gpu.project import Project
+from tests.gpu.project import Project, text_window
 
 STOPS = range(0, 800, 12)
 """Some tokens, so that answers of a random model end at different lengths; half of them are not in its vocabulary."""
@@ -102,10 +102,7 @@ def test_sampled_answers_are_those_of_transformers_generate(
 
 
 def test_the_losses_of_raw_text_are_those_of_single_windows(random_project: Project, device: torch.device) -> None:
-    windows = [
-        {"id": row["id"], "input_ids": row["prompt_ids"], "labels": [-100, *row["prompt_ids"][1:]]}
-        for row in random_project.prompts[:8]
-    ]
+    windows = [text_window(row) for row in random_project.prompts[:8]]
     settings = GenerationSettings(SamplingConfig(**GREEDY), MAX_NEW_TOKENS, 8, "float32", 1)
     found = TransformersBackend(random_project.base, settings, template_stops=[]).text_losses(windows)
     model = AutoModelForCausalLM.from_pretrained(random_project.base, dtype=torch.float64).eval().to(device)
