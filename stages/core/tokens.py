@@ -122,5 +122,14 @@ class TokenRows:
     @property
     def label_tokens(self) -> int:
         """The number of tokens with a label, in all rows."""
-        flat = (chunk.flatten() for chunk in self._table["labels"].chunks)
-        return sum(int(np.count_nonzero(labels.to_numpy() != IGNORE)) for labels in flat)
+        return int(self.label_counts.sum())
+
+    @property
+    def label_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(rows,) The tokens of each row with a label."""
+        counts = [np.zeros(0, np.int64)]
+        for chunk in self._table["labels"].chunks:
+            ends = np.cumsum(pc.list_value_length(chunk).to_numpy(), dtype=np.int64)
+            labelled = np.cumsum(np.append(False, chunk.flatten().to_numpy() != IGNORE))[np.append(0, ends)]
+            counts.append(np.diff(labelled))
+        return np.concatenate(counts)

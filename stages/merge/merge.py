@@ -1,11 +1,14 @@
 """Merges the adapter into the base's weights, and compares the merged model with the trained one."""
 
+import gc
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import torch
 from peft import PeftModel
 from pydantic import Field
 from transformers.utils import logging
@@ -15,10 +18,14 @@ from stages.core.output import Done, fresh_file, fresh_folder
 from stages.core.params import Section
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST, file_hashes
-from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
+from stages.core.tokens import TokenRows, choose_rows, read_tokens, stop_token_ids
 from stages.merge.card import write_card
+from stages.merge.figures import summarize
+from stages.merge.hidden_states import HiddenStates
+from stages.merge.layers import LayerDeltas
 from stages.merge.lora_weights import LoraWeights
-from stages.merge.parity import LayerDeltas, ModelOutputs, compare, greedy_agreement
+from stages.merge.memory import explain_out_of_memory
+from stages.merge.parity import TrainedOutputs, compare, greedy_agreement
 from stages.merge.training import Training, read_training
 from stages.merge.weights import MergedWeights
 from stages.model.adapter import load_adapter
@@ -69,7 +76,7 @@ def merge(
         chat_template: The template that the adapter was trained with.
         merged: Gets an ordinary Hugging Face folder: safetensors files with the dtypes and sharding of the base, the
             tokenizer with the chat template, a generation config with the stop tokens, README.md and manifest.json.
-        report: Gets the comparison with the adapter on the quantized base, over the labelled tokens of the rows.
+        report: Gets the comparison with the adapter on the quantized base, over the labelled tokens of some of the rows.
 
     Raises Problem if the adapter does not fit the base, or if the merged model is not the trained one: if its logits or
     greedy answers differ by more than the limits, or if any layer lacks its delta weight. Then nothing is written.
@@ -79,48 +86,76 @@ def merge(
     weights = MergedWeights(base, lora, training=training, dequantized=params.base == "dequantized")
     table = read_tokens(validation_tokens)
     rows, stops = _parity_rows(table, validation_tokens), stop_token_ids(table)
-    trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops)
-    with fresh_folder(merged) as folder, fresh_file(report) as file:
-        _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
-        model = load_model(folder, training.settings.dtype)
-        figures = {
-            "model": read_json(base / MANIFEST)["model"],
-            "base": params.base,
-            "method": lora.method,
-            "merged_layers": len(lora.pairs),
-            "rows": len(rows),
-            "tokens": len(trained.labels),
-            **compare(trained, ModelOutputs(model, rows)),
-            "greedy_rows": len(trained.answers),
-            "greedy_agreement": greedy_agreement(trained, model),
-        }
-        _check_parity(params, figures, deltas.shares_in(model))
-        if training.quantized:
-            other = "full" if params.base == "dequantized" else "dequantized"
-            other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
-            _replace_quantized(model, other_weights)
-            figures["other_base"] = {"base": other, **compare(trained, ModelOutputs(model, rows))}
-        write_card(folder, base, adapter=adapter, training=training, validation_rows=table.num_rows, figures=figures)
-        _write_manifest(folder, base)
-        write_json(file, figures)
+    with HiddenStates(merged.parent) as hidden:
+        trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops, hidden=hidden)
+        with fresh_folder(merged) as folder, fresh_file(report) as file:
+            _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
+            with explain_out_of_memory("loading the merged model"):
+                model = load_model(folder, training.settings.dtype)
+            figures = {
+                "model": read_json(base / MANIFEST)["model"],
+                "base": params.base,
+                "method": lora.method,
+                "merged_layers": len(lora.pairs),
+                "rows": len(rows),
+                "validation_rows": table.num_rows,
+                "tokens": len(trained.base_losses),
+                **summarize(compare(trained, model, rows)),
+                "greedy_rows": len(trained.answers),
+                "greedy_agreement": greedy_agreement(trained.answers, model),
+            }
+            _check_parity(params, figures, deltas.shares_in(model))
+            if training.quantized:
+                other = "full" if params.base == "dequantized" else "dequantized"
+                other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
+                _replace_quantized(model, other_weights)
+                figures["other_base"] = {"base": other, **summarize(compare(trained, model, rows))}
+            write_card(folder, base, adapter=adapter, training=training, figures=figures)
+            _write_manifest(folder, base)
+            write_json(file, figures)
     return Done(_summary(merged, figures))
 
 
 def _parity_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
-    """The first rows that have labelled tokens. Raises Problem if there is none."""
-    rows: list[dict[str, Any]] = table.slice(0, PARITY_ROWS).to_pylist()
-    rows = [row for row in rows if any(label != IGNORE for label in row["labels"])]
-    if not rows:
+    """At most PARITY_ROWS of the rows that have labelled tokens. Raises Problem if there is none."""
+    rows = TokenRows(table)
+    labelled = np.flatnonzero(rows.label_counts)
+    if not len(labelled):
         raise Problem(f"{path}: no row has labelled tokens to compare the models on; raise ingest.validation_percent")
-    return rows
+    chosen = choose_rows(table["id"].take(labelled).to_pylist(), PARITY_ROWS)
+    return [rows[int(labelled[index])] for index in chosen]
 
 
 def _run_trained_model(
-    base: Path, lora: LoraWeights, *, training: Training, rows: list[dict[str, Any]], stops: list[int]
-) -> tuple[ModelOutputs, LayerDeltas]:
+    base: Path,
+    lora: LoraWeights,
+    *,
+    training: Training,
+    rows: Sequence[dict[str, Any]],
+    stops: Sequence[int],
+    hidden: HiddenStates,
+) -> tuple[TrainedOutputs, LayerDeltas]:
     """The outputs of the adapter on the quantized base. The model's memory is free again afterwards."""
-    model = load_adapter(load_quantized(base, training.settings).model, lora.adapter, base=base, settings=training.settings)
-    return ModelOutputs(model, rows, stops=stops), LayerDeltas(model, lora.initial_deltas())
+    found = _outputs_and_deltas(base, lora, training=training, rows=rows, stops=stops, hidden=hidden)
+    gc.collect()  # a model refers to itself in places
+    torch.cuda.empty_cache()
+    return found
+
+
+def _outputs_and_deltas(
+    base: Path,
+    lora: LoraWeights,
+    *,
+    training: Training,
+    rows: Sequence[dict[str, Any]],
+    stops: Sequence[int],
+    hidden: HiddenStates,
+) -> tuple[TrainedOutputs, LayerDeltas]:
+    with explain_out_of_memory("loading the trained model"):
+        quantized = load_quantized(base, training.settings).model
+        model = load_adapter(quantized, lora.adapter, base=base, settings=training.settings)
+    outputs = TrainedOutputs(model, rows, hidden=hidden, stops=stops, initial=lora.initial)
+    return outputs, LayerDeltas(model, lora.initial_deltas())
 
 
 def _summary(merged: Path, figures: dict[str, Any]) -> str:
