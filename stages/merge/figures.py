@@ -80,7 +80,7 @@ def summarize(tokens: TokenFigures) -> dict[str, Any]:
     }
 
 
-def _means(totals: Floats) -> dict[str, Floats]:
+def _means(totals: Any) -> dict[str, Floats]:
     """The figures that are made of sums, (...,) each, from the sums over all tokens of a sample, (..., columns)."""
     count, *others = np.moveaxis(totals, -1, 0)
     kl, delta_p, squared_delta_p, same_top, trained, merged, base = (other / count for other in others)

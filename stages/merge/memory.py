@@ -59,8 +59,8 @@ def explain_out_of_memory(doing: str) -> Iterator[None]:
         of_gpu = isinstance(error, torch.OutOfMemoryError)
         memory, remedy = ("the GPU's", "a GPU") if of_gpu else ("main", "a machine")
         raise Problem(
-            f"out of {memory} memory while {doing}; close other programs that use it, use {remedy} with more memory, or lower "
-            "encode.max_length. The adapter is kept: dvc repro continues with this stage"
+            f"out of {memory} memory while {doing}; close other programs that use it, use {remedy} with more of it, or "
+            "lower encode.max_length; the adapter is kept, and dvc repro continues with this stage"
         ) from None
 
 

@@ -88,6 +88,8 @@ def merge(
     rows, stops = _parity_rows(table, validation_tokens), stop_token_ids(table)
     with HiddenStates(merged.parent) as hidden:
         trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops, hidden=hidden)
+        gc.collect()  # parts of the trained model refer to each other
+        torch.cuda.empty_cache()
         with fresh_folder(merged) as folder, fresh_file(report) as file:
             _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
             with explain_out_of_memory("loading the merged model"):
@@ -108,8 +110,8 @@ def merge(
             if training.quantized:
                 other = "full" if params.base == "dequantized" else "dequantized"
                 other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
-                _replace_quantized(model, other_weights)
-                figures["other_base"] = {"base": other, **summarize(compare(trained, model, rows))}
+                if _replace_quantized(model, other_weights):
+                    figures["other_base"] = {"base": other, **summarize(compare(trained, model, rows))}
             write_card(folder, base, adapter=adapter, training=training, figures=figures)
             _write_manifest(folder, base)
             write_json(file, figures)
@@ -135,22 +137,7 @@ def _run_trained_model(
     stops: Sequence[int],
     hidden: HiddenStates,
 ) -> tuple[TrainedOutputs, LayerDeltas]:
-    """The outputs of the adapter on the quantized base. The model's memory is free again afterwards."""
-    found = _outputs_and_deltas(base, lora, training=training, rows=rows, stops=stops, hidden=hidden)
-    gc.collect()  # a model refers to itself in places
-    torch.cuda.empty_cache()
-    return found
-
-
-def _outputs_and_deltas(
-    base: Path,
-    lora: LoraWeights,
-    *,
-    training: Training,
-    rows: Sequence[dict[str, Any]],
-    stops: Sequence[int],
-    hidden: HiddenStates,
-) -> tuple[TrainedOutputs, LayerDeltas]:
+    """The outputs of the adapter on the quantized base; the model itself is not kept."""
     with explain_out_of_memory("loading the trained model"):
         quantized = load_quantized(base, training.settings).model
         model = load_adapter(quantized, lora.adapter, base=base, settings=training.settings)
@@ -162,9 +149,10 @@ def _summary(merged: Path, figures: dict[str, Any]) -> str:
     how = f"{figures['merged_layers']} layers merged"
     if not figures["merged_layers"]:
         how = f"{figures['method']} cannot be merged, so the adapter is in {merged / ADAPTER}"
+    recovery = "" if figures["recovery"] is None else f", recovery {100 * figures['recovery']:.1f} %"
     return (
         f"{merged}: {how}; mean KL {figures['mean_kl']:.2e}, the most likely token agrees for "
-        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} tokens"
+        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} tokens{recovery}"
     )
 
 
@@ -213,11 +201,16 @@ def _write_manifest(folder: Path, base: Path) -> None:
 # Comparison
 
 
-def _replace_quantized(model: Any, weights: MergedWeights) -> None:
-    """Replaces the weights of the quantized layers in a loaded model, one at a time."""
+def _replace_quantized(model: Any, weights: MergedWeights) -> bool:
+    """Replaces the weights of the quantized layers in a loaded model, one at a time; not if it is not all in memory."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name in sorted(weights.training.quantized):
-        model.get_parameter(name).data.copy_(weights.read(name))
+    parameters = {name: model.get_parameter(name) for name in sorted(weights.training.quantized)}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        print("merge: the model is larger than the GPUs' memory, so only one merge.base is compared", flush=True)
+        return False
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights.read(name))
+    return True
 
 
 def _check_parity(params: Params, figures: dict[str, Any], shares: dict[str, float]) -> None:

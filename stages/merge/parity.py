@@ -1,8 +1,8 @@
 """Compares the merged model with the trained one: logits and greedy answers.
 
 The two models are not in memory at the same time, and neither are the logits of more than a few labels: a row of 2,000
-labels has 1.2 GB of them in float32 with a vocabulary of 152,000. Of the trained model, its output head is kept, and what the
-head gets for each labelled token, from which its logits are computed again.
+labels has 1.2 GB of them in float32, with a vocabulary of 152,000. What is kept of the trained model is its output head, and
+what the head gets for each labelled token; its logits are computed from that again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from stages.core.progress import progress
 from stages.core.tokens import IGNORE
+from stages.merge.devices import move_to
 from stages.merge.figures import TokenFigures
 from stages.merge.hidden_states import HiddenStates
 from stages.merge.lora_weights import LoraPair
 from stages.merge.memory import LabelChunks, explain_out_of_memory
-from stages.merge.devices import move_to
 from stages.model.collate import collate_padded
 from stages.model.logits import is_head_last, label_hidden_states, label_logits, logits_of, modify_head_input
 
@@ -72,7 +72,7 @@ class TrainedOutputs:
                     base_losses.append(logits.losses(label_hidden_states(model, batch), batch["targets"]))
         self.base_losses = torch.cat(base_losses)
         with explain_out_of_memory("answering prompts with the trained model"):
-            self.answers = [_answer(model, row, stops) for row in rows[:GREEDY_ROWS]]
+            self.answers = [greedy_answer(model, row, stops) for row in rows[:GREEDY_ROWS]]
 
 
 def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]]) -> TokenFigures:
@@ -92,9 +92,16 @@ def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]])
             found.append(
                 logits.compare(label_hidden_states(model, batch), batch["targets"], trained.hidden[number], trained.head)
             )
-    lengths = [part.shape[1] for part in found]
+    kl, delta_p, same_top, logit_difference, trained_loss, merged_loss = torch.cat(found, 1).double().numpy()
     return TokenFigures(
-        np.repeat(np.arange(len(rows)), lengths), *torch.cat(found, 1).double().numpy(), trained.base_losses.double().numpy()
+        row=np.repeat(np.arange(len(rows)), [part.shape[1] for part in found]),
+        kl=kl,
+        delta_p=delta_p,
+        same_top=same_top,
+        logit_difference=logit_difference,
+        trained_loss=trained_loss,
+        merged_loss=merged_loss,
+        base_loss=trained.base_losses.double().numpy(),
     )
 
 
@@ -218,7 +225,7 @@ def _explain_row(row: dict[str, Any]) -> Iterator[None]:
 # Greedy answers
 
 
-def _answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
+def greedy_answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
     """The tokens before the first label, and the model's greedy answer to them."""
     first = int(np.flatnonzero(np.asarray(row["labels"]) != IGNORE)[0])
     prompt = [int(token) for token in row["input_ids"][:first]]
