@@ -293,7 +293,7 @@ def test_the_standard_errors_are_those_of_independent_rows() -> None:
     # The median's error, from the density of the logarithm at 0; and the recovery's, by the delta method.
     tokens = figures(2000, 1)
     errors = summarize(tokens)["standard_errors"]
-    assert errors["median_kl"] == pytest.approx(np.sqrt(np.pi / 2) / 2000**0.5, rel=0.2)
+    assert errors["median_kl"] == pytest.approx(np.sqrt(np.pi / 2) / 2000**0.5, rel=0.3)
     gain = tokens.base_loss - tokens.trained_loss
     residual = (tokens.base_loss - tokens.merged_loss) - gain * summarize(tokens)["recovery"]
     assert errors["recovery"] == pytest.approx(residual.std() / gain.mean() / 2000**0.5, rel=0.1)

@@ -176,33 +176,40 @@ def set_weight(model: Any, name: str, *, weight: torch.Tensor, settings: Quantiz
         layer.weight.data = (weight.T if isinstance(layer, Conv1D) else weight).to(layer.weight)
 
 
-def round_trip(weight: torch.Tensor, settings: Quantization, *, in_float32: bool = False) -> torch.Tensor:
-    """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as the quantized model does.
+def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
+    """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as a quantized layer does.
 
     Args:
         weight: (out, in)
         settings: How the model is quantized.
-        in_float32: 4 bits only: dequantize to float32, as training on a GPU does before it adds the delta weight. Otherwise
-            the result is rounded to settings.dtype, as in a quantized layer without an adapter.
 
     Returns:
-        (out, in) in float32, on this process's device.
+        (out, in) in float32, with values of settings.dtype, on this process's device.
     """
-    device = pick_device()
-    weight = weight.to(device, pick_dtype(settings.dtype, device))
     if settings.quantization == "none":
-        return weight.float()
+        return _rounded(weight, settings).float()
     if settings.quantization == "int8":
-        quantized, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        quantized, scales, _ = bnb.functional.int8_vectorwise_quant(_rounded(weight, settings).half())
         product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
         return product
-    packed, state = bnb.functional.quantize_4bit(
-        weight, quant_type=settings.quantization, compress_statistics=settings.bnb_4bit_use_double_quant
-    )
-    if in_float32:
-        state.dtype = torch.float32
-    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
+    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(*quantize_4bit(weight, settings))
     return dequantized.float()
+
+
+def quantize_4bit(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, Any]:
+    """A linear layer's weight (out, in) in 4 bits, packed, and its quantization state, on this process's device."""
+    packed, state = bnb.functional.quantize_4bit(
+        _rounded(weight, settings),
+        quant_type=settings.quantization,
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+    )
+    return packed, state
+
+
+def _rounded(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
+    """The weight on this process's device, in the model's dtype."""
+    device = pick_device()
+    return weight.to(device, pick_dtype(settings.dtype, device))
 
 
 def _dequantize_4bit_layers(model: Any) -> None:
