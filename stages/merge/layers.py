@@ -29,7 +29,8 @@ class LayerDeltas:
                 subtracted from the base (PiSSA, OLoRA); they do not count as changed by training.
         """
         self._layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        """By layer: inputs (inputs, in), outputs (inputs, out), and the part of the outputs that training added."""
+        """By layer: inputs (inputs, in), outputs (inputs, out), both in the model's dtype, and the part of the outputs that
+        training added, in float32."""
         for name, layer in adapted.get_base_model().named_modules():
             if not hasattr(layer, "lora_A"):
                 continue
@@ -37,11 +38,11 @@ class LayerDeltas:
             with torch.no_grad():
                 # Orthonormal vectors in the row space of lora_A. On others the delta weight is zero, and rounding larger.
                 inputs = torch.linalg.qr(matrix.float().T)[0].T[:LAYER_INPUTS].to(adapted.dtype)
-                before, after = layer.base_layer(inputs).float(), layer(inputs).float()
+                before, after = layer.base_layer(inputs).float(), layer(inputs)
                 if name in initial:
                     initial_a, initial_b = (tensor.to(before) for tensor in initial[name])
                     before += inputs.float() @ initial_a.T @ initial_b.T
-            self._layers[name] = inputs.cpu(), after.cpu(), (after - before).cpu()
+            self._layers[name] = inputs.cpu(), after.cpu(), (after.float() - before).cpu()
 
     def shares_in(self, model: Any) -> dict[str, float]:
         """How much of its delta each layer of `model` has: 1 for all of it, 0 for none.
@@ -53,7 +54,7 @@ class LayerDeltas:
         for name, (inputs, outputs, delta) in self._layers.items():
             with torch.no_grad():
                 layer = model.get_submodule(name)
-                error = layer(move_to(layer, inputs.to(model.dtype))).float().cpu() - outputs
+                error = layer(move_to(layer, inputs.to(model.dtype))).float().cpu() - outputs.float()
             projection = (error * delta).sum() / delta.norm()
             noise = error.norm() / error.numel() ** 0.5
             shares[name] = 1 + (projection / delta.norm()).item() if projection.abs() > NOISE_SIGMAS * noise else 1.0
