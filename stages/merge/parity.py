@@ -64,7 +64,7 @@ class TrainedOutputs:
         """
         self.head, self.hidden = model.get_output_embeddings(), hidden
         logits, base_losses = _LabelLogits(model), []
-        for row in progress(rows, "merge, trained model"):  # not in batches: padding may change the last bits
+        for row in progress(rows, "merge: trained model", len(rows)):  # not in batches: padding may change the last bits
             with torch.no_grad(), _explain_row(row):
                 batch = _batch(row, model)
                 hidden.append(label_hidden_states(model, batch))
@@ -86,7 +86,7 @@ def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]])
     Raises Problem if memory runs out.
     """
     logits, found = _LabelLogits(model), []
-    for number, row in enumerate(progress(rows, "merge, merged model")):
+    for number, row in enumerate(progress(rows, "merge: merged model", len(rows))):
         with torch.no_grad(), _explain_row(row):
             batch = _batch(row, model)
             found.append(
