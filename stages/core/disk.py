@@ -126,12 +126,12 @@ def cache_folder() -> tuple[Path, list[str]]:
 
 
 def copying_cache(output: Path) -> Path | None:
-    """DVC's cache folder if DVC will copy this output into it; None if it will link it, or did not start this stage.
+    """DVC's cache folder if DVC copies an output into it; None if it links it, or if there is no DVC.
 
     DVC's own test makes two small files and links them, as DVC does after the stage: it tries reflinks always, and hard
     links if cache.type begins with them. With symlinks it copies the output first, and deletes it afterwards.
     """
-    if "DVC_ROOT" not in os.environ or not Path(".dvc").is_dir():
+    if not Path(".dvc").is_dir():
         return None
     try:
         from dvc.fs import generic, localfs
@@ -148,7 +148,7 @@ def _by_file_system(writes: Sequence[Write]) -> tuple[list[_FileSystem], bool]:
     devices: dict[int, list[_Place]] = {}
     copied = False
     for write in writes:
-        cache = copying_cache(write.path) if write.cached else None
+        cache = copying_cache(write.path) if write.cached and "DVC_ROOT" in os.environ else None  # DVC started this stage
         places = [_Place(write.path, write.size, freed=write.replaced if cache else 0)]
         if cache:
             copied = True
