@@ -265,7 +265,7 @@ def test_checkpoints_of_other_parameters_are_removed(
         here.write(params)
         text = listed(capsys)
         assert "only a run with those again resumes from it" in line_of(text, str(interrupted["train"]))
-        assert "its inputs are out of date: run dvc repro up to generate" in line_of(text, str(interrupted["generate-base"]))
+        assert "kept: stages before generate are out of date" in line_of(text, str(interrupted["generate-base"]))
         assert "disk: 1 MB can be deleted with: python -m stages disk --remove" in text
         text = listed(capsys, "--remove")
     assert f"disk: removed {interrupted['train']}, 1 MB\n" in text
@@ -321,7 +321,8 @@ def test_downloads_that_no_parameter_names_are_removed(here: Workspace, capsys: 
             params["fetch_data"]["datasets"] = [{"path": "own/er", "revision": commit, "name": "", "split": ""}]
             here.write(params)
             folders[2].mkdir()
-            assert "it can be deleted" in line_of(listed(capsys, "--remove") or listed(capsys), str(folders[2]))
+            listed(capsys, "--remove")
+            assert "it can be deleted" in line_of(listed(capsys), str(folders[2]))
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -96,8 +97,10 @@ def _dvc_cache() -> Iterator[Item]:
     sizes = {file: file.lstat().st_size for file in (folder / "files").rglob("*") if file.is_file()}
     used = _used_objects(folder / "files" / "md5")
     unused = sum(size for file, size in sizes.items() if file not in used)
-    copies = copying_cache(ROOT / "dvc.yaml") is not None
-    note = f"copies of the outputs; dvc config cache.type {LINK_TYPES} saves them" if copies else "linked to the outputs"
+    note = "linked to the outputs"
+    with suppress(OSError):  # it makes a small file, for which a full disk has no space
+        if copying_cache(ROOT / "dvc.yaml"):
+            note = f"copies of the outputs; dvc config cache.type {LINK_TYPES} saves them"
     if unused >= LISTED_FROM:
         note += (
             f"; {size_text(unused)} belong to no output of dvc.lock: dvc gc -w deletes them, and with them the results of "
@@ -142,7 +145,8 @@ def _checkpoints() -> Iterator[Item]:
             elif folder.suffix == ".removed":
                 yield _leftover(shown, size, f"{age}; half removed by a run that was killed", lock)
             elif (current := _current_checkpoints(stage)) is None:
-                yield Item(shown, size, f"{age}; its inputs are out of date: run dvc repro up to {stage}, then this again")
+                note = f"stages before {stage} are out of date or running, so it is not known whether the next run resumes from it"
+                yield Item(shown, size, f"{age}; kept: {note}")
             elif folder.name in current:
                 yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
             else:
@@ -178,7 +182,7 @@ def _stale_stages() -> list[str] | None:
 
     try:
         return list(Repo(str(ROOT.absolute())).status())
-    except DvcException:
+    except (DvcException, OSError, sqlite3.Error):  # another dvc is running, or the disk is full
         return None
 
 
