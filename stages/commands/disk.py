@@ -56,9 +56,9 @@ def disk(*, remove: bool) -> None:
     widest = max((len(str(item.path)) for item in items), default=0)
     for item in items:
         print(f"{item.path!s:{widest}} {size_text(item.size):>10}  {item.note}".rstrip())
-    unused = sum(item.size for item in leftovers if item.lock)
+    unused = [item.size for item in leftovers if item.lock]
     if unused:
-        print(f"disk: {size_text(unused)} can be deleted with: python -m stages disk --remove")
+        print(f"disk: {size_text(sum(unused))} can be deleted with: python -m stages disk --remove")
     for place in _file_systems([ROOT, checkpoint_root(), cache_folder()[0]]):
         print(f"disk: {size_text(free_space(place))} are free for {place}")
 
@@ -97,16 +97,16 @@ def _dvc_cache() -> Iterator[Item]:
     sizes = {file: file.lstat().st_size for file in (folder / "files").rglob("*") if file.is_file()}
     used = _used_objects(folder / "files" / "md5")
     unused = sum(size for file, size in sizes.items() if file not in used)
-    note = "linked to the outputs"
+    notes = []
     with suppress(OSError):  # it makes a small file, for which a full disk has no space
-        if copying_cache(ROOT / "dvc.yaml"):
-            note = f"copies of the outputs; dvc config cache.type {LINK_TYPES} saves them"
+        copies = f"copies of the outputs; dvc config cache.type {LINK_TYPES} saves them"
+        notes.append(copies if copying_cache(ROOT / "dvc.yaml") else "shares its blocks with the outputs")
     if unused >= LISTED_FROM:
-        note += (
-            f"; {size_text(unused)} belong to no output of dvc.lock: dvc gc -w deletes them, and with them the results of "
+        notes.append(
+            f"{size_text(unused)} belong to no output of dvc.lock: dvc gc -w deletes them, and with them the results of "
             "other commits and experiments"
         )
-    yield Item(folder, sum(sizes.values()), note)
+    yield Item(folder, sum(sizes.values()), "; ".join(notes))
 
 
 def _used_objects(objects: Path) -> set[Path]:
@@ -145,8 +145,8 @@ def _checkpoints() -> Iterator[Item]:
             elif folder.suffix == ".removed":
                 yield _leftover(shown, size, f"{age}; half removed by a run that was killed", lock)
             elif (current := _current_checkpoints(stage)) is None:
-                note = f"stages before {stage} are out of date or running, so it is not known whether the next run resumes from it"
-                yield Item(shown, size, f"{age}; kept: {note}")
+                unknown = "so it is not known whether the next run resumes from it"
+                yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
             elif folder.name in current:
                 yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
             else:

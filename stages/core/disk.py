@@ -91,7 +91,7 @@ def space_problems(what: str, *writes: Write) -> list[str]:
 
 def merged_model(base: Path, merged: Path) -> Write:
     """What `merge` writes: a model as large as its base."""
-    size = folder_size(base)
+    size = sum(file.stat().st_size for file in base.iterdir())  # symlinks too, with cache.type symlink
     return Write(merged, size + min(size, PARITY_BYTES), cached=size, replaced=folder_size(merged))
 
 
@@ -103,8 +103,8 @@ def merge_problems(base: Path) -> list[str]:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 if there is none."""
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() or file.is_symlink())
+    """Bytes of all files in a folder, without those that are symlinks; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
 def size_text(size: float) -> str:
