@@ -27,6 +27,9 @@ from stages.core.snapshot import Snapshot
 ROOT = Path()
 USAGE = "usage: python -m stages <stage> --name path ... | check | verify | disk [--remove]"
 
+FULL_DISK = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing", "inline_container.cc")
+"""How safetensors and torch report a full disk: in their own words, and not as an OSError."""
+
 
 def main(arguments: list[str]) -> int:
     """Runs the stage or command that the first argument names, and returns the exit status."""
@@ -185,10 +188,7 @@ def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
     A missing file is not a bug if one of `arguments`, the command line, names it.
     """
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors and torch report a full disk in their own words, and not as an OSError.
-    if any(
-        words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
-    ):
+    if any(words in str(error) for words in FULL_DISK):
         number = errno.ENOSPC
     if number == errno.ENOENT and not any(argument in str(error) for argument in arguments):
         return None
