@@ -27,7 +27,7 @@ from stages.core.snapshot import Snapshot
 ROOT = Path()
 USAGE = "usage: python -m stages <stage> --name path ... | check | verify | disk [--remove]"
 
-FULL_DISK = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing", "inline_container.cc")
+FULL_DISK = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing", "unexpected pos")
 """How safetensors and torch report a full disk: in their own words, and not as an OSError."""
 
 
