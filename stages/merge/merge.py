@@ -13,6 +13,7 @@ from peft import PeftModel
 from pydantic import Field
 from transformers.utils import logging
 
+from stages.core.disk import check_space, merged_model
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import Done, fresh_file, fresh_folder
 from stages.core.params import Section
@@ -82,6 +83,7 @@ def merge(
     greedy answers differ by more than the limits, or if any layer lacks its delta weight. Then nothing is written.
     """
     logging.disable_progress_bar()
+    check_space("merge", "the merged model", merged_model(base, merged))
     training, lora = read_training(adapter), LoraWeights(adapter)
     weights = MergedWeights(base, lora, training=training, dequantized=params.base == "dequantized")
     table = read_tokens(validation_tokens)

@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, TrainingArguments, get_scheduler
 
+from stages.core.disk import Write, check_space, folder_size, merge_problems
 from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.model import distributed
 from stages.model.device import pick_device
 from stages.train import fp8
-from stages.train.arguments import make_arguments, parse_training_arguments
+from stages.train.arguments import KEPT_CHECKPOINTS, make_arguments, parse_training_arguments
 from stages.train.loss import Loss, load_loss
+
+BYTES_FLOAT32 = 4
 
 
 def check_parameters(section: Mapping[str, Any], base: Path) -> None:
-    """Raises one Problem with everything that is wrong in the parameters of `train`, as far as no model is needed.
+    """Raises one Problem with everything that is wrong in the parameters of `train`, as far as no model is needed, and if
+    the disk has too little space for `merge`.
 
     Args:
         section: The parameters of `train`.
@@ -46,6 +50,7 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
     attempt(lambda: load_loss_of(section, base, label_smoothing_factor=smoothing))
     if distributed.world_size() == 1:
         attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
+    problems += merge_problems(base)  # before the training is paid for
     if problems:
         raise Problem(*problems)
 
@@ -83,6 +88,22 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
             "be trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
         )
     )
+
+
+def check_disk(trained: int, *, checkpoints: Path, adapter: Path) -> None:
+    """Raises Problem if the disk has too little space for the checkpoints and the adapter.
+
+    A checkpoint has the trained weights and two moments of each in float32; 8-bit optimizers need less. A new one is written
+    before the oldest is removed.
+
+    Args:
+        trained: The number of trained parameters.
+        checkpoints: The folder for the checkpoints.
+        adapter: The output.
+    """
+    size = 3 * BYTES_FLOAT32 * trained * (KEPT_CHECKPOINTS + 1) - folder_size(checkpoints)
+    weights = BYTES_FLOAT32 * trained
+    check_space("train", "the training", Write(checkpoints.parent, max(0, size)), Write(adapter, weights, cached=weights))
 
 
 def load_loss_of(section: Mapping[str, Any], base: Path, *, label_smoothing_factor: float) -> Loss:

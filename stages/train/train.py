@@ -24,7 +24,7 @@ from stages.model.quantize import Quantization, Quantized, load_quantized
 from stages.train.arguments import make_arguments
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_learning_rate, check_parameters, load_loss_of
+from stages.train.checks import check_disk, check_learning_rate, check_parameters, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.fsdp import shard_frozen
 from stages.train.gradient_checkpointing import decoder_blocks
@@ -168,6 +168,9 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
     model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
+    if distributed.is_main():
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        check_disk(trained, checkpoints=checkpoints, adapter=paths.adapter)
     if params.fsdp:
         shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
