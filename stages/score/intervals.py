@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from stages.core.progress import ProgressBar
+
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 SEED = 0
@@ -28,7 +30,7 @@ def mean_interval(values: Iterable[float | None]) -> Interval | None:
     return mean_intervals(column[:, None])[0]
 
 
-def mean_intervals(columns: Floats) -> list[Interval | None]:
+def mean_intervals(columns: Floats, desc: str = "") -> list[Interval | None]:
     """The mean of each column with its percentile bootstrap interval (Efron 1979).
 
     The same values always give the same interval. For the difference between two systems on the same rows, pass the
@@ -37,6 +39,7 @@ def mean_intervals(columns: Floats) -> list[Interval | None]:
 
     Args:
         columns: (rows, columns) NaN means that the metric does not apply to the row; such rows are left out.
+        desc: What the progress bar says; "": none.
 
     Returns:
         One for each column; None if it has no value.
@@ -47,14 +50,18 @@ def mean_intervals(columns: Floats) -> list[Interval | None]:
     for column, count in enumerate(applies.sum(0).tolist()):
         if count:
             by_count.setdefault(count, []).append(column)
-    for count, members in by_count.items():
-        values = np.empty((count, len(members)))
-        for at, column in enumerate(members):
-            values[:, at] = columns[applies[:, column], column]
-        means = np.concatenate([drawn @ values for drawn in _resample(count)]) / count
-        low, high = _bounds(means)
-        for column, *interval in zip(members, np.ascontiguousarray(values.T).mean(1), low, high, strict=True):
-            found[column] = Interval(*map(float, interval))
+    with ProgressBar(desc, RESAMPLES * len(by_count), "resamples", disable=not desc) as bar:
+        for count, members in by_count.items():
+            values = np.empty((count, len(members)))
+            means = []
+            for at, column in enumerate(members):
+                values[:, at] = columns[applies[:, column], column]
+            for drawn in _resample(count):
+                means.append(drawn @ values / count)
+                bar.update(len(drawn))
+            for at, (column, *bounds) in enumerate(zip(members, *_bounds(np.concatenate(means)), strict=True)):
+                mean = np.ascontiguousarray(values[:, at]).mean()
+                found[column] = Interval(float(mean), *map(float, bounds))
     return found
 
 
