@@ -20,7 +20,7 @@ from stages.score.workers import run_tasks
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
-PART_BYTES = 2**24
+PART_BYTES = 2**25
 """Bytes of the training file that one task reads."""
 INDEX_CHARACTERS = 2**22
 """Characters of the prompts in one index, which takes about 60 bytes for each while it is made."""

@@ -12,6 +12,9 @@ Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 SEED = 0
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+UNIT = 2.0**-32
+"""Values are rounded to multiples of it. Sums of up to two million of them are exact then, and the intervals depend neither
+on the order in which a library adds, nor on the machine."""
 BATCH = 100
 """Resamples that are multiplied at once: fewer read the values more often, more need more memory."""
 
@@ -55,12 +58,12 @@ def mean_intervals(columns: Floats, desc: str = "") -> list[Interval | None]:
             values = np.empty((count, len(members)))
             means = []
             for at, column in enumerate(members):
-                values[:, at] = columns[applies[:, column], column]
+                values[:, at] = np.round(columns[applies[:, column], column] / UNIT) * UNIT
             for drawn in _resample(count):
                 means.append(drawn @ values / count)
                 bar.update(len(drawn))
-            for at, (column, *bounds) in enumerate(zip(members, *_bounds(np.concatenate(means)), strict=True)):
-                mean = np.ascontiguousarray(values[:, at]).mean()
+            for column, *bounds in zip(members, *_bounds(np.concatenate(means)), strict=True):
+                mean = columns[applies[:, column], column].mean()
                 found[column] = Interval(float(mean), *map(float, bounds))
     return found
 

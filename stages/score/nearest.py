@@ -19,6 +19,9 @@ NOTHING = 2**BITS - 1
 """Stands in the place of a character that a text of fewer than two does not have."""
 SEED_PLACES = 2000
 """Places of the rarest pairs at which a first similar text is looked for."""
+FREQUENT = 16
+"""Pairs that more than one text in FREQUENT has also have a row with a byte for each text, since adding such a row to the
+counts is as fast as counting a list of that length."""
 SLACK = 1e-6
 """What the bound of a candidate may lack by rounding."""
 
@@ -48,7 +51,9 @@ def find_pairs(texts: Sequence[str]) -> PairSets:
     owner = np.concatenate([owner[:-1][within], short])
     del characters, within
     pairs, numbers = np.unique(pairs, return_inverse=True)
-    keys = np.unique(owner * len(pairs) + numbers)
+    keys = owner * len(pairs) + numbers
+    keys.sort()
+    keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]]  # np.unique takes four times as long
     owner, numbers = np.divmod(keys, max(1, len(pairs)))
     starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))])
     return PairSets(pairs, numbers.astype(np.int32), starts)
@@ -67,13 +72,26 @@ class PromptIndex:
     """Known texts, by the pairs that they have."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._pairs, self._numbers, self._starts = find_pairs(texts)
-        self._sizes = np.diff(self._starts)
+        found = find_pairs(texts)
+        self._order = np.argsort(np.diff(found.starts), kind="stable")
+        """The numbers of the texts, from the one with the fewest pairs to that with the most: their order in this index."""
+        self._sizes = np.diff(found.starts)[self._order]
         """(texts,) The number of pairs of each text."""
-        ones = np.ones(len(self._numbers), np.int8)
-        by_pair = sparse.csr_matrix((ones, self._numbers, self._starts), (len(texts), len(self._pairs))).tocsc()
-        self._texts, self._ends = by_pair.indices, by_pair.indptr
+        self._pairs = found.pairs
+        ones = np.ones(len(found.numbers), np.int8)
+        by_text = sparse.csr_matrix((ones, found.numbers, found.starts), (len(texts), len(found.pairs)))[self._order]
+        self._numbers, self._starts = by_text.indices, by_text.indptr.astype(np.int64)
+        by_pair = by_text.tocsc()
+        self._texts, self._ends = by_pair.indices.astype(np.int64), by_pair.indptr
         """The texts of the first pair, then those of the second, and so on; and where those of each pair begin."""
+        counts = np.diff(self._ends)
+        frequent = np.flatnonzero(counts > len(texts) // FREQUENT)
+        self._row_of = np.full(len(self._pairs), -1)
+        self._row_of[frequent] = np.arange(len(frequent))
+        self._rows = by_pair[:, frequent].T.toarray().view(np.uint8)
+        """(frequent pairs, texts) 1 where a text has the pair."""
+        self._costs = np.minimum(counts, len(texts) // FREQUENT + 1)
+        """(pairs,) What it takes to count the texts of a pair."""
         self._wanted = np.zeros(len(self._pairs), bool)
 
     def improve(self, questions: PairSets, known: Floats) -> Nearest:
@@ -97,36 +115,46 @@ class PromptIndex:
         the ones with long lists, so that most of these are never looked at.
         """
         size = len(pairs)
-        found = np.minimum(np.searchsorted(self._pairs, pairs), len(self._pairs) - 1)
+        found: Integers = np.minimum(np.searchsorted(self._pairs, pairs), len(self._pairs) - 1)
         found = found[self._pairs[found] == pairs]
         if 2 * len(found) / (size + len(found)) <= floor:  # also if there is none
             return 0.0, -1
-        counts = self._ends[found + 1] - self._ends[found]
-        order = np.argsort(counts, kind="stable")
-        found, totals = found[order], np.cumsum(counts[order])
+        found = found[np.argsort(self._ends[found + 1] - self._ends[found], kind="stable")]
+        costs = np.cumsum(self._costs[found])
         reached = floor
         if not floor:
-            seeds = int(np.searchsorted(totals, SEED_PLACES)) + 1
-            texts, shared = np.unique(self._texts_of(found[:seeds]), return_counts=True)
-            seed = texts[[np.argmax(2 * shared / (size + self._sizes[texts]))]]
+            seeds = int(np.searchsorted(costs, SEED_PLACES)) + 1
+            texts, hits = np.unique(self._texts_of(found[:seeds]), return_counts=True)
+            seed = texts[[np.argmax(2 * hits / (size + self._sizes[texts]))]]
             reached = float(self._compare(found, seed, size)[0])
         # A text with none of the rarest pairs shares at most the `rest`: less than `reached` if 2 rest / (size + rest) is.
         smallest = reached * size / (2 - reached) - SLACK
         rest = min(len(found) - 1, max(0, int(np.ceil(smallest)) - 1))
         rare = len(found) - rest
-        shared = np.bincount(self._texts_of(found[:rare]), minlength=len(self._sizes))
-        candidates = np.flatnonzero(shared >= (reached / 2) * self._sizes + (reached * size / 2 - rest - SLACK))
-        candidates = candidates[self._sizes[candidates] >= smallest]
+        # Nor can one with so few pairs, or so many, that the similarity is less even if all pairs of the smaller are shared.
+        start = int(np.searchsorted(self._sizes, smallest))
+        end = int(np.searchsorted(self._sizes, size * (2 - reached) / reached + SLACK, "right"))
+        shared, sizes = self._count(found[:rare], start, end), self._sizes[start:end]
+        candidates = np.flatnonzero(shared >= (reached / 2) * sizes + (reached * size / 2 - rest - SLACK))
         if not len(candidates):
             return 0.0, -1
-        if self._sizes[candidates].sum() < totals[-1] - totals[rare - 1]:
-            similarities = self._compare(found, candidates, size)
+        if sizes[candidates].sum() < costs[-1] - costs[rare - 1]:
+            similarities = self._compare(found, start + candidates, size)
         else:
-            if rest:
-                shared += np.bincount(self._texts_of(found[rare:]), minlength=len(self._sizes))
-            similarities = 2 * shared[candidates] / (size + self._sizes[candidates])
-        best = np.argmax(similarities)
-        return float(similarities[best]), int(candidates[best])
+            all_shared = (shared + self._count(found[rare:], start, end))[candidates]
+            similarities = 2 * all_shared / (size + sizes[candidates])
+        best = similarities.max()
+        return float(best), int(self._order[start + candidates[similarities == best]].min())
+
+    def _count(self, pairs: Integers, start: int, end: int) -> Integers:
+        """(end - start,) How many of the pairs each of these texts has."""
+        rows = self._row_of[pairs]
+        lists = pairs[rows < 0]
+        shared = np.bincount(self._texts_of(lists) if len(lists) else lists, minlength=len(self._sizes))[start:end]
+        rows = rows[rows >= 0]
+        for at in range(0, len(rows), 255):  # as many as a byte can count
+            shared += self._rows[rows[at : at + 255], start:end].sum(0, dtype=np.uint8)
+        return shared
 
     def _texts_of(self, pairs: Integers) -> Integers:
         """The texts of each pair, one list after the other."""
