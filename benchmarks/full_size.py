@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,13 +37,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
-from shapes import LONGEST, QWEN_SHAPES, make_qwen  # noqa: E402
-from texts import make_texts, write_rows  # noqa: E402
-from watch import Usage, Watch, size_of  # noqa: E402
-from ways import machine  # noqa: E402
+from ruamel.yaml.comments import CommentedMap  # noqa: E402
+
+from benchmarks.shapes import LONGEST, QWEN_SHAPES, make_qwen  # noqa: E402
+from benchmarks.texts import make_texts, write_rows  # noqa: E402
+from benchmarks.watch import Usage, Watch, process_tree, size_of  # noqa: E402
+from benchmarks.ways import machine  # noqa: E402
+from stages.core.jsonl import read_json, read_jsonl  # noqa: E402
+from stages.core.params import read_section  # noqa: E402
+from stages.core.tokens import choose_rows, read_tokens  # noqa: E402
 
 COPIED = ("stages", "data/prompts.json", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore")
 CHANGED: dict[str, Any] = {
@@ -55,10 +62,16 @@ CHANGED: dict[str, Any] = {
     "generate.max_new_tokens": 256,
     "generate.batch_size": 128,
 }
-CHANGED_ON_CPU: dict[str, Any] = {"train.training_arguments": {"max_steps": 1}}
+CHANGED_ON_CPU: dict[str, Any] = {
+    "train.training_arguments": {"max_steps": 1},
+    "train.warmup_steps": 0,
+}
 TOKENS = 151_646
 """Of Qwen's tokenizer with the special tokens of ChatML."""
 BPE_ROWS = 20_000
+SPLITS = ("train", "validation", "test")
+STOP_S = 20
+"""Seconds in which an interrupted stage can save a checkpoint."""
 HEADER = (
     "stage", "seconds", "DVC", "speed", "main memory GB", "with mapped files GB", "GPU GB",
     "outputs GB", "checkpoints GB", "cache GB", "disk GB",
@@ -124,6 +137,7 @@ def change_params(path: Path, changes: Mapping[str, Any]) -> list[str]:
     """Writes values into params.yaml, and returns a line for each. The comments stay."""
     yaml = YAML()
     yaml.width = 4096
+    yaml.preserve_quotes = True
     params = yaml.load(path)
     lines = []
     for name, value in changes.items():
@@ -133,6 +147,9 @@ def change_params(path: Path, changes: Mapping[str, Any]) -> list[str]:
         if params[section][key] != value:
             lines.append(f"{name}: {value} (was {params[section][key]})")
         params[section][key] = value
+        if isinstance(value, dict):  # on one line, as in params.yaml
+            params[section][key] = CommentedMap(value)
+            params[section][key].fa.set_flow_style()
     yaml.dump(params, path)
     return lines
 
@@ -210,62 +227,61 @@ class Table:
             cache - self._cache, used.disk,
         )  # fmt: skip
         cells = [
-            used.stage,
+            used.stage if used.complete else f"{used.stage} (not finished)",
             f"{seconds:,.0f}",
             f"{used.recorded - used.ended:,.0f}",
-            self._speed(used.stage, seconds),
+            self._speed(used.stage, seconds) if used.complete else "–",
             *("–" if size is None else f"{size / 1e9:.2f}" for size in sizes),
         ]
         self._outputs, self._cache = outputs, cache
         print(f"| {' | '.join(cells)} |", flush=True)
 
     def _speed(self, stage: str, seconds: float) -> str:
-        """Rows or tokens per second of the stage's process; "–" if it was cut off, or for a stage that has none."""
+        """Rows or tokens per second of the stage's process; "–" for a stage that has none."""
         reports = self._project / "reports"
         name, _, model = stage.partition(" ")
-        try:
-            match name:
-                case "ingest":
-                    return f"{self._rows / seconds:,.0f} rows/s"
-                case "encode":
-                    found = json.loads((reports / "encode.json").read_text())
-                    return f"{sum(found[f'{split}_tokens'] for split in SPLITS) / seconds:,.0f} tokens/s"
-                case "train":
-                    found = json.loads((reports / "machine" / "train.json").read_text())
-                    return f"{found['tokens_per_second']:,.0f} tokens/s in training"
-                case "generate" | "score":
-                    lines = (self._project / "data" / "predictions" / f"{model or 'merged'}.jsonl").read_text().splitlines()
-                    answers = [json.loads(line) for line in lines if line]
-                    if name == "score":
-                        return f"{len(answers) / seconds:,.0f} rows/s"
-                    return f"{sum(answer['answer_tokens'] for answer in answers) / seconds:,.0f} tokens/s"
-        except FileNotFoundError:
-            pass
+        match name:
+            case "ingest":
+                return f"{self._rows / seconds:,.0f} rows/s"
+            case "encode":
+                found = read_json(reports / "encode.json")
+                return f"{sum(found[f'{split}_tokens'] for split in SPLITS) / seconds:,.0f} tokens/s"
+            case "train":
+                return f"{read_json(reports / 'machine' / 'train.json')['tokens_per_second']:,.0f} tokens/s in training"
+            case "generate":
+                answers = [*self._answers(f"{model}.jsonl"), *self._answers(f"{model}.prompts.jsonl")]
+                return f"{sum(answer['answer_tokens'] for answer in answers) / seconds:,.0f} tokens/s"
+            case "score":
+                return f"{sum(1 for _ in self._answers('merged.jsonl')) / seconds:,.0f} rows/s"
         return "–"
 
-
-SPLITS = ("train", "validation", "test")
+    def _answers(self, name: str) -> Iterator[dict[str, Any]]:
+        return read_jsonl(self._project / "data" / "predictions" / name)
 
 
 def repro(work: Path, *targets: str, table: Table) -> Watch:
     """Runs `dvc repro` on some stages, or on all. Its output goes to stderr, the table to stdout. Exits if it fails."""
     project = work / "project"
     command = [sys.executable, "-m", "dvc", "repro", *targets]
-    process = subprocess.Popen(command, cwd=project, env=environment(work), stdout=sys.stderr)
+    process = subprocess.Popen(command, cwd=project, env=environment(work), stdout=sys.stderr, start_new_session=True)
     watch = Watch(process.pid, project, recorded=table.row)
     watch.start()
-    status = process.wait()
-    watch.stop()
-    if status:
-        sys.exit(f"dvc repro failed with status {status}; --folder keeps the project in which it failed")
+    try:
+        process.wait()
+    finally:
+        if process.poll() is None:  # this script is interrupted
+            tree = process_tree(process.pid)
+            os.killpg(process.pid, signal.SIGTERM)
+            for left in psutil.wait_procs(tree, timeout=STOP_S)[1]:
+                left.kill()
+        watch.stop(complete=process.poll() == 0)
+    if process.returncode:
+        sys.exit(f"dvc repro failed with status {process.returncode}; --folder keeps the project in which it failed")
     return watch
 
 
 def make_predictions(project: Path) -> int:
     """Writes what `generate` would: noise of the base model, and answers like the references of the merged one."""
-    from stages.core.params import read_section
-    from stages.core.tokens import choose_rows, read_tokens
-
     folder = project / "data" / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     count = read_section("generate", project).get("max_predict_samples", 0)
@@ -330,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="works in this folder and keeps it")
     parser.add_argument("--cpu-data", action="store_true", help="only the stages on data, and score on made-up predictions")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; with --folder, the same command goes on from here"))
     if given.cpu_data:
         given.shape = "tiny"
     with work_folder(given.folder) as work:

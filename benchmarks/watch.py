@@ -35,6 +35,8 @@ class Usage:
     """Largest size of .checkpoints."""
     disk: int = 0
     """Largest size of the whole project on the disk."""
+    complete: bool = True
+    """Whether the stage has succeeded."""
 
 
 class Watch(threading.Thread):
@@ -74,12 +76,14 @@ class Watch(threading.Thread):
                 self._current.checkpoints = max(self._current.checkpoints, size_of(self._project / ".checkpoints").apparent)
                 self._current.disk = max(self._current.disk, size_of(self._project).allocated)
 
-    def stop(self) -> None:
-        """Call it when dvc has ended."""
+    def stop(self, *, complete: bool) -> None:
+        """Call it when dvc has ended; `complete` is whether it, and so the last stage, has succeeded."""
         self._done.set()
         self.join()
         self._gpus.close()
         self._follow(None, [])
+        if self._current:
+            self._current.complete = complete
         self._record()
 
     def _follow(self, stage: str | None, tree: list[psutil.Process]) -> None:
