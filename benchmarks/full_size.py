@@ -332,6 +332,11 @@ def parse_set(text: str) -> tuple[str, Any]:
     return name, YAML(typ="safe").load(value)
 
 
+def stop(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # timeout sends it twice
+    sys.exit("stopped; with --folder, the same command goes on from here")
+
+
 def free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
@@ -346,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="works in this folder and keeps it")
     parser.add_argument("--cpu-data", action="store_true", help="only the stages on data, and score on made-up predictions")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; with --folder, the same command goes on from here"))
+    signal.signal(signal.SIGTERM, stop)
     if given.cpu_data:
         given.shape = "tiny"
     with work_folder(given.folder) as work:
