@@ -269,12 +269,13 @@ def repro(work: Path, *targets: str, table: Table) -> Watch:
     try:
         process.wait()
     finally:
-        if process.poll() is None:  # this script is interrupted
+        interrupted = process.poll() is None
+        if interrupted:
             tree = process_tree(process.pid)
             os.killpg(process.pid, signal.SIGTERM)
             for left in psutil.wait_procs(tree, timeout=STOP_S)[1]:
                 left.kill()
-        watch.stop(complete=process.poll() == 0)
+        watch.stop(complete=not interrupted and process.returncode == 0)
     if process.returncode:
         sys.exit(f"dvc repro failed with status {process.returncode}; --folder keeps the project in which it failed")
     return watch
