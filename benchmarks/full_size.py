@@ -126,7 +126,9 @@ def copy_pipeline(project: Path) -> None:
             shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(ROOT / name, project / name)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, check=True)
+    subprocess.run(
+        ["python", "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, env=environment(project.parent), check=True
+    )
     config = configparser.ConfigParser()
     config.read([project / ".dvc" / "config", ROOT / ".dvc" / "config"])
     with (project / ".dvc" / "config").open("w", encoding="utf-8") as file:
