@@ -18,6 +18,7 @@ from stages.generate.text_losses import window_losses
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
+from stages.model.placement import is_spread
 
 
 class TransformersBackend:
@@ -62,7 +63,7 @@ class TransformersBackend:
             if distributed.is_main():
                 print("generate: no GPU: using Transformers' generate", flush=True)
             return False
-        reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
+        reason = self._why_not_decoder()
         if reason:
             self._report_slower(reason)
             return False
@@ -71,6 +72,11 @@ class TransformersBackend:
             self._report(f"projections are not fused, which is slower: {reason}")
         compile_elementwise(self.model)
         return True
+
+    def _why_not_decoder(self) -> str:
+        if is_spread(self.model):
+            return "it is spread, and a CUDA graph runs on one GPU"
+        return can_decode(self.model) if self.can_pad else "its adapter is not merged"
 
     def _report_slower(self, reason: str) -> None:
         self._report(f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}")

@@ -1,7 +1,8 @@
 """The device that models run on, and the dtype that they compute in."""
 
+import os
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -16,6 +17,14 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def assert_on(model: Any, device: torch.device) -> None:
+    """Asserts that a model lies where this process computes: with several processes, on the GPU of its own."""
+    found = {parameter.device for parameter in model.parameters()}
+    assert found <= {device}, f"weights on {found}, wanted {device}"
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        assert device.index == int(os.environ["LOCAL_RANK"]), f"{device} in process {os.environ['LOCAL_RANK']}"
 
 
 def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

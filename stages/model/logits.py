@@ -60,4 +60,4 @@ def select_positions(hidden: torch.Tensor, tokens: int, positions: torch.Tensor)
             last `tokens` count.
         positions: (positions,) in int64, counted through the batch row by row, without the virtual tokens.
     """
-    return hidden[:, -tokens:].flatten(0, 1).index_select(0, positions)
+    return hidden[:, -tokens:].flatten(0, 1).index_select(0, positions.to(hidden.device))

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -14,7 +14,16 @@ from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST
-from stages.model.device import DtypeName, pick_device, pick_dtype
+from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.placement import (
+    ONE_GPU,
+    SPREAD,
+    Placement,
+    free_memory,
+    plan_placement,
+    skeleton,
+    weight_bytes,
+)
 
 
 class Quantization(Section):
@@ -49,26 +58,28 @@ class DequantizedLinear(torch.nn.Linear):
     """The layer's class in the model without quantization, under the name that Transformers gives it."""
 
 
-def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False) -> Quantized:
+def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, one_gpu: bool = False) -> Quantized:
     """Loads the base model in evaluation mode, quantized, with all weights frozen.
 
     Args:
         base: The model's folder, models/base.
         settings: How to quantize it.
-        on_cpu: Keep the quantized weights in main memory, for a model that one GPU cannot hold (FSDP). Otherwise the model
-            is on this process's device.
+        on_cpu: Keep the quantized weights in main memory, for a model that one GPU cannot hold (FSDP).
+        one_gpu: The model must be on this process's device, as training needs it. Otherwise it is spread over all GPUs if
+            one does not hold it, and a line says so; inputs belong on `model.device`.
 
-    Raises Problem if a layer of llm_int8_skip_modules is not in the model, or if the GPU has too little memory.
+    Raises Problem if a layer of llm_int8_skip_modules is not in the model, or if the GPUs have too little memory.
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
     trust = read_json(base / MANIFEST)["trust_remote_code"]
     skipped = _find_skipped(base, settings, trust_remote_code=trust)
+    placement = None if on_cpu or one_gpu else _spread(base, settings, trust_remote_code=trust)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
-            device_map={"": "cpu" if on_cpu else device},
+            device_map={"": "cpu"} if on_cpu else placement.device_map if placement else {"": device},
             quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
             trust_remote_code=trust,
             use_safetensors=True,
@@ -85,6 +96,8 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False) 
         if isinstance(layer, bnb.nn.Linear4bit):
             # On a CPU with avx512_bf16 its first call would repack the weights into a format that nothing else can read.
             layer.support_avx512bf16_for_cpu = False
+    if not on_cpu and not placement:
+        assert_on(model, device)
     if device.type == "cpu" and not on_cpu:
         _dequantize_4bit_layers(model)
     model.requires_grad_(False)
@@ -111,6 +124,48 @@ def _make_config(
     )
 
 
+def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> Placement | None:
+    """How to spread the quantized model over several GPUs, with a line that says it; None if one device is enough.
+
+    Raises Problem if the GPUs together do not hold it. Weights in main memory are no way out: bitsandbytes would keep them
+    unquantized there, which is another model than the one that was trained.
+    """
+    memory, device = free_memory(), pick_device()
+    dtype = pick_dtype(settings.dtype, device)
+    if len(memory.gpus) < 2 or weight_bytes(base, dtype) <= ONE_GPU * memory.gpus[device.index]:
+        return None
+    model = skeleton(base, dtype, trust_remote_code=trust_remote_code)
+    placement = plan_placement(model, memory, quantized=quantized_bits(model, settings))
+    if placement.total_bytes <= SPREAD * memory.gpus[device.index]:
+        return None
+    if placement.gpu_bytes < placement.total_bytes:
+        raise Problem(
+            f"{base}: the model that was trained, in train.quantization {settings.quantization}, has "
+            f"{placement.describe()}; the GPUs together must hold it: use more GPUs, or train with nf4"
+        )
+    print(f"{base}, {settings.quantization}: {placement.describe()}", flush=True)
+    return placement
+
+
+def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
+    """The bits that each quantized weight takes, scales included, by parameter name.
+
+    Args:
+        model: The base on the meta device.
+        settings: How it is quantized.
+    """
+    if settings.quantization == "none":
+        return {}
+    # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
+    bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
+    skipped = {*(get_keys_to_not_convert(model) or ()), *settings.llm_int8_skip_modules}
+    return {
+        f"{name}.weight": bits
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and not any(f".{name}".endswith(f".{skip}") for skip in skipped)
+    }
+
+
 def is_transposed(layer: Any) -> bool:
     """Whether the base's files store the layer's weight as (in, out), as GPT-2's Conv1D does, before quantization too."""
     return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
@@ -123,9 +178,7 @@ def _find_skipped(base: Path, settings: Quantization, *, trust_remote_code: bool
     """
     if not settings.llm_int8_skip_modules or settings.quantization == "none":
         return None
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = skeleton(base, torch.float32, trust_remote_code=trust_remote_code)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     problems = [
         bad_param(

@@ -166,7 +166,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     check_learning_rate(arguments, len(rows))
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
-    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp, one_gpu=True)
     model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
     if params.fsdp:
         shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
