@@ -23,7 +23,6 @@ from stages.merge.training import Training, read_training
 from stages.merge.weights import MergedWeights
 from stages.model.adapter import load_adapter
 from stages.model.load import ADAPTER, load_model
-from stages.model.placement import lies_on_disk, set_parameter
 from stages.model.quantize import load_quantized
 
 PARITY_ROWS = 64
@@ -96,7 +95,7 @@ def merge(
             "greedy_agreement": greedy_agreement(trained, model),
         }
         _check_parity(params, figures, deltas.shares_in(model))
-        if training.quantized and not lies_on_disk(model):  # the weights of the other base could not be put there
+        if training.quantized:
             other = "full" if params.base == "dequantized" else "dequantized"
             other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
             _replace_quantized(model, other_weights)
@@ -183,7 +182,7 @@ def _replace_quantized(model: Any, weights: MergedWeights) -> None:
     """Replaces the weights of the quantized layers in a loaded model, one at a time."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     for name in sorted(weights.training.quantized):
-        set_parameter(model, name, value=weights.read(name))
+        model.get_parameter(name).data.copy_(weights.read(name))
 
 
 def _check_parity(params: Params, figures: dict[str, Any], shares: dict[str, float]) -> None:

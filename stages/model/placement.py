@@ -159,20 +159,6 @@ def is_spread(model: Any) -> bool:
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
-def lies_on_disk(model: Any) -> bool:
-    """Whether a part of a model is read from the disk whenever it computes."""
-    return "disk" in getattr(model, "hf_device_map", {}).values()
-
-
-def set_parameter(model: Any, name: str, *, value: torch.Tensor) -> None:
-    """Replaces the values of a parameter on a GPU or in main memory. The model must not lie on the disk."""
-    parameter = model.get_parameter(name)
-    if parameter.device.type == "meta":  # in main memory, from where a hook of Accelerate copies it
-        module, _, own = name.rpartition(".")
-        parameter = model.get_submodule(module)._hf_hook.weights_map[own]
-    parameter.data.copy_(value)
-
-
 def gigabytes(size: float) -> str:
     """Bytes as "71 GB"; with a decimal below 10 GB."""
     return f"{size / 1e9:,.1f} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"

@@ -1,6 +1,7 @@
 """Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,14 +77,15 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     skipped = _find_skipped(base, settings, trust_remote_code=trust)
     placement = None if on_cpu or one_gpu else _spread(base, settings, trust_remote_code=trust)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            device_map={"": "cpu"} if on_cpu else placement.device_map if placement else {"": device},
-            quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
-            trust_remote_code=trust,
-            use_safetensors=True,
-        )
+        with _quantized_on(device):
+            model = AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=dtype,
+                device_map={"": "cpu"} if on_cpu else placement.device_map if placement else {"": device},
+                quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
+                trust_remote_code=trust,
+                use_safetensors=True,
+            )
     except torch.OutOfMemoryError:
         raise Problem(
             f"{base}: the model does not fit into the memory of {device} with train.quantization {settings.quantization}; "
@@ -122,6 +124,22 @@ def _make_config(
         bnb_4bit_quant_storage=dtype if on_cpu else torch.uint8,
         llm_int8_skip_modules=skipped,
     )
+
+
+@contextmanager
+def _quantized_on(device: torch.device) -> Iterator[None]:
+    """Within the block, 4-bit weights that go to main memory are quantized on `device`, if it is a GPU.
+
+    bitsandbytes would quantize them on the CPU, which takes many minutes for a large model, and rounds the means of the
+    scales otherwise than the GPU, on which `merge` quantizes them again.
+    """
+    quantize = bnb.nn.Params4bit._quantize
+    if device.type == "cuda":
+        bnb.nn.Params4bit._quantize = lambda weight, target: quantize(weight, device).to(target)
+    try:
+        yield
+    finally:
+        bnb.nn.Params4bit._quantize = quantize
 
 
 def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> Placement | None:

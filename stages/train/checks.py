@@ -97,7 +97,7 @@ def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -
     if memory.gpus and trained.gpu_bytes < trained.total_bytes:
         problems.append(
             f"{base}: with train.quantization {settings.quantization} the model has {gigabytes(trained.total_bytes)} of "
-            f"weights, which the GPUs together must hold in train and in merge: {machine}; use more GPUs, nf4, or a smaller base"
+            f"weights, which the GPUs together must hold in train and in merge: {machine}; use more GPUs, or a smaller base"
         )
     needed = trained.total_bytes * section["num_processes"]
     if section["fsdp"] and needed > SPREAD * memory.main:
