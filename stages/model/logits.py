@@ -60,4 +60,5 @@ def select_positions(hidden: torch.Tensor, tokens: int, positions: torch.Tensor)
             last `tokens` count.
         positions: (positions,) in int64, counted through the batch row by row, without the virtual tokens.
     """
+    # The layers of a model may be on several devices, and the positions are on that of the first one.
     return hidden[:, -tokens:].flatten(0, 1).index_select(0, positions.to(hidden.device))

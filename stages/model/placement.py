@@ -122,11 +122,9 @@ def total_memory() -> Memory:
 
 
 def _free_on(gpu: int) -> int:
-    """Free bytes of a GPU, within the limit of torch.cuda.set_per_process_memory_fraction."""
-    free, total = torch.cuda.mem_get_info(gpu)
-    reserved = torch.cuda.memory_reserved(gpu)
-    limit = int(torch.cuda.get_per_process_memory_fraction(gpu) * total)
-    return min(free + reserved, limit) - torch.cuda.memory_allocated(gpu)
+    """Free bytes of a GPU, with those that PyTorch holds but does not use."""
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return free + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
 def _limit() -> int:
