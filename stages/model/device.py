@@ -19,6 +19,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def is_one_of_several() -> bool:
+    """Whether this process works with others, so that only its own GPU is its to use."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def assert_on(model: Any, device: torch.device) -> None:
     """Asserts that a model lies where this process computes: with several processes, on the GPU of its own."""
     found = {parameter.device for parameter in model.parameters()}

@@ -12,8 +12,7 @@ from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST
-from stages.model import distributed
-from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.device import DtypeName, assert_on, is_one_of_several, pick_device, pick_dtype
 from stages.model.placement import (
     ONE_GPU,
     Placement,
@@ -63,7 +62,7 @@ def _place(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Plac
     room = memory.gpus[device.index] if device.type == "cuda" else memory.main
     if size <= ONE_GPU * room:
         return None
-    if distributed.world_size() > 1:
+    if is_one_of_several():
         raise Problem(one_copy_each(folder, size, room))
     model = skeleton(folder, dtype, trust_remote_code=trust_remote_code)
     placement = plan_placement(model, memory)

@@ -5,7 +5,6 @@ is not on a GPU is copied to GPU 0 whenever it computes.
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.core.problem import Problem
+from stages.model.device import is_one_of_several
 
 ONE_GPU = 0.94
 """Share of a GPU's memory that the weights may take if the whole model is on it; too large batches are halved then."""
@@ -110,7 +110,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
 def free_memory() -> Memory:
     """What this process may still allocate: on all visible GPUs, or on its own if it is one of several processes."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    numbers = [torch.cuda.current_device()] if count and int(os.environ.get("WORLD_SIZE", "1")) > 1 else range(count)
+    numbers = [torch.cuda.current_device()] if count and is_one_of_several() else range(count)
     return Memory({number: _free_on(number) for number in numbers}, min(psutil.virtual_memory().available, _limit()))
 
 
