@@ -28,7 +28,7 @@ def assert_on(model: Any, device: torch.device) -> None:
     """Asserts that a model lies where this process computes: with several processes, on the GPU of its own."""
     found = {parameter.device for parameter in model.parameters()}
     assert found <= {device}, f"weights on {found}, wanted {device}"
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+    if device.type == "cuda" and is_one_of_several():
         assert device.index == int(os.environ["LOCAL_RANK"]), f"{device} in process {os.environ['LOCAL_RANK']}"
 
 

@@ -21,6 +21,7 @@ from stages.model.placement import (
     SPREAD,
     Placement,
     free_memory,
+    gigabytes,
     plan_placement,
     skeleton,
     weight_bytes,
@@ -159,7 +160,8 @@ def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> P
     if placement.gpu_bytes < placement.total_bytes:
         raise Problem(
             f"{base}: the model that was trained, in train.quantization {settings.quantization}, has "
-            f"{placement.describe()}; the GPUs together must hold it: use more GPUs, or train with nf4"
+            f"{gigabytes(placement.total_bytes)} of weights, which the GPUs together must hold; free on them: "
+            f"{' + '.join(map(gigabytes, memory.gpus.values()))}; use more GPUs, or train with nf4"
         )
     print(f"{base}, {settings.quantization}: {placement.describe()}", flush=True)
     return placement
