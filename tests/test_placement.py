@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import stages.generate.generate as generate_module
 from stages.core.problem import Problem
 from stages.core.tokens import TokenRows, read_tokens
+from stages.generate.decoder import can_decode
 from stages.generate.text_losses import window_losses
 from stages.generate.transformers_backend import TransformersBackend
 from stages.model import load, quantize
@@ -199,11 +200,20 @@ def test_a_spread_model_gives_the_same_logits_losses_and_answers(
     assert answer(workspace, scratch / "b.jsonl") == answers
 
 
-def test_a_spread_model_is_not_given_to_the_decoder(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "free_memory", lambda: NO_GPU_AND_LITTLE_MEMORY)
+def test_the_decoder_gives_the_same_answers_with_a_spread_model(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = workspace.root / "models" / "merged"
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
     settings = generate_module.generation_settings(generate_module.Params(**PARAMS))
-    backend = TransformersBackend(workspace.root / "models" / "merged", settings, template_stops=[2])
-    assert "it is spread" in backend._why_not_decoder()
+    found = []
+    for memory in (Memory({}, 10**9), NO_GPU_AND_LITTLE_MEMORY):
+        monkeypatch.setattr(load, "free_memory", lambda memory=memory: memory)
+        backend = TransformersBackend(merged, settings, template_stops=[2])
+        assert can_decode(backend.model) == ""
+        found.append(sorted(pair for group in backend._decode(rows) for pair in group))
+    assert is_spread(backend.model)
+    assert found[0] == found[1]
 
 
 def test_the_proof_of_a_spread_merged_model_is_the_same(

@@ -63,20 +63,18 @@ class TransformersBackend:
             if distributed.is_main():
                 print("generate: no GPU: using Transformers' generate", flush=True)
             return False
-        reason = self._why_not_decoder()
+        reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
         if reason:
             self._report_slower(reason)
             return False
+        if is_spread(self.model):
+            self._report("the model is spread, so there is no CUDA graph, which is slower")
+            return True
         reason = fuse_projections(self.model)
         if reason:
             self._report(f"projections are not fused, which is slower: {reason}")
         compile_elementwise(self.model)
         return True
-
-    def _why_not_decoder(self) -> str:
-        if is_spread(self.model):
-            return "it is spread, and a CUDA graph runs on one GPU"
-        return can_decode(self.model) if self.can_pad else "its adapter is not merged"
 
     def _report_slower(self, reason: str) -> None:
         self._report(f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}")
@@ -119,7 +117,7 @@ class TransformersBackend:
             slots=slots,
             max_prompt_tokens=max(map(len, prompts)),
             max_new_tokens=self.settings.max_new_tokens,
-            cuda_graph=self.model.device.type == "cuda",
+            cuda_graph=self.model.device.type == "cuda" and not is_spread(self.model),
         )
         yield from decoder.decode(prompts, [row["id"] for row in rows])
 
