@@ -132,12 +132,12 @@ def test_a_training_whose_model_could_not_be_merged_is_refused(
     assert "which the GPUs together must hold" in message
 
 
-def test_sharded_training_needs_main_memory_for_every_process(workspace: Workspace) -> None:
+def test_sharded_training_needs_main_memory_for_one_copy(workspace: Workspace) -> None:
     size = weight_bytes(workspace.root / "models" / "base", torch.float32)
-    memory = Memory({0: 2 * size, 1: 2 * size}, size)
+    memory = Memory({0: 2 * size, 1: 2 * size}, size // 2)
     (message,) = memory_message(workspace, memory, fsdp=True, num_processes=2)
-    assert "train.num_processes: with train.fsdp each of the 2 processes first loads the quantized model" in message
-    assert memory_message(workspace, memory._replace(main=3 * size), fsdp=True, num_processes=2) == []
+    assert "train.fsdp: true, but each process first loads the quantized model into main memory" in message
+    assert memory_message(workspace, memory._replace(main=size), fsdp=True, num_processes=2) == []
 
 
 def test_a_trained_model_that_the_gpus_do_not_hold_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,8 @@ def test_accelerate_does_not_wrap_a_model_with_sharded_weights(
     try:
         adapted = add_adapter(load_quantized(base, given, on_cpu=True).model, base, settings=given, wanted=given)
         assert not fsdp.is_sharded(adapted)
-        fsdp.shard_frozen(adapted, torch.device("cpu"))
+        device = torch.device("cpu")
+        fsdp.shard_frozen(adapted, fsdp.make_mesh(device), device)
         assert fsdp.is_sharded(adapted)
         trainer = AdapterTrainer(
             adapted,

@@ -19,6 +19,7 @@ from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
+    Memory,
     Placement,
     free_memory,
     gigabytes,
@@ -184,6 +185,13 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear | Conv1D) and not any(f".{name}".endswith(f".{skip}") for skip in skipped)
     }
+
+
+def quantized_bytes(base: Path, settings: Quantization) -> int:
+    """Bytes of the quantized model's weights, scales included."""
+    dtype = pick_dtype(settings.dtype, pick_device())
+    model = skeleton(base, dtype, trust_remote_code=read_json(base / MANIFEST)["trust_remote_code"])
+    return plan_placement(model, Memory({}, 1 << 62), quantized=quantized_bits(model, settings)).total_bytes
 
 
 def is_transposed(layer: Any) -> bool:

@@ -99,13 +99,12 @@ def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -
             f"{base}: with train.quantization {settings.quantization} the model has {gigabytes(trained.total_bytes)} of "
             f"weights, which the GPUs together must hold in train and in merge: {machine}; use more GPUs, or a smaller base"
         )
-    needed = trained.total_bytes * section["num_processes"]
-    if section["fsdp"] and needed > SPREAD * memory.main:
+    if section["fsdp"] and trained.total_bytes > SPREAD * memory.main:
         problems.append(
             bad_param(
-                "train.num_processes",
-                f"with train.fsdp each of the {section['num_processes']} processes first loads the quantized model into "
-                f"main memory, {gigabytes(needed)} in all, and {machine}; lower it, or use a machine with more main memory",
+                "train.fsdp",
+                "true, but each process first loads the quantized model into main memory, "
+                f"{gigabytes(trained.total_bytes)}, and {machine}; use a machine with more main memory",
             )
         )
     return problems
