@@ -24,6 +24,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
     },
+    "30b": {  # Qwen's 32B
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "rope_theta": 1000000.0,
+    },
     "tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,

@@ -89,7 +89,7 @@ class Decoder:
             stop_tokens: Those outside the model's vocabulary are ignored.
             slots: The number of rows in a batch.
             max_prompt_tokens: The length of the longest prompt.
-            cuda_graph: Whether the decode step is captured as a CUDA graph. Only on a GPU.
+            cuda_graph: Whether the decode step is captured as a CUDA graph. Only if all of the model is on one GPU.
 
         Raises NotImplementedError if the model needs another kind of attention, torch.OutOfMemoryError if the slots do not
         fit into memory.
@@ -165,7 +165,10 @@ class Decoder:
         lengths = torch.tensor(row_lengths, device=device)
         last = lengths.cumsum(0) - 1
         prompt_tokens = PromptTokens(slot_index.repeat_interleave(lengths), positions[0])
-        with torch.no_grad(), modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last]):
+        with (
+            torch.no_grad(),
+            modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last.to(hidden.device)]),
+        ):
             logits = self._call_model(ids, positions, row_layout=RowLayout(row_lengths), prompt_tokens=prompt_tokens)[0]
         with torch.no_grad():
             self.cache.lengths[slot_index] = lengths
@@ -295,8 +298,11 @@ def _attention(
         raise NotImplementedError("its keys and values differ in size")
     keys, values = slot_cache.layer(index, key)
     if prompt_tokens is not None:
-        keys[prompt_tokens.slots, prompt_tokens.positions] = key[0].transpose(0, 1)
-        values[prompt_tokens.slots, prompt_tokens.positions] = value[0].transpose(0, 1)
+        slots, positions = (
+            tensor.to(keys.device) for tensor in prompt_tokens
+        )  # a spread model has layers on several devices
+        keys[slots, positions] = key[0].transpose(0, 1)
+        values[slots, positions] = value[0].transpose(0, 1)
         return padding_free_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     require_plain_attention(attention_mask, options)
     window = options.get("sliding_window")
@@ -308,7 +314,7 @@ def _attention(
         value[:, :, 0],
         key_cache=keys,
         value_cache=values,
-        lengths=slot_cache.lengths,
+        lengths=slot_cache.lengths.to(keys.device),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return out.unsqueeze(1), None

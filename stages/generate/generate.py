@@ -24,7 +24,9 @@ from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
 from stages.model import distributed
 from stages.model.checkpoints import CheckpointFolder
-from stages.model.device import DtypeName
+from stages.model.device import DtypeName, pick_device, pick_dtype
+from stages.model.load import one_copy_each
+from stages.model.placement import total_memory, weight_bytes
 
 T = TypeVar("T")
 
@@ -96,6 +98,8 @@ def generate(
     """
     if params.num_processes > 1:
         distributed.require_gpus(params.num_processes, "generate.num_processes")
+        if not params.use_vllm:
+            _require_one_copy_each(model, params)
     processes = 1 if params.use_vllm else params.num_processes
     inputs = inputs_of("generate", params.model_dump(), (model, test_prompts, extra_prompts, test_text), Path())
     prompts = read_prompts(test_prompts, extra_prompts, test_text)
@@ -133,6 +137,14 @@ def generate(
         if len(windows):
             summary += f"; {text_losses}: losses of {len(windows):,} windows of raw text"
         return Done(summary, folder.remove)
+
+
+def _require_one_copy_each(model: Path, params: Params) -> None:
+    """Raises Problem if one GPU does not hold the model, of which each process would load a copy."""
+    gpus = total_memory().gpus
+    size = weight_bytes(model, pick_dtype(params.dtype, pick_device()))
+    if gpus and size > min(gpus.values()):
+        raise Problem(one_copy_each(model, size, min(gpus.values())))
 
 
 def read_prompts(test_prompts: Path, extra_prompts: Path, test_text: Path) -> Prompts:

@@ -18,6 +18,7 @@ from stages.generate.text_losses import window_losses
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
+from stages.model.placement import is_spread
 
 
 class TransformersBackend:
@@ -66,6 +67,9 @@ class TransformersBackend:
         if reason:
             self._report_slower(reason)
             return False
+        if is_spread(self.model):
+            self._report("the model is spread, so there is no CUDA graph, which is slower")
+            return True
         reason = fuse_projections(self.model)
         if reason:
             self._report(f"projections are not fused, which is slower: {reason}")
@@ -113,7 +117,7 @@ class TransformersBackend:
             slots=slots,
             max_prompt_tokens=max(map(len, prompts)),
             max_new_tokens=self.settings.max_new_tokens,
-            cuda_graph=self.model.device.type == "cuda",
+            cuda_graph=self.model.device.type == "cuda" and not is_spread(self.model),
         )
         yield from decoder.decode(prompts, [row["id"] for row in rows])
 

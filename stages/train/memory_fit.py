@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, TokenRows
@@ -61,8 +60,7 @@ def _has_choice(trainer: AdapterTrainer) -> bool:
     With sharded weights all processes must compute the same number of micro-batches; and the same bytes in every run need
     the same micro-batches.
     """
-    sharded = any(isinstance(parameter, DTensor) for parameter in trainer.unwrapped_model.parameters())
-    return trainer.args.device.type == "cuda" and not trainer.args.full_determinism and not sharded
+    return trainer.args.device.type == "cuda" and not trainer.args.full_determinism and not trainer.sharded
 
 
 def _choose(trainer: AdapterTrainer, checkpointed_blocks: int | None, *, blocks: int, longest: int) -> Plan | None:

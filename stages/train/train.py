@@ -20,13 +20,14 @@ from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.padding_free import enable_padding_free
-from stages.model.quantize import Quantization, Quantized, load_quantized
+from stages.model.placement import SPREAD, total_memory
+from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
 from stages.train.arguments import make_arguments
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, load_loss_of
 from stages.train.collator import StepCollator
-from stages.train.fsdp import shard_frozen
+from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
 from stages.train.memory import use_expandable_segments
@@ -166,13 +167,10 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     check_learning_rate(arguments, len(rows))
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
-    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
-    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
+    quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
     if distributed.is_main():
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         check_disk(trained, checkpoints=checkpoints, adapter=paths.adapter)
-    if params.fsdp:
-        shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
     padding_free = _enable_padding_free(params, arguments, model)
     initial_weights = initial_lora(model, params)  # before they are trained
@@ -205,6 +203,28 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     write_report(paths.report, trainer, before=before, after=after)
     write_curves(paths.curves, trainer, before=before, after=after)
     write_machine(paths.machine, trainer, seconds=time.monotonic() - started, resumed_from=resumed_from)
+
+
+def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
+    """The quantized model, and the same one with a new adapter."""
+    quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
+    return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
+
+
+def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
+    """As `_load`, with sharded weights: before the first forward pass, since until then the model is in main memory."""
+    device = pick_device()
+    mesh = make_mesh(device)
+
+    def load() -> tuple[Quantized, Any]:
+        quantized, model = _load(params, base)
+        shard_frozen(model, mesh, device)
+        return quantized, model
+
+    size = quantized_bytes(base, params)
+    quantized, model = load_in_turns(load, max(1, int(SPREAD * total_memory().main) // size))
+    share_trained(model)
+    return quantized, model
 
 
 def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:

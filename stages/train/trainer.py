@@ -14,9 +14,10 @@ from stages.core.tokens import TokenRows
 from stages.model.logits import label_logits
 from stages.train.batches import Shuffled, validation_batches
 from stages.train.callbacks import REMEDY, FiniteLoss, InvalidateWeights, Progress
-from stages.train.checkpoints import load_trainable, mark_complete, save_trainable
+from stages.train.checkpoints import load_trainable, mark_complete, save_trainable, trainable_parameters
 from stages.train.collator import StepCollator
 from stages.train.curves import TrainingLoss
+from stages.train.fsdp import average_gradients, is_sharded
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import Loss, head_is_last, label_loss, next_token_loss
 from stages.train.memory import explain_out_of_memory
@@ -71,6 +72,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         # Not in float16: its range is too small for gradients that are not scaled yet.
         self.loss_in_parts = model.dtype != torch.float16 and head_is_last(model, self.head)
         self.training_loss = TrainingLoss(self.accelerator, arguments.device)
+        self.sharded = is_sharded(model)
+        if self.sharded:
+            # Accelerate refuses DistributedDataParallel for sharded weights, so it must not wrap the model.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            model._is_accelerate_prepared = True
         # The loss is already divided by the labels of the complete step; otherwise the Trainer would divide it again.
         self.model_accepts_loss_kwargs = True
 
@@ -107,6 +113,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 if number < len(micro_batches):
                     stack.enter_context(self.accelerator.no_sync(model))  # gradients are averaged after the last one
                 total += super().training_step(model, batch, num_items_in_batch, *rest, **named)
+        if self.sharded:
+            average_gradients(trainable_parameters(self.unwrapped_model).values())
         self._clear_recomputed()
         self.training_loss.add(total)
         return total
