@@ -29,6 +29,7 @@ from stages.generate.vllm_backend import VllmBackend
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
+    "max_predict_samples": 0,
     "max_new_tokens": 8,
     "do_sample": False,
     "temperature": 0.5,
@@ -519,9 +520,9 @@ def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()
     (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/0.jsonl")
-    assert len(kept.read_bytes().splitlines()) == 2
+    assert len(kept.read_bytes().splitlines()) == 2 * 4
     with kept.open("ab") as file:
-        file.write(b"[[0, [1, 2")  # killed while it wrote a batch
+        file.write(b"[0, [[1, 2")  # killed while it wrote a batch
     calls.clear()
     with pytest.raises(KeyboardInterrupt):  # a run with other parameters starts from the beginning
         answer(workspace, scratch / "other.jsonl", max_new_tokens=7)
@@ -539,12 +540,12 @@ def test_an_incomplete_last_line_of_kept_answers_is_dropped(tmp_path: Path) -> N
     kept = kept_answers(tmp_path, 1)
     kept.add(first)
     with (tmp_path / "1.jsonl").open("ab") as file:
-        file.write(b"[[0, [[7")
+        file.write(b"[0, [[7")
     kept = kept_answers(tmp_path, 1)
-    assert kept.results == dict(first)
+    assert dict(kept) == dict(first)
     kept.add(second)
-    assert kept_answers(tmp_path, 1).results == dict(first + second)
-    assert kept_answers(tmp_path, 0).results == {}
+    assert dict(kept) == dict(kept_answers(tmp_path, 1)) == dict(first + second)
+    assert dict(kept_answers(tmp_path, 0)) == {}
 
 
 def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(workspace: Workspace, scratch: Path) -> None:
@@ -702,7 +703,7 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
         with pytest.raises(KeyboardInterrupt):
             answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
     (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/1.jsonl")
-    number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])[0]
+    number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])
     kept.write_text(
         kept.read_text().replace(json.dumps(tokens), "[5]", 1)
     )  # a mark that shows that it is not answered again

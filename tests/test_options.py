@@ -332,10 +332,21 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(workspace: Workspa
     assert found["steps"] < 6 * -(-found["rows"] // 4)
 
 
-def test_the_best_checkpoint_needs_the_loss_of_each_checkpoint(workspace: Workspace, scratch: Path) -> None:
-    best_at_end = {"training_arguments": {"load_best_model_at_end": True}}
-    with pytest.raises(Problem, match=r"train\.save_steps: 3 is not a multiple of train\.eval_steps, 2; load_best"):
-        run(workspace, scratch, eval_steps=2, save_steps=3, **best_at_end)
+@pytest.mark.parametrize(("evaluate", "save"), [(2, 50), (3, 2), (0.2, 0.3)])
+def test_the_best_model_has_a_checkpoint_whatever_save_steps_is(
+    workspace: Workspace, scratch: Path, evaluate: float, save: float
+) -> None:
+    best_at_end = {"training_arguments": {"load_best_model_at_end": True, "max_steps": 10}}
+    given = {"eval_steps": evaluate, "save_steps": save, "learning_rate": 6e-2, "lr_scheduler_type": "constant"}
+    out = run(workspace, scratch, **given, **best_at_end)
+    curve = [line.split(",") for line in (out / "loss" / "validation.csv").read_text().splitlines()[2:]]
+    losses = {int(step): float(loss) for step, loss in curve}
+    assert list(losses) == {2: [2, 4, 6, 8, 10], 3: [3, 6, 9, 10], 0.2: [2, 4, 6, 8, 10]}[evaluate]
+    assert report(out)["best_step"] == min(losses, key=lambda step: losses[step]) < 10
+    assert report(out)["validation_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+def test_parameters_that_exclude_each_other_are_refused(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.gradient_checkpointing: must be false for prefix_tuning: "):
         run(workspace, scratch, method="prefix_tuning", gradient_checkpointing=True)
 
