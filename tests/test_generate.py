@@ -17,12 +17,13 @@ import torch
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
-from stages.core.tokens import PROMPTS, TRAINING, decode_answer, open_tokens, read_tokens
+from stages.core.tokens import PROMPTS, TRAINING, choose_rows, decode_answer, open_tokens, read_tokens
 from stages.generate import decoder, text_losses
 from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
 from stages.generate.generate import Params, answer_share, generate, kept_answers
+from stages.generate.rows import WINDOWS_PER_DOCUMENT, choose_windows, document_of, read_rows
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
@@ -338,6 +339,80 @@ def test_a_perfect_call_behind_a_special_token_is_the_reference(workspace: Works
     assert prompt["reference"].startswith('<|endoftext|>{"')
 
 
+# What is answered
+
+
+def test_at_most_so_many_test_prompts_are_answered_and_all_extra_ones(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    every = {row["id"]: row for row in answer(workspace, tmp_path / "a.jsonl", rows)}
+    assert len(every) > 6
+    some = answer(workspace, tmp_path / "b.jsonl", rows, max_predict_samples=5)
+    assert some == [every[rows[index]["id"]] for index in choose_rows((row["id"] for row in rows), 5)]
+    fewer = answer(workspace, tmp_path / "c.jsonl", rows[::-1][:-1], max_predict_samples=5)
+    assert {row["id"] for row in some} - {row["id"] for row in fewer} <= {rows[0]["id"]}, "the others stay chosen"
+    assert answer(workspace, tmp_path / "d.jsonl", rows, max_predict_samples=len(rows)) == list(every.values())
+
+
+def test_the_summary_says_how_many_of_the_test_rows_are_answered(workspace: Workspace, scratch: Path) -> None:
+    tokens, out = workspace.root / "data" / "tokens", scratch / "out.jsonl"
+    count = len(read_tokens(tokens / "test.arrow"))
+    summaries = []
+    for at_most in (2, 0):
+        done = generate(
+            Params(**PARAMS | {"max_predict_samples": at_most, "max_new_tokens": 1}),
+            model=workspace.root / "models" / "merged",
+            test_prompts=tokens / "test.arrow",
+            extra_prompts=tokens / "prompts.arrow",
+            test_text=tokens / "text.arrow",
+            predictions=out,
+            extra_predictions=scratch / "extra.jsonl",
+            text_losses=scratch / "text.jsonl",
+        )
+        done.clean_up()
+        summaries.append(done.summary)
+    cut = "other prompts answered, "
+    assert summaries[0].startswith(f"{out}: 2 of {count} test rows and 3 {cut}")
+    assert summaries[1].startswith(f"{out}: {count} test rows and 3 {cut}")
+
+
+def text_table(path: Path, windows: dict[str, int]) -> pa.Table:
+    """Windows of documents, by the document's id."""
+    ids = [f"{name}.{n}" if count > 1 else name for name, count in windows.items() for n in range(1, count + 1)]
+    with open_tokens(path, TRAINING, [2]) as stream:
+        for id in ids:
+            row = {"id": id, "input_ids": [1, 2], "labels": [-100, 2]}
+            stream.write_batch(pa.RecordBatch.from_pylist([row], schema=TRAINING))
+    return read_tokens(path)
+
+
+def test_documents_of_raw_text_are_chosen_whole_and_their_windows_are_bounded(tmp_path: Path) -> None:
+    windows = {f"{number:016x}": 1 + number % 4 for number in range(50)}
+    table = text_table(tmp_path / "a.arrow", windows)
+    ids = table["id"].to_pylist()
+    found = [ids[index] for index in choose_windows(table, 10)]
+    documents = {document_of(id) for id in found}
+    assert len(documents) == 10
+    assert found == [id for id in ids if document_of(id) in documents], "all windows of each"
+    assert documents == {list(windows)[index] for index in choose_rows(windows, 10)}
+    assert choose_windows(table, 50) == list(range(len(ids)))
+    book = text_table(tmp_path / "b.arrow", {"book": 500, "note": 1})
+    some = choose_windows(book, 3)
+    assert len(some) == 3 * WINDOWS_PER_DOCUMENT
+    assert some == sorted(some)
+    assert max(some) > 250
+
+
+def test_prompts_are_read_where_they_are_needed(workspace: Workspace, tmp_path: Path) -> None:
+    tokens = workspace.root / "data" / "tokens"
+    expected = [*read_tokens(tokens / "test.arrow").to_pylist(), *read_tokens(tokens / "prompts.arrow").to_pylist()]
+    rows = read_rows(tokens / "test.arrow", tokens / "prompts.arrow", tokens / "text.arrow", at_most=0)
+    assert list(rows.prompts) == expected
+    assert rows.prompts.lengths.tolist() == [len(row["prompt_ids"]) for row in expected]
+    order = np.array([4, 0, 2])
+    assert list(rows.prompts.select(order)[1:]) == [expected[0], expected[2]]
+    assert vars(rows.prompts).keys() == {"_table", "_numbers", "lengths"}, "no rows are held"
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> list[int]:
     """Interrupts a method of the backend at its call of this number. Returns the sizes of the batches of all calls."""
     calls: list[int] = []
@@ -499,6 +574,17 @@ def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
     text_run(workspace, scratch / "again", windows)
     assert calls == [4, 4, 4, 1]
     assert (scratch / "again" / "text.jsonl").read_bytes() == whole
+
+
+def test_at_most_so_many_documents_of_raw_text_are_measured(workspace: Workspace, tmp_path: Path) -> None:
+    windows = make_windows([9, 30, 2, 30, 1, 17, 30])
+    every = {row["id"]: row for row in text_run(workspace, tmp_path / "a", windows)}
+    some = text_run(workspace, tmp_path / "b", windows, max_predict_samples=2)
+    documents = {row["id"].split(".")[0] for row in some}
+    assert len(documents) == 2
+    assert some == [
+        row | {"loss": pytest.approx(row["loss"], rel=1e-5)} for id, row in every.items() if id.split(".")[0] in documents
+    ]
 
 
 def test_raw_text_is_refused_with_vllm(workspace: Workspace, scratch: Path) -> None:

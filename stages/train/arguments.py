@@ -174,8 +174,8 @@ def count_steps(arguments: TrainingArguments, rows: int) -> int:
     """
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    per_epoch = -(-rows // (arguments.per_device_train_batch_size * arguments.world_size))
-    return int(math.ceil(arguments.num_train_epochs * per_epoch))
+    epochs, batch = float(arguments.num_train_epochs), int(arguments.per_device_train_batch_size * arguments.world_size)
+    return math.ceil(epochs * -(-rows // batch))
 
 
 def set_intervals(arguments: TrainingArguments, steps: int) -> None:

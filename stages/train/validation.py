@@ -45,10 +45,10 @@ def describe_validation(
     share = times * tokens / trained
     lines = [
         f"validation on {used:,}{of_all} rows, every {arguments.eval_steps:,} of {steps:,} steps: {times} times {tokens:,} "
-        f"tokens, {100 * share:.2g} % of the number that is trained on"
+        f"tokens, {100 * share:.1f} % of the number that is trained on"
     ]
     if share > EXPENSIVE and times * used > FEW_ROWS:
         lines.append(
-            f"validation adds about {50 * share:.2g} % to the time; lower train.max_eval_samples, or raise train.eval_steps"
+            f"validation adds about {50 * share:.0f} % to the time; lower train.max_eval_samples, or raise train.eval_steps"
         )
     return lines
