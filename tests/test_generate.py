@@ -353,8 +353,10 @@ def test_at_most_so_many_test_prompts_are_answered_and_all_extra_ones(workspace:
     assert answer(workspace, tmp_path / "d.jsonl", rows, max_predict_samples=len(rows)) == list(every.values())
 
 
-def test_the_summary_says_how_many_of_the_test_rows_are_answered(workspace: Workspace, scratch: Path) -> None:
-    tokens, out = workspace.root / "data" / "tokens", scratch / "out.jsonl"
+def test_lines_say_how_many_of_the_test_rows_are_answered(
+    workspace: Workspace, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, predictions = workspace.root / "data" / "tokens", scratch / "out.jsonl"
     count = len(read_tokens(tokens / "test.arrow"))
     summaries = []
     for at_most in (2, 0):
@@ -364,15 +366,18 @@ def test_the_summary_says_how_many_of_the_test_rows_are_answered(workspace: Work
             test_prompts=tokens / "test.arrow",
             extra_prompts=tokens / "prompts.arrow",
             test_text=tokens / "text.arrow",
-            predictions=out,
+            predictions=predictions,
             extra_predictions=scratch / "extra.jsonl",
             text_losses=scratch / "text.jsonl",
         )
         done.clean_up()
         summaries.append(done.summary)
+    line = f"generate: answering 2 of {count} test rows and 3 other prompts (generate.max_predict_samples)\n"
+    out = capsys.readouterr().out
+    assert out.count("generate: answering") == out.count(line) == 1
     cut = "other prompts answered, "
-    assert summaries[0].startswith(f"{out}: 2 of {count} test rows and 3 {cut}")
-    assert summaries[1].startswith(f"{out}: {count} test rows and 3 {cut}")
+    assert summaries[0].startswith(f"{predictions}: 2 of {count} test rows and 3 {cut}")
+    assert summaries[1].startswith(f"{predictions}: {count} test rows and 3 {cut}")
 
 
 def text_table(path: Path, windows: dict[str, int]) -> pa.Table:

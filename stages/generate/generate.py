@@ -104,6 +104,8 @@ def generate(
     files = Files(test_prompts, extra_prompts, test_text)
     rows = read_rows(*files, at_most=params.max_predict_samples)
     windows = rows.windows
+    if rows.test_count < rows.all_test_count:
+        print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     if params.use_vllm and len(windows):
         raise Problem(
             bad_param(
