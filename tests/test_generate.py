@@ -565,8 +565,9 @@ def test_windows_that_do_not_fit_into_memory_are_halved(workspace: Workspace, mo
         text_losses.window_losses(model, windows)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
 def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
-    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
     windows = make_windows([9, 30, 2, 30, 1, 17, 30, 12, 14])
     text_run(workspace, scratch / "whole", windows, prompts=True)
@@ -576,8 +577,11 @@ def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
     calls = kill_at(monkeypatch, "text_losses", 2)
     with pytest.raises(KeyboardInterrupt):
         text_run(workspace, scratch / "again", windows)
+    (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/0.text.jsonl")
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[: len(lines) - lost]))  # as if killed in the middle of writing a batch
     text_run(workspace, scratch / "again", windows)
-    assert calls == [4, 4, 4, 1]
+    assert calls == [4, 4, *[4] * lost, 4, 1]
     assert (scratch / "again" / "text.jsonl").read_bytes() == whole
 
 

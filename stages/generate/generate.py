@@ -84,8 +84,7 @@ def generate(
     extra_predictions: Path,
     text_losses: Path,
 ) -> Done:
-    """Writes one row for each prompt that is answered, in order: chosen ones of `test_prompts` to `predictions`, all of
-    `extra_prompts` to `extra_predictions`.
+    """Answers chosen ones of `test_prompts` in `predictions`, and all of `extra_prompts` in `extra_predictions`, in order.
 
     A row: {"id", "prompt", "reference", "answer", "finish_reason": "stop" or "length", "prompt_tokens", "answer_tokens"}.
     For each chosen window of raw text in `test_text`, `text_losses` gets {"id", "tokens": those with a label, "loss": the
@@ -104,8 +103,6 @@ def generate(
     files = Files(test_prompts, extra_prompts, test_text)
     rows = read_rows(*files, at_most=params.max_predict_samples)
     windows = rows.windows
-    if rows.test_count < rows.all_test_count:
-        print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     if params.use_vllm and len(windows):
         raise Problem(
             bad_param(
@@ -114,6 +111,8 @@ def generate(
                 "with Transformers; set it to false",
             )
         )
+    if rows.test_count < rows.all_test_count:
+        print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     with CheckpointFolder(f"generate-{model.name}", fingerprint(inputs)) as folder:
         if processes > 1:
             distributed.launch(answer_share, processes, params, model, files, folder.path)
@@ -160,7 +159,7 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
     left = share[[index not in answers for index in share.tolist()]]
     windows = rows.windows
     batches = make_batches(windows.lengths.tolist(), batch_size=params.batch_size)[rank::processes]
-    batches_left = [batch for batch in batches if batch[0] not in losses]
+    batches_left = [batch for batch in batches if not all(index in losses for index in batch)]
     if not len(left) and not batches_left:
         return
     load = VllmBackend if params.use_vllm else TransformersBackend

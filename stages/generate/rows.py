@@ -16,7 +16,6 @@ from stages.core.tokens import PROMPTS, TokenRows, choose_rows, read_ids, read_t
 WINDOWS_PER_DOCUMENT = 4
 """Windows of raw text that are measured for each document that may be, on average. A book has thousands of them."""
 
-
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 
