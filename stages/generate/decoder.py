@@ -116,22 +116,26 @@ class Decoder:
         with torch.no_grad():  # no slot is active yet: this allocates the cache and shows whether the model can decode
             self._capture_step() if cuda_graph else self._step()
 
-    def decode(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> Iterator[list[tuple[int, list[int]]]]:
-        """Answers all prompts. Yields finished answers in groups: the index of the prompt, and the new tokens.
+    def decode(self, rows: Sequence[dict[str, Any]], indices: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Answers the rows of these indices. Yields finished answers in groups: the row's index, and the new tokens.
 
         An answer includes its stop token, if there is one. The random numbers of a row follow from its id.
+
+        Args:
+            rows: {"id", "prompt_ids"} each. A row is read when it enters a slot.
+            indices: In the order in which the rows are answered.
         """
-        waiting = deque(range(len(prompts)))
-        occupied: dict[int, int] = {}  # slot: index of the prompt
+        waiting = deque(indices)
+        occupied: dict[int, int] = {}  # slot: index of the row
         while waiting or occupied:
             free = [slot for slot in range(self.cache.slots) if slot not in occupied]
             if waiting and (not occupied or len(free) >= MIN_FREE_SHARE * self.cache.slots):
-                entering = self._next_prompts(waiting, prompts, at_most=len(free))
+                entering = self._next_rows(waiting, rows, at_most=len(free))
                 occupied |= dict(zip(free, entering, strict=False))
                 self._prefill(
                     free[: len(entering)],
-                    prompts=[prompts[index] for index in entering],
-                    row_ids=[row_ids[index] for index in entering],
+                    prompts=[row["prompt_ids"] for row in entering.values()],
+                    row_ids=[row["id"] for row in entering.values()],
                 )
             else:
                 with torch.no_grad():
@@ -144,15 +148,16 @@ class Decoder:
                 yield [(occupied.pop(slot), answer[: counts[slot]]) for slot, answer in zip(finished, answers, strict=True)]
 
     @staticmethod
-    def _next_prompts(waiting: deque[int], prompts: Sequence[Sequence[int]], *, at_most: int) -> list[int]:
-        """Takes the indices of the next prompts to read from `waiting`."""
-        taken: list[int] = []
+    def _next_rows(waiting: deque[int], rows: Sequence[dict[str, Any]], *, at_most: int) -> dict[int, dict[str, Any]]:
+        """Takes the indices of the next rows to answer from `waiting`, and returns these rows by index."""
+        taken: dict[int, dict[str, Any]] = {}
         tokens = 0
         while waiting and len(taken) < at_most:
-            tokens += len(prompts[waiting[0]])
+            row = rows[waiting[0]]
+            tokens += len(row["prompt_ids"])
             if taken and tokens > MAX_PREFILL_TOKENS:
                 break
-            taken.append(waiting.popleft())
+            taken[waiting.popleft()] = row
         return taken
 
     def _prefill(self, slots: list[int], *, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """What can be refused before the model is loaded: parameters that do not fit each other, the hardware or the vocabulary."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from stages.model.placement import (
 )
 from stages.model.quantize import Quantization, quantized_bits
 from stages.train import fp8
-from stages.train.arguments import KEPT_CHECKPOINTS, make_arguments, parse_training_arguments
+from stages.train.arguments import KEPT_CHECKPOINTS, count_steps, make_arguments, parse_training_arguments
 from stages.train.callbacks import say
 from stages.train.loss import Loss, load_loss
 
@@ -124,8 +123,7 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
         arguments: Those of the training; a batch is one optimizer step.
         rows: The number of training rows.
     """
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * -(-rows // batch))
+    batch, steps = arguments.per_device_train_batch_size * arguments.world_size, count_steps(arguments, rows)
     warmup = arguments.get_warmup_steps(steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     scheduler = get_scheduler(

@@ -22,7 +22,7 @@ from stages.model.device import pick_device, pick_dtype
 from stages.model.padding_free import enable_padding_free
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
-from stages.train.arguments import make_arguments
+from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, load_loss_of
@@ -35,6 +35,7 @@ from stages.train.memory_fit import fit_memory
 from stages.train.outputs import count_rows, write_adapter, write_curves, write_machine, write_report
 from stages.train.recompute import Recompute
 from stages.train.trainer import AdapterTrainer
+from stages.train.validation import describe_validation, read_validation_rows
 
 MOVED = {
     "weight_decay": "0.0",
@@ -77,12 +78,14 @@ class Params(Quantization, Adapter):
     gradient_checkpointing: bool | Literal["auto"]
     """Recomputes activations in the backward pass instead of keeping them: less memory, slower. auto: in as many blocks as
     the GPU's memory requires."""
-    logging_steps: int = Field(gt=0)
-    """Optimizer steps between two points of the training curve."""
-    eval_steps: int = Field(gt=0)
-    """Optimizer steps between two validations."""
-    save_steps: int = Field(gt=0)
-    """Optimizer steps between two checkpoints; a killed run resumes from the last one."""
+    logging_steps: float = Field(gt=0)
+    """Optimizer steps between two points of the training curve; below 1, a share of all steps."""
+    eval_steps: float = Field(gt=0)
+    """Optimizer steps between two validations; below 1, a share of all steps."""
+    max_eval_samples: int = Field(ge=0)
+    """Validation rows on which the loss is measured, chosen by the hash of their ids; 0: all."""
+    save_steps: float = Field(gt=0)
+    """Optimizer steps between two checkpoints; below 1, a share of all steps. A killed run resumes from the last one."""
     seed: int = Field(ge=0, lt=2**32)
     """Random seed of the adapter's initial weights and of dropout."""
     data_seed: int
@@ -114,7 +117,7 @@ def train(
     curves: Path,
     machine: Path,
 ) -> Done | None:
-    """Trains an adapter for `base` on the rows in `train_tokens`, and measures the loss on those in `validation_tokens`.
+    """Trains an adapter for `base` on the rows in `train_tokens`, and measures the loss on rows of `validation_tokens`.
 
     `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, and training.json with what `merge` must know:
     how the base was quantized, and the amount of data. `report` gets the final losses and counts, `curves` train.csv and
@@ -162,9 +165,17 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     distributed.init_processes(cpu=not torch.cuda.is_available())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
+    rows = TokenRows(read_tokens(paths.train_tokens))
+    validation_rows, all_validation_rows = read_validation_rows(paths.validation_tokens, params.max_eval_samples)
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
+    steps = count_steps(arguments, len(rows))
+    set_intervals(arguments, steps)
+    if distributed.is_main():
+        for line in describe_validation(
+            arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
+        ):
+            say(f"train: {line}")
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
@@ -200,7 +211,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         return
     training = _describe_training(params, model, quantized, rows=rows, lora_layers=lora_layers)
     write_adapter(paths.adapter, model, initial_lora=initial_weights, training=training)
-    write_report(paths.report, trainer, before=before, after=after)
+    write_report(paths.report, trainer, validation_rows=all_validation_rows, before=before, after=after)
     write_curves(paths.curves, trainer, before=before, after=after)
     write_machine(paths.machine, trainer, seconds=time.monotonic() - started, resumed_from=resumed_from)
 

@@ -77,6 +77,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             # Accelerate refuses DistributedDataParallel for sharded weights, so it must not wrap the model.
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             model._is_accelerate_prepared = True
+        self._measured: tuple[int, dict[str, float]] | None = None
+        """The optimizer step of the last validation, and what it found."""
         # The loss is already divided by the labels of the complete step; otherwise the Trainer would divide it again.
         self.model_accepts_loss_kwargs = True
 
@@ -179,15 +181,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_loss": measured["loss"], "eval_token_accuracy": measured["token_accuracy"]}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.control.should_training_stop:  # early stopping; the last step must have a checkpoint
+        # The last step must have a checkpoint, also if early stopping ends the training; and so must the best one.
+        if self.control.should_training_stop or self.args.load_best_model_at_end:
             self.control.should_save = True
         return metrics
 
     def measure(self) -> dict[str, float]:
-        """Mean cross-entropy per label, and the share of labels that are the top-1 token, over all validation rows.
+        """Mean cross-entropy per label, and the share of labels that are the top-1 token, over the validation rows.
 
-        Each process computes a part. Raises Problem if the loss is not finite.
+        Each process computes a part. At the step of the last validation its result is returned again. Raises Problem if
+        the loss is not finite.
         """
+        if self._measured is None or self._measured[0] != self.state.global_step:
+            self._measured = self.state.global_step, self._measure()
+        return self._measured[1]
+
+    def _measure(self) -> dict[str, float]:
         model, rows = self.unwrapped_model, self.eval_dataset
         was_training = model.training
         model.eval()
@@ -233,6 +242,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._load_trainable(Path(self.state.best_model_checkpoint))
 
     def _load_trainable(self, checkpoint: Path) -> None:
+        self._measured = None
         load_trainable(self.unwrapped_model, checkpoint)
         if self.lora_layers:
             self.lora_layers.invalidate()
