@@ -56,6 +56,7 @@ READ_BY = {
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
+    "stages/model/four_bit.py": {"train", "merge"},
     "stages/model/lora.py": {"train", "merge"},
     "stages/model/quantize.py": {"train", "merge"},
     "stages/model/shared_inputs.py": {"train"} | GENERATE,
