@@ -26,10 +26,10 @@ from transformers import (
 
 from stages.core.problem import Problem
 from stages.model import compile as compile_module
+from stages.model import four_bit
 from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
-from stages.train import four_bit
 from stages.train import lora_layers as lora_layers_module
 from stages.train import loss as loss_module
 from stages.train.batches import split

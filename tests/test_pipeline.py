@@ -49,12 +49,14 @@ READ_BY = {
     "stages/core/": ALL,
     # ... and model what loads a model, except for these.
     "stages/model/": MODELS,
+    "stages/core/disk.py": {"fetch", "fetch_data", "train", "merge"},
     "stages/core/tokens.py": ENCODED,
     "stages/model/adapter.py": {"train", "merge"},
     "stages/model/checkpoints.py": {"train"} | GENERATE,
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
+    "stages/model/four_bit.py": {"train", "merge"},
     "stages/model/lora.py": {"train", "merge"},
     "stages/model/quantize.py": {"train", "merge"},
     "stages/model/shared_inputs.py": {"train"} | GENERATE,
@@ -65,6 +67,7 @@ READ_BY = {
     "stages/templates/human_assistant.jinja": set(),
     "stages/templates/join.jinja": set(),
     "stages/templates/join_eos.jinja": set(),
+    "stages/commands/": set(),
     "README.md": set(),
 }
 
@@ -362,7 +365,7 @@ def strip_text(tree: ast.Module) -> ast.Module:
 
 def test_the_folder_of_stages_holds_the_stages_what_they_share_and_what_users_change() -> None:
     rooms = {path.name for path in (PROJECT / "stages").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms == {*SPEC, "core", "model", "losses", "templates"}
+    assert rooms == {*SPEC, "core", "model", "losses", "templates", "commands"}
     assert {file.name for file in (PROJECT / "stages").glob("*.py")} == {"__init__.py", "__main__.py"}
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stages.model.collate import collate_padded
+from stages.model.four_bit import _kernel_supports, dequantize_and_add_lora
 from stages.train import fp8
-from stages.train.four_bit import _kernel_supports, dequantize_and_add_lora
 from tests.gpu.close import assert_within, relative_error
 from tests.test_lora_layers import ROWS, adapted, assert_close, lora_layers, losses_and_gradients, small, validation_loss
 
@@ -166,8 +166,8 @@ def test_rows_are_quantized_as_in_plain_pytorch(device: torch.device, columns: i
     sizes = torch.tensor([1.0, 1e-6, 300.0, 0.0, 0.02])
     x = (torch.randn(5, columns) * sizes[:, None]).to(device, dtype)
     (found, scales), (wanted, wanted_scales) = fp8.quantize_rows(x), fp8._quantize_rows(x)
-    # A GPU divides with an error of 2^-22. So a value between two e4m3 numbers, which are 2^-3 apart, may be rounded
-    # to the other one; the error is the same.
+    # A GPU divides with an error of 2^-22. So a value in the middle of two e4m3 numbers, which are 2^-3 apart, may be
+    # rounded to the other one; the error is the same.
     assert_within(scales, wanted_scales, 2**-21 * wanted_scales.double(), what="scales")
     assert_within(found, wanted, 2**-3 * wanted.double().abs() + 2**-9, what="values in e4m3")
     for row in (0, 1, 2, 4):
