@@ -79,6 +79,13 @@ def test_a_model_is_spread_over_the_gpus_in_whole_layers_before_main_memory_is_u
     assert "on the disk, which every token reads: very slow" in plan.describe()
 
 
+def test_layers_are_whole_in_a_model_that_does_not_name_them_too(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory({0: int(0.8 * total(model)), 1: int(0.8 * total(model))}, 0)
+    named = plan_placement(model, memory)
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    assert plan_placement(model, memory) == named
+
+
 def test_quantized_weights_count_with_their_scales(model: Any) -> None:
     settings = {"bnb_4bit_use_double_quant": True, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": [], "dtype": "auto"}
     sizes = {}

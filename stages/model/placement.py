@@ -80,7 +80,7 @@ def plan_placement(model: Any, memory: Memory, *, quantized: Mapping[str, float]
     scales = max((count / (4 if count < 8 else 8) for count in bits.values()), default=1.0)
     usable: dict[Device, int] = {device: int(SPREAD * size / scales) for device, size in memory.gpus.items()}
     usable["cpu"] = int(SPREAD * memory.main)
-    blocks = list(model._no_split_modules or ())
+    blocks = _block_classes(model)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of what `describe` says
     balanced = get_balanced_memory(model, max_memory=usable, no_split_module_classes=blocks, special_dtypes=dtypes)
     found = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=blocks, special_dtypes=dtypes)
@@ -89,6 +89,18 @@ def plan_placement(model: Any, memory: Memory, *, quantized: Mapping[str, float]
     for name, device in found.items():
         sizes[device] = sizes.get(device, 0) + int(scales * parts[name])
     return Placement({"": next(iter(sizes))} if len(sizes) == 1 else dict(found), sizes)
+
+
+def _block_classes(model: Any) -> list[str]:
+    """The names of the classes of a model's decoder layers, in which a residual connection must stay on one device.
+
+    A model with code of its own may not name them; then the classes in the ModuleList with the most parameters.
+    """
+    if model._no_split_modules:
+        return sorted(model._no_split_modules)
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    largest = max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()), default=[])
+    return sorted({type(layer).__name__ for layer in largest})
 
 
 def skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
