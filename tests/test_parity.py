@@ -100,7 +100,7 @@ def whole_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([logits for logits, _ in parts]).double(), torch.cat([labels for _, labels in parts])
 
 
-@pytest.mark.parametrize("max_logits", [7 * VOCABULARY, 1 << 25])
+@pytest.mark.parametrize("max_logits", [7 * VOCABULARY, memory.MAX_LOGITS])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_the_figures_are_those_of_logits_held_whole(
     hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch, kind: str, max_logits: int
