@@ -215,7 +215,9 @@ def test_fewer_labels_are_compared_at_a_time_if_memory_runs_out(
     np.testing.assert_allclose(found.kl, wanted.kl, atol=1e-6)
 
 
-@pytest.mark.parametrize(("error", "message"), zip(OUT_OF_MEMORY, ["the GPU's", "main", "main"], strict=True), ids=repr)
+@pytest.mark.parametrize(
+    ("error", "message"), list(zip(OUT_OF_MEMORY, ["the GPU's", "main", "main"], strict=True)), ids=repr
+)
 def test_a_row_for_which_memory_does_not_suffice_is_a_problem(hidden: HiddenStates, error: Exception, message: str) -> None:
     model = with_lora(llama())
     layer, limit = model.get_base_model().model.layers[0], LENGTHS[0]
