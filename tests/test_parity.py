@@ -100,7 +100,7 @@ def whole_logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([logits for logits, _ in parts]).double(), torch.cat([labels for _, labels in parts])
 
 
-@pytest.mark.parametrize("max_logits", [7 * VOCABULARY, 1 << 25])
+@pytest.mark.parametrize("max_logits", [7 * VOCABULARY, memory.MAX_LOGITS])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_the_figures_are_those_of_logits_held_whole(
     hidden: HiddenStates, monkeypatch: pytest.MonkeyPatch, kind: str, max_logits: int
@@ -215,7 +215,9 @@ def test_fewer_labels_are_compared_at_a_time_if_memory_runs_out(
     np.testing.assert_allclose(found.kl, wanted.kl, atol=1e-6)
 
 
-@pytest.mark.parametrize(("error", "message"), zip(OUT_OF_MEMORY, ["the GPU's", "main", "main"], strict=True), ids=repr)
+@pytest.mark.parametrize(
+    ("error", "message"), list(zip(OUT_OF_MEMORY, ["the GPU's", "main", "main"], strict=True)), ids=repr
+)
 def test_a_row_for_which_memory_does_not_suffice_is_a_problem(hidden: HiddenStates, error: Exception, message: str) -> None:
     model = with_lora(llama())
     layer, limit = model.get_base_model().model.layers[0], LENGTHS[0]
