@@ -406,7 +406,7 @@ def test_nothing_that_a_user_writes_reaches_a_shell() -> None:
 
 
 OPTIONAL = {"triton", "vllm"}  # come with PyTorch for GPUs, or are asked for by name
-DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "rouge_score": "rouge-score"}
+DISTRIBUTIONS = {"ruamel": "ruamel.yaml"}
 
 
 def test_what_is_imported_directly_is_pinned_in_requirements() -> None:

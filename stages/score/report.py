@@ -3,13 +3,13 @@
 import csv
 import hashlib
 import heapq
+import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import escape
 
 from stages.score.groups import Groups
 from stages.score.intervals import Interval
@@ -125,7 +125,7 @@ def choose_shown(predictions: Predictions, scores: Scores) -> list[ShownRow]:
 def fit_texts(texts: Sequence[str]) -> int:
     """The number of characters at which texts are cut, so that all together take at most MAX_TEXT_BYTES of the page."""
     limit = MAX_CHARACTERS
-    while limit > MIN_CHARACTERS and sum(len(escape(text[:limit]).encode()) for text in texts) > MAX_TEXT_BYTES:
+    while limit > MIN_CHARACTERS and sum(len(html.escape(text[:limit]).encode()) for text in texts) > MAX_TEXT_BYTES:
         limit = max(MIN_CHARACTERS, limit * 4 // 5)
     return limit
 

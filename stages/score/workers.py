@@ -65,7 +65,7 @@ _shared: Any
 
 def _keep(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _function, _shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, and without a traceback
     _function, _shared = function, shared
 
 
