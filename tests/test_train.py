@@ -167,7 +167,7 @@ def test_a_line_says_what_validation_costs_and_a_second_one_what_makes_it_cheape
     ]
     first, second = validation_lines(25, used=25_549)
     assert first == (
-        "validation on 25,549 rows, every 25 of 21,875 steps: 876 times 5,876,270 tokens, 6394.6 % of the number that is "
+        "validation on 25,549 rows, every 25 of 21,875 steps: 876 times 5,876,270 tokens, 6394.5 % of the number that is "
         "trained on"
     )
     assert second == "validation adds about 3197 % to the time; lower train.max_eval_samples, or raise train.eval_steps"
