@@ -170,7 +170,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
     if distributed.is_main():
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        check_disk(trained, checkpoints=checkpoints, adapter=paths.adapter)
+        check_disk(trained, optim=params.optim, checkpoints=checkpoints, adapter=paths.adapter)
     if params.fsdp:
         shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
