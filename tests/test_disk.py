@@ -19,6 +19,7 @@ from stages.generate import generate as generate_module
 from stages.merge import merge as merge_module
 from stages.train import train as train_module
 from stages.train.arguments import KEPT_CHECKPOINTS
+from stages.train.checks import check_disk
 from tests.test_pipeline import SPEC
 from tests.tiny import PROJECT, Workspace
 
@@ -193,15 +194,25 @@ def test_train_is_refused_before_the_model_is_loaded_if_merge_cannot_fit(
 def test_train_is_refused_if_its_checkpoints_do_not_fit(
     here: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = 32 * 64 * 16  # more than the checks below need; the figure in the message is exact
     monkeypatch.setattr(train_module, "fit_memory", unreachable)
     set_free_space(monkeypatch, 2 * folder_size(Path("models/base")))
     adapter = Path("models/adapter/adapter_model.safetensors").stat().st_size
-    assert adapter * 3 * (KEPT_CHECKPOINTS + 1) > 2 * folder_size(Path("models/base")) > trained
+    assert adapter * 3 * (KEPT_CHECKPOINTS + 1) > 2 * folder_size(Path("models/base"))
     assert launch("train") == 1
     message = capsys.readouterr().err
     assert "train: too little disk space for the training: " in message
     assert "for .checkpoints and 1 MB for models/adapter are needed" in message
+
+
+def test_the_checkpoints_of_an_8_bit_optimizer_are_half_as_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_free_space(monkeypatch, 100 * GB)
+    monkeypatch.chdir(tmp_path)
+    for optim, size in (("adamw_torch", "3.6 GB"), ("paged_adamw_8bit", "1.8 GB")):
+        check_disk(10**8, optim=optim, checkpoints=Path(".checkpoints/train-0"), adapter=Path("models/adapter"))
+        said = f"train: will write {size} to .checkpoints and 400 MB to models/adapter; 100.0 GB are free\n"
+        assert capsys.readouterr().out == said
 
 
 def test_merge_is_refused_before_a_model_is_loaded(

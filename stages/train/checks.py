@@ -148,19 +148,21 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
     )
 
 
-def check_disk(trained: int, *, checkpoints: Path, adapter: Path) -> None:
+def check_disk(trained: int, *, optim: str, checkpoints: Path, adapter: Path) -> None:
     """Raises Problem if the disk has too little space for the checkpoints and the adapter.
 
-    A checkpoint has the trained weights and two moments of each in float32; 8-bit optimizers need less. A new one is written
-    before the oldest is removed.
+    A checkpoint has the trained weights in float32, and two moments of each, as Adam keeps them. A new one is written before
+    the oldest is removed.
 
     Args:
         trained: The number of trained parameters.
+        optim: The optimizer; the moments of those with 8bit in their name take a byte each, of all others four.
         checkpoints: The folder for the checkpoints.
         adapter: The output.
     """
-    size = 3 * BYTES_FLOAT32 * trained * (KEPT_CHECKPOINTS + 1) - folder_size(checkpoints)
     weights = BYTES_FLOAT32 * trained
+    checkpoint = weights + 2 * trained * (1 if "8bit" in optim else BYTES_FLOAT32)
+    size = (KEPT_CHECKPOINTS + 1) * checkpoint - folder_size(checkpoints)
     check_space("train", "the training", Write(checkpoints.parent, max(0, size)), Write(adapter, weights, cached=weights))
 
 

@@ -181,7 +181,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
     if distributed.is_main():
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        check_disk(trained, checkpoints=checkpoints, adapter=paths.adapter)
+        check_disk(trained, optim=params.optim, checkpoints=checkpoints, adapter=paths.adapter)
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
     padding_free = _enable_padding_free(params, arguments, model)
     initial_weights = initial_lora(model, params)  # before they are trained
