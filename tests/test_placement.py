@@ -141,7 +141,7 @@ def test_a_training_whose_model_could_not_be_merged_is_refused(
 
 def test_sharded_training_needs_main_memory_for_one_copy(workspace: Workspace) -> None:
     size = weight_bytes(workspace.root / "models" / "base", torch.float32)
-    memory = Memory({0: 2 * size, 1: 2 * size}, size // 2)
+    memory = Memory({0: 2 * size, 1: 2 * size}, size // 3)
     (message,) = memory_message(workspace, memory, fsdp=True, num_processes=2)
     assert "train.fsdp: true, but each process first loads the quantized model into main memory" in message
     assert memory_message(workspace, memory._replace(main=size), fsdp=True, num_processes=2) == []
@@ -149,7 +149,7 @@ def test_sharded_training_needs_main_memory_for_one_copy(workspace: Workspace) -
 
 def test_a_trained_model_that_the_gpus_do_not_hold_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "pick_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(quantize, "free_memory", lambda: Memory({0: 200_000, 1: 1000}, 10**9))
+    monkeypatch.setattr(quantize, "free_memory", lambda: Memory({0: 150_000, 1: 1000}, 10**9))
     with pytest.raises(
         Problem, match=r"the model that was trained, in train\.quantization nf4, has .* which the GPUs together must"
     ):
@@ -212,6 +212,7 @@ def test_the_decoder_gives_the_same_answers_with_a_spread_model(
 ) -> None:
     merged = workspace.root / "models" / "merged"
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    rows.sort(key=lambda row: len(row["prompt_ids"]))  # as `generate` gives them
     settings = generate_module.generation_settings(generate_module.Params(**PARAMS))
     found = []
     for memory in (Memory({}, 10**9), NO_GPU_AND_LITTLE_MEMORY):
