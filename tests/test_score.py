@@ -491,7 +491,8 @@ def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Input
         "<td>en.json</td>",
         "帮我取一个很独特的网名",
         "<h2>Extra prompts</h2>",
-        "Merged into the full base weights instead, the result would be",
+        '<th class="n">merge.base: dequantized</th><th class="n">merge.base: full</th>',
+        "the last column is what merging into the full ones would give",
     ):
         assert text in page, text
     assert "tok:zh" in page
