@@ -66,7 +66,7 @@ def train(folder: Path, steps: int, processes: int, *, fsdp: bool) -> dict[str, 
     from stages.train.train import train as stage
 
     parts = 2
-    section = train_section(steps, 1e-4)
+    section = train_section(steps, 1e-3)
     section |= {
         "num_processes": processes,
         "fsdp": fsdp,
