@@ -203,7 +203,7 @@ def test_a_model_that_the_decoder_does_not_fit_is_left_as_it_was() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).eval()
     before = [model.config._attn_implementation for model in (windowed, wide, gpt2)]
     assert can_decode(wide) == ""
-    assert can_decode(windowed) == "its attention is limited to a sliding window of 3 tokens"
+    assert can_decode(windowed) == ""
     can_decode(gpt2)
     assert [model.config._attn_implementation for model in (windowed, wide, gpt2)] == before
 
@@ -244,14 +244,15 @@ def test_the_reason_for_the_slower_generate_is_printed(
     backend: Any = TransformersBackend.__new__(TransformersBackend)  # without a model: there is no GPU to load it on
     backend.model, backend.can_pad = SimpleNamespace(device=torch.device("cuda")), False
     line = "generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
-    assert not backend._prepare_decoder()
+    backend.settings = SimpleNamespace(max_new_tokens=8)
+    assert not backend._prepare_decoder(5)
     assert capsys.readouterr().out == f"{line}its adapter is not merged\n"
-    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda _: "its attention needs a mask")
+    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda *_: "its attention needs a mask")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     backend.can_pad = True
-    assert not backend._prepare_decoder()
+    assert not backend._prepare_decoder(5)
     assert capsys.readouterr().out == f"{line}its attention needs a mask (process 1)\n"
 
 
@@ -653,30 +654,6 @@ def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
     most = 0
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
         answer(workspace, tmp_path / "c.jsonl", rows, stops=stops, batch_size=8)
-
-
-def test_rows_longer_than_a_sliding_window_are_answered_by_transformers(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The trial's rows are short; the window shows when the real prompts are longer."""
-    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    expected = answer(workspace, tmp_path / "a.jsonl", rows)
-    capfd.readouterr()
-    generate = TransformersBackend._generate
-
-    def decode(self: Any, rows: Any) -> Any:
-        monkeypatch.setattr(TransformersBackend, "_generate", generate)
-        return self._decode(rows)
-
-    def refuse(self: Any, model: Any, *_: Any, **__: Any) -> None:
-        model.set_attn_implementation("loratory_slots")
-        raise NotImplementedError("its attention is limited to a sliding window of 16 tokens")
-
-    monkeypatch.setattr(TransformersBackend, "_generate", decode)
-    monkeypatch.setattr("stages.generate.transformers_backend.Decoder.__init__", refuse)
-    assert answer(workspace, tmp_path / "b.jsonl", rows) == expected
-    line = "which is slower: the model does not fit the faster decoder: its attention is limited to a sliding window of 16"
-    assert capfd.readouterr().out.count(line) == 1
 
 
 # Several processes

@@ -1,7 +1,6 @@
 """The fast LoRA layers compute what PEFT's do, for every architecture; the loss in chunks; micro-batches."""
 # ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,7 @@ from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_block
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import head_is_last, label_loss, load_loss, next_token_loss
 from stages.train.recompute import Recompute
-from tests.tiny import make_custom_model
+from tests.tiny import compile_as_on_gpu, make_custom_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -274,17 +273,15 @@ def test_layers_summed_in_float32_are_named_as_in_the_base_model() -> None:
 
 
 def test_elementwise_parts_and_recomputed_activations_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "compiled", lambda function: function)
     for name in CONFIGS:
         model = adapted(small(name))
         assert enable_padding_free(model.eval()) == ""
         batch = collate_padding_free(ROWS)
         wanted = losses_and_gradients(model, batch)
-        module = sys.modules[type(model.get_base_model()).__module__]
-        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # restored after the test
         recompute = CountingRecompute()
-        parts = compile_module.compile_elementwise(_OnGpu(model), recompute.remember)
-        assert parts == (["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"])
+        done = compile_as_on_gpu(model, monkeypatch, recompute.remember)
+        parts = ["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"]
+        assert done == (parts, [])
         lora_layers(model, recompute=recompute)
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
         # The inputs of q, k, v and of gate and up are norms; the input of down is a gated activation.
@@ -313,15 +310,8 @@ class CountingRecompute(Recompute):
         super().remember(result, counted, inputs)
 
 
-class _OnGpu:
-    """A model that pretends to be on a GPU."""
-
-    def __init__(self, model: Any) -> None:
-        self.device, self.modules = torch.device("cuda"), model.modules
-
-
 def test_nothing_is_compiled_on_the_cpu() -> None:
-    assert compile_module.compile_elementwise(small("llama")()) == []
+    assert compile_module.compile_elementwise(small("llama")()) == ([], [])
 
 
 def test_a_recipe_lives_as_long_as_its_tensor() -> None:

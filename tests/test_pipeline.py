@@ -54,6 +54,7 @@ READ_BY = {
     "stages/model/checkpoints.py": {"train"} | GENERATE,
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
+    "stages/model/limits.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
     "stages/model/lora.py": {"train", "merge"},
     "stages/model/quantize.py": {"train", "merge"},

@@ -124,3 +124,13 @@ class TokenRows:
         """The number of tokens with a label, in all rows."""
         flat = (chunk.flatten() for chunk in self._table["labels"].chunks)
         return sum(int(np.count_nonzero(labels.to_numpy() != IGNORE)) for labels in flat)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all rows; -1 without tokens."""
+        return largest_id(self._table["input_ids"])
+
+
+def largest_id(column: pa.ChunkedArray) -> int:
+    """The largest token id in a column of lists of token ids; -1 if there is none."""
+    return max((pc.max(ids).as_py() for ids in (chunk.flatten() for chunk in column.chunks) if len(ids)), default=-1)

@@ -18,6 +18,7 @@ from stages.core.progress import ProgressBar
 from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import TokenRows, decode_answer, read_tokens, stop_token_ids
 from stages.generate.backend import Answer, Backend, GenerationSettings
+from stages.generate.checks import check_prompts
 from stages.generate.sampling import SamplingConfig
 from stages.generate.text_losses import count_labels, make_batches
 from stages.generate.transformers_backend import TransformersBackend
@@ -108,6 +109,7 @@ def generate(
                 "Transformers; set it to false",
             )
         )
+    check_prompts(model, prompts.rows, windows, max_new_tokens=params.max_new_tokens)
     with CheckpointFolder(f"generate-{model.name}", fingerprint(inputs)) as folder:
         if processes > 1:
             distributed.launch(answer_share, processes, params, model, prompts, folder.path)

@@ -24,8 +24,9 @@ from stages.model.quantize import Quantization, Quantized, load_quantized
 from stages.train.arguments import make_arguments
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_learning_rate, check_parameters, load_loss_of
+from stages.train.checks import check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
+from stages.train.coverage import describe_gaps
 from stages.train.fsdp import shard_frozen
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
@@ -164,14 +165,20 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
+    virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
+    check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    if distributed.is_main():
+        for line in describe_gaps(quantized, params, params):
+            say(f"train: {line}")
     model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
     if params.fsdp:
         shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
-    padding_free = _enable_padding_free(params, arguments, model)
+    longest = int(max(each.lengths.max(initial=0) for each in (rows, validation_rows)))
+    padding_free = _enable_padding_free(params, arguments, model, longest)
     initial_weights = initial_lora(model, params)  # before they are trained
     lora_layers = _make_faster(params, model)
 
@@ -210,14 +217,14 @@ def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
     return make_arguments(params.model_dump(), checkpoints=checkpoints, dtype=dtype, cpu=device.type == "cpu")
 
 
-def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any) -> bool:
+def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any, longest_row: int) -> bool:
     """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
     if params.method != "lora":
         reason = f"{params.method} puts virtual tokens before each row"
     elif arguments.neftune_noise_alpha:
         reason = "neftune_noise_alpha scales its noise by the length of a padded row"
     else:
-        reason = enable_padding_free(model.eval())
+        reason = enable_padding_free(model.eval(), longest_row)
     if reason and distributed.is_main():
         say(f"train: rows are padded, not padding-free: {reason}")
     return not reason
@@ -228,8 +235,11 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     recompute = Recompute()
     lora = params.method == "lora"
     compiled = compile_elementwise(model, recompute.remember if lora else None)  # only LoRA layers recompute
-    if compiled and distributed.is_main():
-        say(f"train: compiled: {', '.join(compiled)}")
+    if distributed.is_main():
+        if compiled.parts:
+            say(f"train: compiled: {', '.join(compiled.parts)}")
+        for reason in compiled.left_out:
+            say(f"train: {reason}; this is slower")
     if not lora:
         return None
     layers = LoraLayers(
