@@ -16,8 +16,8 @@ from stages.model.adapter import find_targets, unsuitable_layers
 from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
-from stages.train.loss import next_token_loss
 from stages.train.lora_layers import LoraLayers
+from stages.train.loss import next_token_loss
 from stages.train.recompute import Recompute
 from tests.tiny import compile_as_on_gpu
 
