@@ -1,4 +1,4 @@
-"""Tiny models of many architectures: padded or padding-free, adapted and decoded, each against plain Transformers and PEFT."""
+"""Tiny models of many architectures: padded or padding-free, adapted and decoded, each against Transformers and PEFT."""
 
 from typing import Any, NamedTuple
 

@@ -26,6 +26,7 @@ from stages.generate.generate import Params, answer_share, generate, kept_answer
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
+from stages.model.limits import _positions
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
@@ -266,6 +267,25 @@ def test_the_tutorials_values_are_ordinary_parameters(workspace: Workspace, tmp_
     assert [found] == answer(workspace, tmp_path / "b.jsonl", [prompt], **tutorial)
     (greedy,) = answer(workspace, tmp_path / "c.jsonl", [prompt], **tutorial | {"do_sample": False})
     assert greedy["answer"] != found["answer"]
+
+
+def test_prompts_that_the_model_has_no_tokens_or_positions_for_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()[:3]
+    rows[0]["prompt_ids"], rows[1]["prompt_ids"], rows[2]["prompt_ids"] = [400] * 40, [5] * 20, [5] * 60
+    with pytest.raises(Problem) as problem:
+        answer(workspace, tmp_path / "a.jsonl", rows, max_new_tokens=2009)
+    model = workspace.root / "models" / "merged"
+    token, positions = problem.value.messages
+    assert token.startswith(
+        f"{model}: a prompt or a window of raw text has the token 400, and the model's vocabulary has 400"
+    )
+    assert positions.startswith("params.yaml: generate.max_new_tokens: with 2,009 new tokens, ")
+    assert f"than the 2,048 positions of {model}; the longest prompt has " in positions
+    limits = ("linear", 512), ("dynamic", 512), ("yarn", 512), ("llama3", 128), ("longrope", 128), ("default", 128)
+    for kind, positions_of in limits:
+        rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+        assert _positions(SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)) == positions_of
+    assert _positions(SimpleNamespace()) is None
 
 
 def test_the_removed_preset_names_the_values_to_write() -> None:

@@ -310,6 +310,44 @@ class CountingRecompute(Recompute):
         super().remember(result, counted, inputs)
 
 
+def test_what_the_compiler_gets_wrong_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(small("qwen3"))
+    wanted = losses_and_gradients(model, collate_padded(ROWS))
+
+    def compiled(function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            if function is compile_module._activate:
+                raise RuntimeError("no kernel\nfor this")
+            return 1.1 * function(*given, **named) if function.__name__ == "forward" else function(*given, **named)
+
+        return call
+
+    parts, left_out = compile_as_on_gpu(model, monkeypatch, compiled=compiled)
+    assert parts == ["rotary positions"]
+    assert left_out == [
+        "Qwen3RMSNorm is not compiled: its output differs",
+        "Qwen3MLP is not compiled: RuntimeError: no kernel",
+    ]
+    assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 1e-5)
+
+
+def test_layers_that_compute_something_else_than_pefts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, wanted = lora_layers_module._forward, losses_and_gradients(adapted(small("llama")), collate_padded(ROWS))
+    changes: list[tuple[Any, str]] = [
+        (lambda outs: [2 * out for out in outs], "its logits differ"),
+        (lambda outs: [out.detach() + 0 * out for out in outs], "its gradients differ"),
+        (lambda outs: [out.view(-1) for out in outs], "RuntimeError: shape"),
+    ]
+    for change, reason in changes:
+        monkeypatch.setattr(lora_layers_module, "_forward", lambda *given, change=change: change(real(*given)))
+        model = adapted(small("llama"))
+        layers = lora_layers(model)
+        assert layers.layers == {}
+        assert len(layers.skipped) == 1
+        assert layers.skipped[0].startswith(f"all of this model, because {reason}")
+        assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 1e-5)
+
+
 def test_nothing_is_compiled_on_the_cpu() -> None:
     assert compile_module.compile_elementwise(small("llama")()) == ([], [])
 

@@ -124,7 +124,9 @@ def make_other_model(folder: Path, kind: str) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def compile_as_on_gpu(model: Any, monkeypatch: Any, remember: Any = None) -> Any:
+def compile_as_on_gpu(
+    model: Any, monkeypatch: Any, remember: Any = None, *, compiled: Any = lambda function: function
+) -> Any:
     """`compile_elementwise` on a CPU: what would be compiled on a GPU is replaced, and computed without the compiler."""
     import torch
 
@@ -134,7 +136,7 @@ def compile_as_on_gpu(model: Any, monkeypatch: Any, remember: Any = None) -> Any
     class OnGpu:
         device, modules, __call__ = torch.device("cuda"), staticmethod(model.modules), staticmethod(model)
 
-    monkeypatch.setattr(compile_module, "compiled", lambda function: function)
+    monkeypatch.setattr(compile_module, "compiled", compiled)
     monkeypatch.setattr(compile_module, "probe_ids", lambda _: torch.tensor([PROBE_ROWS[0]]))
     for code in {sys.modules[type(module).__module__] for module in model.modules()}:
         if hasattr(code, "apply_rotary_pos_emb"):

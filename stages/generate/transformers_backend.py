@@ -18,7 +18,7 @@ from stages.generate.text_losses import window_losses
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
-from stages.model.probe import PROBE_ROWS, logits_match
+from stages.model.probe import logits_match, probe_rows
 
 
 class TransformersBackend:
@@ -116,7 +116,12 @@ class TransformersBackend:
     def _generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
         lengths = [len(row["prompt_ids"]) for row in rows]
-        if self.can_pad and self.settings.batch_size > 1 and len(set(lengths)) > 1 and not self._ignores_padding():
+        if (
+            self.can_pad
+            and self.settings.batch_size > 1
+            and len(set(lengths)) > 1
+            and not self._ignores_padding(max(lengths))
+        ):
             self._report("only prompts of one length are in a batch, which is slower: padding changes the model's answers")
             self.can_pad = False
         for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else lengths[index]):
@@ -125,10 +130,10 @@ class TransformersBackend:
                 batch = indices[start : start + self.settings.batch_size]
                 yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
 
-    def _ignores_padding(self) -> bool:
+    def _ignores_padding(self, longest_prompt: int) -> bool:
         """Whether the model gives the same logits after prompts that are padded, as a recurrent model may not."""
-        together = self._first_logits(PROBE_ROWS)
-        return logits_match(together, torch.cat([self._first_logits([row]) for row in PROBE_ROWS]))
+        rows = probe_rows(self.model, longest_prompt)
+        return logits_match(self._first_logits(rows), torch.cat([self._first_logits([row]) for row in rows]))
 
     def _first_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """The logits (rows, vocabulary) of the first new token of each prompt, in one batch."""
