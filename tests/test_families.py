@@ -47,18 +47,25 @@ class Family(NamedTuple):
     """Why its rows are padded; "" if they are padding-free."""
     left_out: tuple[str, ...] = ()
     """The layers that get no adapter."""
+    skipped: tuple[str, ...] = ()
+    """Why layers keep PEFT's implementation."""
     ignores_padding: bool = True
     decodes: bool = True
 
 
 LOCAL = ["sliding_attention", "full_attention"]
 FAMILIES = {
-    "gpt2": Family({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, OWN, decodes=False),
+    "gpt2": Family({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, skipped=("Conv1D layers",)),
     "mistral": Family({"sliding_window": WINDOW}),
     "phi3": Family({"sliding_window": WINDOW}),
     "gemma3_text": Family({"head_dim": 16, "sliding_window": WINDOW, "layer_types": LOCAL}),
-    # The window is in the mask alone.
-    "phimoe": Family({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}, DIFFER, decodes=False),
+    # The window is in the mask alone; a router that is a linear layer and returns a tuple.
+    "phimoe": Family(
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        DIFFER,
+        left_out=("router",),
+        decodes=False,
+    ),
     # Attention sinks.
     "gpt_oss": Family(
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "layer_types": LOCAL},
@@ -77,7 +84,7 @@ FAMILIES = {
         },
         decodes=False,
     ),
-    # A router that is a linear layer and returns a tuple; attention in chunks.
+    # Another such router; attention in chunks.
     "llama4_text": Family(
         {
             "head_dim": 16,
@@ -103,27 +110,28 @@ FAMILIES = {
             "linear_value_head_dim": 16,
             "layer_types": ["linear_attention", "full_attention"],
         },
-        DIFFER,
+        OWN,
         decodes=False,
     ),
     # A rotary function of another signature; outputs that are changed in place.
     "gemma3n_text": Family(
         {
             "head_dim": 16,
-            "num_hidden_layers": 3,
-            "intermediate_size": [128] * 3,
+            "num_hidden_layers": 4,
+            "intermediate_size": [128] * 4,
             "hidden_size_per_layer_input": 16,
             "vocab_size_per_layer_input": 128,
-            "num_kv_shared_layers": 0,
+            "num_kv_shared_layers": 1,  # its k_proj and v_proj are not used
             "laurel_rank": 8,
             "altup_num_inputs": 2,
-            "activation_sparsity_pattern": [0.0] * 3,
+            "activation_sparsity_pattern": [0.0] * 4,
             "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         },
+        left_out=("k_proj", "v_proj"),
         decodes=False,
     ),
-    "mamba": Family({"state_size": 8, "time_step_rank": 4}, OWN, left_out=("out_proj",), decodes=False),
+    "mamba": Family({"state_size": 8, "time_step_rank": 4}, OWN, left_out=("dt_proj", "out_proj"), decodes=False),
     # Padding on the left goes into its state.
     "rwkv": Family({"attention_hidden_size": 64, "context_length": 128}, OWN, ignores_padding=False, decodes=False),
 }
@@ -182,8 +190,8 @@ def test_the_gradients_of_all_that_is_replaced_are_those_of_peft(name: str, monk
     recompute = Recompute()
     assert compile_as_on_gpu(model, monkeypatch, recompute.remember).left_out == []
     layers = LoraLayers(model, fp8=False, keep_dequantized=True, recompute=recompute)
-    assert layers.skipped == []
-    assert 2 * len(layers.layers) == len(wanted)
+    assert layers.skipped == list(FAMILIES[name].skipped)
+    assert layers.skipped or 2 * len(layers.layers) == len(wanted)
     found = gradients(model, (collate_padded if reason else collate_padding_free)(ROWS))
     assert found.keys() == wanted.keys()
     scale = max(float(gradient.norm()) for gradient in wanted.values())

@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+from stages.model.device import pick_device
 from stages.model.lora import lora_scaling, subtract_lora
-from stages.model.probe import TRIAL_ERRORS, logits_match
+from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
 
 INITIAL = "initial.safetensors"
@@ -153,19 +154,43 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
     """The names of the layers that look like linear layers and get no adapter, each with the reason.
 
     Llama 4's router is a linear layer that chooses experts, and BitNet's layers quantize their input: what such a class
-    computes is tried. PEFT refuses some layers of Mamba, whose kernels read the weight and would pass the adapter by.
+    computes is tried. A trial run shows which layers the model does not call: Mamba reads the weight of its dt_proj, past
+    an adapter, and the last layers of Gemma 3n and 4 do not use their k_proj. PEFT knows more of Mamba's layers that some
+    kernels pass by.
 
     Args:
         model: The base model.
     """
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear | Conv1D):
-            if not _is_linear(layer):
-                found[name] = f"{type(layer).__name__} computes something else than a linear layer"
-            elif _refused_by_peft(model, name):
-                found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)}
+    unused, found = _unused_layers(model, layers), {}
+    for name, layer in layers.items():
+        if not _is_linear(layer):
+            found[name] = f"{type(layer).__name__} computes something else than a linear layer"
+        elif _refused_by_peft(model, name):
+            found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
+        elif name in unused:
+            found[name] = "the model does not call it"
     return found
+
+
+def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
+    """The layers that a trial run does not call, though it calls the module that they belong to.
+
+    Of a module that is not called nothing is known: a few tokens do not reach all experts.
+    """
+    if model.device.type != pick_device().type:  # in main memory, for FSDP, where a run would take long
+        return set()
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name in layers if name not in called and name.rpartition(".")[0] in called}
 
 
 def _is_linear(layer: Any) -> bool:
