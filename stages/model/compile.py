@@ -98,7 +98,7 @@ def _find_replacements(
     modules, functions = {}, {}
     for module in model.modules():
         kind = type(module)
-        if _is_norm(module):
+        if "norm" in kind.__name__.lower() and next(module.children(), None) is None:
             modules[module] = _Replacement("norms", _norm(module, compiled(kind.forward), remember))
         elif _is_gated(module):
             modules[module] = _Replacement("activations", _gated(module, compiled(_activate), remember))
@@ -162,24 +162,17 @@ def _why_different(function: Callable[..., Any], arguments: Any, named: Any, *, 
     return "" if same else "its output differs"
 
 
-def _is_norm(module: torch.nn.Module) -> bool:
-    """Whether a module is a norm without other modules in it, of one input; a gated norm has two."""
-    kind = type(module)
-    if "norm" not in kind.__name__.lower() or next(module.children(), None) is not None:
-        return False
-    return len(inspect.signature(kind.forward).parameters) == 2  # with `self`
-
-
 def _norm(module: torch.nn.Module, function: Any, remember: Remember | None) -> Any:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = function(module, hidden_states)
-        if remember:
-            remember(out, recompute, (hidden_states,))
+    def forward(*inputs: Any, **named: Any) -> torch.Tensor:
+        out: torch.Tensor = function(module, *inputs, **named)
+        # A gated norm has two inputs.
+        if remember and not named and all(isinstance(each, torch.Tensor) for each in inputs):
+            remember(out, recompute, inputs)
         return out
 
-    def recompute(hidden_states: torch.Tensor) -> torch.Tensor:
+    def recompute(*inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            out: torch.Tensor = function(module, hidden_states)
+            out: torch.Tensor = function(module, *inputs)
         return out
 
     return forward

@@ -219,12 +219,13 @@ def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
 
 def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any, longest_row: int) -> bool:
     """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
+    model.eval()
     if params.method != "lora":
         reason = f"{params.method} puts virtual tokens before each row"
     elif arguments.neftune_noise_alpha:
         reason = "neftune_noise_alpha scales its noise by the length of a padded row"
     else:
-        reason = enable_padding_free(model.eval(), longest_row)
+        reason = enable_padding_free(model, longest_row)
     if reason and distributed.is_main():
         say(f"train: rows are padded, not padding-free: {reason}")
     return not reason
