@@ -107,6 +107,7 @@ def in_4_bits(make: Callable[[], Any]) -> Callable[[], Any]:
     def quantize(layer: torch.nn.Linear) -> Any:
         new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
         new.load_state_dict({"weight": layer.weight.data})
+        new.support_avx512bf16_for_cpu = False  # as `load_quantized`
         return new.to("cpu")
 
     def quantized() -> Any:
@@ -283,6 +284,7 @@ def test_elementwise_parts_and_recomputed_activations_change_no_result(monkeypat
         parts = ["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"]
         assert done == (parts, [])
         lora_layers(model, recompute=recompute)
+        recompute.computed = 0  # without those of the trial
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
         # The inputs of q, k, v and of gate and up are norms; the input of down is a gated activation.
         recomputed = 3 * (2 if name == "phi3" else 3)
@@ -336,7 +338,7 @@ def test_layers_that_compute_something_else_than_pefts_are_given_up(monkeypatch:
     changes: list[tuple[Any, str]] = [
         (lambda outs: [2 * out for out in outs], "its logits differ"),
         (lambda outs: [out.detach() + 0 * out for out in outs], "its gradients differ"),
-        (lambda outs: [out.view(-1) for out in outs], "RuntimeError: shape"),
+        (lambda outs: [out.view(-1) for out in outs], "RuntimeError: The size of tensor"),
     ]
     for change, reason in changes:
         monkeypatch.setattr(lora_layers_module, "_forward", lambda *given, change=change: change(real(*given)))

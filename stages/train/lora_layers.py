@@ -138,9 +138,10 @@ class _Trial(NamedTuple):
 
 
 def _try_training(adapted: Any) -> _Trial:
-    """A forward and backward pass of the model in evaluation mode; changes nothing."""
+    """A forward and backward pass of the model in evaluation mode; removes gradients, and changes nothing else."""
     was_training = adapted.training
     adapted.eval()
+    adapted.zero_grad(set_to_none=True)
     logits = adapted(input_ids=probe_ids(adapted), use_cache=False).logits
     logits.float().logsumexp(-1).sum().backward()
     gradients = [parameter.grad.float().flatten().cpu() for parameter in adapted.parameters() if parameter.grad is not None]
