@@ -121,15 +121,13 @@ FAMILIES = {
             "intermediate_size": [128] * 4,
             "hidden_size_per_layer_input": 16,
             "vocab_size_per_layer_input": 128,
-            "num_kv_shared_layers": 1,  # its k_proj and v_proj are not used
+            "num_kv_shared_layers": 0,
             "laurel_rank": 8,
             "altup_num_inputs": 2,
             "activation_sparsity_pattern": [0.0] * 4,
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         },
-        left_out=("k_proj", "v_proj"),
-        decodes=False,
     ),
     "mamba": Family({"state_size": 8, "time_step_rank": 4}, OWN, left_out=("dt_proj", "out_proj"), decodes=False),
     # Padding on the left goes into its state.
