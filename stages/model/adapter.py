@@ -155,8 +155,7 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
 
     Llama 4's router is a linear layer that chooses experts, and BitNet's layers quantize their input: what such a class
     computes is tried. A trial run shows which layers the model does not call: Mamba reads the weight of its dt_proj, past
-    an adapter, and the last layers of Gemma 3n and 4 do not use their k_proj. PEFT knows more of Mamba's layers that some
-    kernels pass by.
+    an adapter. PEFT knows more of Mamba's layers that some kernels pass by.
 
     Args:
         model: The base model.
