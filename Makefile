@@ -1,11 +1,11 @@
-# make repro: the whole pipeline. make test: the tests. make check: what CI checks.
+# make repro: the whole pipeline. make test: the tests. make test-gpu: those that need a GPU. make check: what CI checks.
 # Paths are relative, so that the project's folder may have spaces, quotes and any letters in its name.
 SHELL := /bin/bash
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test check table schema format
+.PHONY: repro test test-gpu check table schema format
 
 repro: .venv/installed
 	@dvc status -q || python -m stages check
@@ -22,6 +22,10 @@ HIDDEN_ADVICE := -e '/^Use .dvc push. to send/d' -e '/^To enable auto staging/,/
 
 test: .venv/installed
 	python -m pytest
+
+# tests/conftest.py hides the GPU; it is not read here.
+test-gpu: .venv/installed
+	python -m pytest --confcutdir=tests/gpu --durations=10 tests/gpu
 
 check: .venv/installed
 	ruff format --check .

@@ -9,25 +9,21 @@ The tutorial's ways need `pip install datasets==5.2.0`; without it they are left
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import psutil  # noqa: E402  (accelerate brings it)
+from benchmarks.ways import measure  # noqa: E402
 
 MEDIAN_CHARACTERS, SIGMA = {"zh": 60, "en": 330}, 0.75
 CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
@@ -182,34 +178,6 @@ RUN = {
 }
 
 
-def measure(way: str, work: Path, tokenizer: Path) -> dict[str, float]:
-    """Wall and CPU seconds, and peak PSS in bytes, of one way in its own process."""
-    command = [sys.executable, __file__, "--way", way, "--work", str(work), "--tokenizer", str(tokenizer)]
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.3):
-            total = 0
-            with contextlib.suppress(psutil.Error):
-                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                for each in tree:
-                    with contextlib.suppress(psutil.Error):
-                        total += each.memory_full_info().pss
-            peak[0] = max(peak[0], total)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.monotonic() - started
-    done.set()
-    thread.join()
-    if status:
-        sys.exit(f"{way} failed")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak": peak[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=500_000)
@@ -230,7 +198,8 @@ def main() -> None:
         if given.qwen:
             tokenizer = work / "qwen"
             make_like_qwen(tokenizer, given.tokenizer)
-        found = {way: measure(way, work, tokenizer) for way in ways}
+        command = [sys.executable, __file__, "--work", str(work), "--tokenizer", str(tokenizer), "--way"]
+        found = {way: measure([*command, way]) for way in ways}
         report = json.loads((work / "encode.json").read_text())
         tokens = sum(report[f"{split}_tokens"] for split in ("train", "validation", "test"))
         size = (work / "raw" / "rows.json").stat().st_size

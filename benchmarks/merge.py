@@ -94,6 +94,7 @@ def make(work: Path, layers: int, width: int) -> None:
         "quantization": settings("nf4"),
         "quantized_layers": sorted({name for name in names if ".lora_" not in name}),
         "transposed_layers": [],
+        "summed_in_float32": sorted({name for name in names if ".lora_" not in name}),  # as in training on a GPU
         "data": {"rows": 0, "tokens": 0, "label_tokens": 0},
     }
     (adapter / "training.json").write_text(json.dumps(training))

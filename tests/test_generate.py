@@ -17,12 +17,13 @@ import torch
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
-from stages.core.tokens import PROMPTS, TRAINING, decode_answer, open_tokens, read_tokens
+from stages.core.tokens import PROMPTS, TRAINING, choose_rows, decode_answer, open_tokens, read_tokens
 from stages.generate import decoder, text_losses
 from stages.generate.backend import Answer, GenerationSettings
 from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
 from stages.generate.generate import Params, answer_share, generate, kept_answers
+from stages.generate.rows import WINDOWS_PER_DOCUMENT, choose_windows, document_of, read_rows
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
@@ -30,6 +31,7 @@ from stages.model.limits import _positions
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
+    "max_predict_samples": 0,
     "max_new_tokens": 8,
     "do_sample": False,
     "temperature": 0.5,
@@ -358,6 +360,85 @@ def test_a_perfect_call_behind_a_special_token_is_the_reference(workspace: Works
     assert prompt["reference"].startswith('<|endoftext|>{"')
 
 
+# What is answered
+
+
+def test_at_most_so_many_test_prompts_are_answered_and_all_extra_ones(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
+    every = {row["id"]: row for row in answer(workspace, tmp_path / "a.jsonl", rows)}
+    assert len(every) > 6
+    some = answer(workspace, tmp_path / "b.jsonl", rows, max_predict_samples=5)
+    assert some == [every[rows[index]["id"]] for index in choose_rows((row["id"] for row in rows), 5)]
+    fewer = answer(workspace, tmp_path / "c.jsonl", rows[::-1][:-1], max_predict_samples=5)
+    assert {row["id"] for row in some} - {row["id"] for row in fewer} <= {rows[0]["id"]}, "the others stay chosen"
+    assert answer(workspace, tmp_path / "d.jsonl", rows, max_predict_samples=len(rows)) == list(every.values())
+
+
+def test_lines_say_how_many_of_the_test_rows_are_answered(
+    workspace: Workspace, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, predictions = workspace.root / "data" / "tokens", scratch / "out.jsonl"
+    count = len(read_tokens(tokens / "test.arrow"))
+    summaries = []
+    for at_most in (2, 0):
+        done = generate(
+            Params(**PARAMS | {"max_predict_samples": at_most, "max_new_tokens": 1}),
+            model=workspace.root / "models" / "merged",
+            test_prompts=tokens / "test.arrow",
+            extra_prompts=tokens / "prompts.arrow",
+            test_text=tokens / "text.arrow",
+            predictions=predictions,
+            extra_predictions=scratch / "extra.jsonl",
+            text_losses=scratch / "text.jsonl",
+        )
+        done.clean_up()
+        summaries.append(done.summary)
+    line = f"generate: answering 2 of {count} test rows and 3 other prompts (generate.max_predict_samples)\n"
+    out = capsys.readouterr().out
+    assert out.count("generate: answering") == out.count(line) == 1
+    cut = "other prompts answered, "
+    assert summaries[0].startswith(f"{predictions}: 2 of {count} test rows and 3 {cut}")
+    assert summaries[1].startswith(f"{predictions}: {count} test rows and 3 {cut}")
+
+
+def text_table(path: Path, windows: dict[str, int]) -> pa.Table:
+    """Windows of documents, by the document's id."""
+    ids = [f"{name}.{n}" if count > 1 else name for name, count in windows.items() for n in range(1, count + 1)]
+    with open_tokens(path, TRAINING, [2]) as stream:
+        for id in ids:
+            row = {"id": id, "input_ids": [1, 2], "labels": [-100, 2]}
+            stream.write_batch(pa.RecordBatch.from_pylist([row], schema=TRAINING))
+    return read_tokens(path)
+
+
+def test_documents_of_raw_text_are_chosen_whole_and_their_windows_are_bounded(tmp_path: Path) -> None:
+    windows = {f"{number:016x}": 1 + number % 4 for number in range(50)}
+    table = text_table(tmp_path / "a.arrow", windows)
+    ids = table["id"].to_pylist()
+    found = [ids[index] for index in choose_windows(table, 10)]
+    documents = {document_of(id) for id in found}
+    assert len(documents) == 10
+    assert found == [id for id in ids if document_of(id) in documents], "all windows of each"
+    assert documents == {list(windows)[index] for index in choose_rows(windows, 10)}
+    assert choose_windows(table, 50) == list(range(len(ids)))
+    book = text_table(tmp_path / "b.arrow", {"book": 500, "note": 1})
+    some = choose_windows(book, 3)
+    assert len(some) == 3 * WINDOWS_PER_DOCUMENT
+    assert some == sorted(some)
+    assert max(some) > 250
+
+
+def test_prompts_are_read_where_they_are_needed(workspace: Workspace, tmp_path: Path) -> None:
+    tokens = workspace.root / "data" / "tokens"
+    expected = [*read_tokens(tokens / "test.arrow").to_pylist(), *read_tokens(tokens / "prompts.arrow").to_pylist()]
+    rows = read_rows(tokens / "test.arrow", tokens / "prompts.arrow", tokens / "text.arrow", at_most=0)
+    assert list(rows.prompts) == expected
+    assert rows.prompts.lengths.tolist() == [len(row["prompt_ids"]) for row in expected]
+    order = np.array([4, 0, 2])
+    assert list(rows.prompts.select(order)[1:]) == [expected[0], expected[2]]
+    assert vars(rows.prompts).keys() == {"_table", "_numbers", "lengths"}, "no rows are held"
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> list[int]:
     """Interrupts a method of the backend at its call of this number. Returns the sizes of the batches of all calls."""
     calls: list[int] = []
@@ -505,8 +586,9 @@ def test_windows_that_do_not_fit_into_memory_are_halved(workspace: Workspace, mo
         text_losses.window_losses(model, windows)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
 def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
-    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
     windows = make_windows([9, 30, 2, 30, 1, 17, 30, 12, 14])
     text_run(workspace, scratch / "whole", windows, prompts=True)
@@ -516,9 +598,23 @@ def test_raw_text_resumes_and_two_processes_give_the_same_bytes(
     calls = kill_at(monkeypatch, "text_losses", 2)
     with pytest.raises(KeyboardInterrupt):
         text_run(workspace, scratch / "again", windows)
+    (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/0.text.jsonl")
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[: len(lines) - lost]))  # as if killed in the middle of writing a batch
     text_run(workspace, scratch / "again", windows)
-    assert calls == [4, 4, 4, 1]
+    assert calls == [4, 4, *[4] * lost, 4, 1]
     assert (scratch / "again" / "text.jsonl").read_bytes() == whole
+
+
+def test_at_most_so_many_documents_of_raw_text_are_measured(workspace: Workspace, tmp_path: Path) -> None:
+    windows = make_windows([9, 30, 2, 30, 1, 17, 30])
+    every = {row["id"]: row for row in text_run(workspace, tmp_path / "a", windows)}
+    some = text_run(workspace, tmp_path / "b", windows, max_predict_samples=2)
+    documents = {row["id"].split(".")[0] for row in some}
+    assert len(documents) == 2
+    assert some == [
+        row | {"loss": pytest.approx(row["loss"], rel=1e-5)} for id, row in every.items() if id.split(".")[0] in documents
+    ]
 
 
 def test_raw_text_is_refused_with_vllm(workspace: Workspace, scratch: Path) -> None:
@@ -540,9 +636,9 @@ def test_a_killed_run_resumes_after_the_last_finished_batch_and_writes_the_same_
         answer(workspace, scratch / "out.jsonl")
     assert not (scratch / "out.jsonl").exists()
     (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/0.jsonl")
-    assert len(kept.read_bytes().splitlines()) == 2
+    assert len(kept.read_bytes().splitlines()) == 2 * 4
     with kept.open("ab") as file:
-        file.write(b"[[0, [1, 2")  # killed while it wrote a batch
+        file.write(b"[0, [[1, 2")  # killed while it wrote a batch
     calls.clear()
     with pytest.raises(KeyboardInterrupt):  # a run with other parameters starts from the beginning
         answer(workspace, scratch / "other.jsonl", max_new_tokens=7)
@@ -560,12 +656,12 @@ def test_an_incomplete_last_line_of_kept_answers_is_dropped(tmp_path: Path) -> N
     kept = kept_answers(tmp_path, 1)
     kept.add(first)
     with (tmp_path / "1.jsonl").open("ab") as file:
-        file.write(b"[[0, [[7")
+        file.write(b"[0, [[7")
     kept = kept_answers(tmp_path, 1)
-    assert kept.results == dict(first)
+    assert dict(kept) == dict(first)
     kept.add(second)
-    assert kept_answers(tmp_path, 1).results == dict(first + second)
-    assert kept_answers(tmp_path, 0).results == {}
+    assert dict(kept) == dict(kept_answers(tmp_path, 1)) == dict(first + second)
+    assert dict(kept_answers(tmp_path, 0)) == {}
 
 
 def test_a_second_run_on_the_same_inputs_is_refused_until_the_first_has_ended(workspace: Workspace, scratch: Path) -> None:
@@ -699,7 +795,7 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
         with pytest.raises(KeyboardInterrupt):
             answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
     (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/1.jsonl")
-    number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])[0]
+    number, (tokens, _) = json.loads(kept.read_text().splitlines()[0])
     kept.write_text(
         kept.read_text().replace(json.dumps(tokens), "[5]", 1)
     )  # a mark that shows that it is not answered again

@@ -735,6 +735,16 @@ def test_a_field_with_a_name_that_utf8_cannot_encode_is_counted(folder: Folder, 
     assert r"no\ud800te is not read: 1 row" in capsys.readouterr().out
 
 
+def test_fields_whose_names_are_ids_are_counted_together_beyond_a_thousand(folder: Folder) -> None:
+    rows = [{"instruction": f"q{n}", "output": "a", f"key{n}": "x", f"key{n}b": "x", "note": "x"} for n in range(700)]
+    folder.write("x.jsonl", lines(*rows))
+    unread = folder.ingest()["unread_fields"]
+    assert len(unread) == 1001
+    assert unread["note"]["rows"] == 700
+    assert sum(found["rows"] for name, found in unread.items() if name.startswith("key")) == 999
+    assert unread["(further fields)"] == {"rows": 201, "first": "x.jsonl:500"}
+
+
 def test_a_number_too_large_for_json_is_not_trained_as_null(folder: Folder) -> None:
     call = r'{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1e999}}}]}'
     folder.write("x.jsonl", f'{{"messages": [{{"role": "user", "content": "q"}}, {call}]}}')

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import bitsandbytes as bnb, torch, triton
-from stages.train import four_bit
+from stages.model import four_bit
 from stages.train import fp8
 from stages.generate import decode_attention
 torch.manual_seed(0)

@@ -25,10 +25,10 @@ from transformers import (
 
 from stages.core.problem import Problem
 from stages.model import compile as compile_module
+from stages.model import four_bit
 from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
-from stages.train import four_bit
 from stages.train import lora_layers as lora_layers_module
 from stages.train import loss as loss_module
 from stages.train.batches import split
@@ -75,9 +75,9 @@ def lora_layers(model: Any, *, fp8: bool = False, recompute: Recompute | None = 
     return LoraLayers(model, fp8=fp8, keep_dequantized=True, recompute=recompute or Recompute())
 
 
-def small(name: str) -> Callable[[], Any]:
+def small(name: str, **sizes: int) -> Callable[[], Any]:
     kind, config = CONFIGS[name]
-    return lambda: kind(config(**SIZES))
+    return lambda: kind(config(**SIZES | sizes))
 
 
 def custom(folder: Path) -> Callable[[], Any]:
@@ -92,6 +92,11 @@ def losses_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict
     loss = next_token_loss(*label_logits(model, batch), LABELS)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def validation_loss(model: Any, batch: dict[str, Any]) -> float:
+    with torch.no_grad():
+        return next_token_loss(*label_logits(model, batch), LABELS).item()
 
 
 def assert_close(found: Any, wanted: Any, rtol: float) -> None:
@@ -216,10 +221,6 @@ def test_errors_of_bfloat16_and_fp8_are_those_of_their_rounding() -> None:
 def test_fp8_is_only_used_in_training_and_by_all_layers_that_share_an_input_or_none() -> None:
     batch = collate_padded(ROWS)
 
-    def validation_loss(model: Any) -> float:
-        with torch.no_grad():
-            return next_token_loss(*label_logits(model, batch), LABELS).item()
-
     def classes(layers: LoraLayers, *projections: str) -> set[str]:
         return {type(layer).__name__ for name, layer in layers.layers.items() if name.endswith(projections)}
 
@@ -228,8 +229,8 @@ def test_fp8_is_only_used_in_training_and_by_all_layers_that_share_an_input_or_n
     all_in_fp8 = lora_layers(in_fp8, fp8=True)
     assert classes(all_in_fp8, "_proj") == {"_Fp8Weight"}
     assert all_in_fp8.without_fp8 == []
-    assert validation_loss(in_fp8) == validation_loss(plain), "validation measures the model that merge writes"
-    assert losses_and_gradients(in_fp8, batch)[0] != validation_loss(in_fp8)
+    assert validation_loss(in_fp8, batch) == validation_loss(plain, batch), "validation measures the model that merge writes"
+    assert losses_and_gradients(in_fp8, batch)[0] != validation_loss(in_fp8, batch)
 
     for block in odd.get_base_model().model.layers:
         block.self_attn.v_proj.base_layer.in_features = 60  # not a multiple of 16

@@ -184,11 +184,12 @@ def test_ctrl_c_is_no_traceback(
         RuntimeError(
             "[enforce fail at inline_container.cc:626] . PytorchStreamWriter failed writing file data/3: file write failed"
         ),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 208064 vs 207952"),
         ValueError(
             'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
         ),
     ],
-    ids=["torch", "safetensors"],
+    ids=["torch", "torch at the end of a file", "safetensors"],
 )
 def test_a_full_disk_that_a_library_words_in_its_own_way_is_the_same_message(
     here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception

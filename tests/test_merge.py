@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -17,12 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.core.provenance import verify
-from stages.core.tokens import read_tokens
+from stages.core.tokens import choose_rows, read_tokens
+from stages.merge import lora_weights as lora_weights_module
 from stages.merge import merge as module
 from stages.merge.lora_weights import LoraWeights
 from stages.merge.merge import Params, merge
-from stages.merge.parity import ModelOutputs, compare, greedy_agreement
+from stages.merge.parity import greedy_agreement, greedy_answer
+from stages.merge.training import read_training
 from stages.merge.weights import MergedWeights
+from stages.model import four_bit
+from stages.model.adapter import PEFT_PREFIX
+from stages.model.quantize import Quantization, load_quantized
+from stages.train.lora_layers import LoraLayers
+from stages.train.recompute import Recompute
 from tests.tiny import Workspace
 
 PARAMS = {"base": "dequantized", "max_mean_kl": 1e-3, "min_top1_agreement": 0.9, "min_greedy_agreement": 0.0}
@@ -93,6 +101,13 @@ def test_the_merged_model_is_the_trained_one(merging: Merge) -> None:
     assert report["trained_loss"] == pytest.approx(report["merged_loss"], abs=0.01)
     assert report["greedy_rows"] == ROWS
     assert 0 <= report["greedy_agreement"] <= 1
+    assert 0 <= report["median_kl"] <= report["p99_kl"] <= report["p99_9_kl"] <= report["max_kl"]
+    assert abs(report["mean_delta_p"]) <= report["rms_delta_p"] < 0.01
+    assert report["gain"] == pytest.approx(report["base_loss"] - report["trained_loss"])
+    assert report["gain"] > 2 * report["standard_errors"]["gain"]
+    assert report["recovery"] == pytest.approx(1, abs=0.1)
+    assert report["rows"] == ROWS
+    assert report["validation_rows"] == read_tokens(merging.tokens).num_rows
 
 
 def test_the_dequantized_base_is_closer_than_the_full_one(merging: Merge) -> None:
@@ -110,14 +125,13 @@ def test_greedy_answers_are_compared_token_for_token(merging: Merge) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32).eval()
     rows = read_tokens(merging.tokens).to_pylist()[:3]
-    outputs = ModelOutputs(model, rows, stops=[2])
-    assert [prompt for prompt, _ in outputs.answers] == [
+    answers = [greedy_answer(model, row, [2]) for row in rows]
+    assert [prompt for prompt, _ in answers] == [
         row["input_ids"][: next(n for n, label in enumerate(row["labels"]) if label != -100)] for row in rows
     ]
-    assert greedy_agreement(outputs, model) == 1.0
-    outputs.answers[0][1][-1] = (outputs.answers[0][1][-1] + 1) % 400
-    assert greedy_agreement(outputs, model) == pytest.approx(2 / 3)
-    assert compare(outputs, outputs)["mean_kl"] == 0
+    assert greedy_agreement(answers, model) == 1.0
+    answers[0][1][-1] = (answers[0][1][-1] + 1) % 400
+    assert greedy_agreement(answers, model) == pytest.approx(2 / 3)
 
 
 def test_provenance_and_manifest_name_every_file(workspace: Workspace) -> None:
@@ -131,25 +145,79 @@ def test_provenance_and_manifest_name_every_file(workspace: Workspace) -> None:
     }
 
 
-def test_rows_without_labelled_tokens_are_not_compared(merging: Merge, tmp_path: Path) -> None:
-    import pyarrow as pa
+def write_tokens(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for row in rows:  # in several batches
+            stream.write_table(pa.Table.from_pylist([row], schema=schema))
+    return path
 
+
+def test_rows_are_drawn_by_the_hash_of_their_ids_from_all_rows_with_labelled_tokens(merging: Merge, tmp_path: Path) -> None:
     table = read_tokens(merging.tokens)
     rows = table.to_pylist()
-    merging.tokens = tmp_path / "validation.arrow"
+    count = len(rows)
+    drawn = choose_rows([row["id"] for row in rows], ROWS)
+    assert max(drawn) >= ROWS, "not the first ones"
+    expected = sum(label != -100 for index in drawn for label in rows[index]["labels"])
+    assert merging.run()["tokens"] == expected
 
-    def write() -> None:
-        with pa.OSFile(str(merging.tokens), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(pa.Table.from_pylist(rows, schema=table.schema))
+    def compared() -> dict[str, Any]:
+        merging.tokens = write_tokens(tmp_path / "validation.arrow", rows, table.schema)
+        shutil.rmtree(merging.out)
+        return merging.run()
 
-    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
-    write()
-    assert merging.run()["rows"] == ROWS - 1
+    before = {index: rows[index]["labels"] for index in drawn}
+    for index in drawn[:2]:
+        rows[index] = rows[index] | {"labels": [-100] * len(rows[index]["labels"])}
+    report = compared()
+    assert report["rows"] == ROWS, "others are drawn for those without labels"
+    assert report["validation_rows"] == count
+    for index in before:
+        rows[index]["labels"] = before[index]
+    rows.reverse()
+    assert compared()["tokens"] == expected
     shutil.rmtree(merging.out)
-    for row in rows:
-        row["labels"] = [-100] * len(row["labels"])
-    write()
+    rows = [row | {"labels": [-100] * len(row["labels"])} for row in rows]
+    merging.tokens = write_tokens(tmp_path / "validation.arrow", rows, table.schema)
     assert "no row has labelled tokens to compare the models on" in merging.message()
+
+
+def test_the_hidden_states_are_removed_also_after_a_failure(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def fail(trained: Any, *_: Any) -> None:
+        kept.append(trained.hidden)
+        raise Problem("a failure")
+
+    monkeypatch.setattr(module, "compare", fail)
+    assert "a failure" in merging.message()
+    with pytest.raises(ValueError, match="closed file"):
+        kept[0][0]
+
+
+def test_a_model_that_is_not_all_in_memory_is_compared_with_one_base(
+    merging: Merge, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_memory = merging.run()
+    shutil.rmtree(merging.out)
+    monkeypatch.setattr(module, "load_model", load_partly_on_disk)
+    report = merging.run()
+    assert "only one merge.base is compared" in capsys.readouterr().out
+    assert "other_base" not in report
+    for name, value in report.items():
+        if isinstance(value, float):
+            assert value == pytest.approx(in_memory[name], rel=1e-3, abs=1e-6), name
+
+
+def load_partly_on_disk(folder: Path, _dtype: str) -> Any:
+    """The model with layers that are read from disk when they are used, as Accelerate does for one that is too large."""
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map=places | {"model.layers.1": "disk"}, offload_folder=folder / "offload"
+    )
+    assert model.get_parameter("model.layers.1.mlp.up_proj.weight").is_meta
+    shutil.rmtree(folder / "offload", ignore_errors=True)
+    return model.eval()
 
 
 # Weights
@@ -198,6 +266,52 @@ def test_layers_summed_in_float32_in_training_are_merged_the_same_way(merging: M
         rounded_once = torch.addmm(weight, lora_b, lora_a, alpha=scaling).to(original.dtype)
         assert not torch.equal(rounded_once, rounded_twice)
         assert torch.equal(merged[f"{layer}.weight"], rounded_once if layer in summed else rounded_twice), layer
+
+
+@pytest.mark.parametrize(("quantization", "on_cpu"), [("nf4", True), ("fp4", True), ("nf4", False), ("none", False)])
+def test_the_merged_weights_are_those_of_the_layers_in_training(merging: Merge, quantization: str, on_cpu: bool) -> None:
+    """Bit for bit. With `on_cpu` the layers keep their 4-bit weights, as on a GPU."""
+    settings = merging.training()["quantization"] | {"quantization": quantization}
+    trained = load_quantized(merging.base, Quantization.model_validate(settings), on_cpu=on_cpu)
+    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter))
+    layers = LoraLayers(adapted, fp8=False, keep_dequantized=False, recompute=Recompute())
+    assert len(layers.summed_in_float32) == (14 if on_cpu or (torch.cuda.is_available() and quantization == "nf4") else 0)
+    merging.edit(
+        "training.json",
+        quantization=settings,
+        quantized_layers=trained.layers,
+        summed_in_float32=layers.summed_in_float32,
+    )
+    training, lora = read_training(merging.adapter), LoraWeights(merging.adapter)
+    weights = MergedWeights(merging.base, lora, training=training, dequantized=True)
+    for name, layer in layers.layers.items():
+        merged = weights.read(name.removeprefix(PEFT_PREFIX) + ".weight")
+        assert torch.equal(merged, layer.weight().to(merged.dtype)), name
+
+
+def test_training_and_merging_call_the_same_function(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    add = four_bit.add_lora_to_4bit
+
+    def count(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(named["scaling"])
+        return add(*given, **named)
+
+    for place in (four_bit, lora_weights_module):
+        monkeypatch.setattr(place, "add_lora_to_4bit", count)
+    layers = merging.training()["quantized_layers"]
+    merging.edit("training.json", summed_in_float32=layers)
+    training, lora = read_training(merging.adapter), LoraWeights(merging.adapter)
+    weights = MergedWeights(merging.base, lora, training=training, dequantized=True)
+    name = f"{layers[0]}.weight"
+    weights.read(name)
+    assert calls == [lora.scaling[name]]
+    trained = load_quantized(merging.base, training.settings, on_cpu=True)
+    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter))
+    fast = LoraLayers(adapted, fp8=False, keep_dequantized=False, recompute=Recompute())
+    calls.clear()
+    fast.layers[PEFT_PREFIX + layers[0]].weight()
+    assert calls == [lora.scaling[name]]
 
 
 @pytest.mark.parametrize("rslora", [True, False])

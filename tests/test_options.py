@@ -7,14 +7,22 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model.collate import collate_padded
 from stages.model.logits import label_logits
-from stages.train.arguments import OWNED, PASSED_ON, field_names, make_arguments, parse_training_arguments
+from stages.train.arguments import (
+    OWNED,
+    PASSED_ON,
+    count_steps,
+    field_names,
+    make_arguments,
+    parse_training_arguments,
+    set_intervals,
+)
 from stages.train.checks import check_learning_rate
 from stages.train.loss import load_loss, next_token_loss
 from stages.train.train import MOVED, Params
@@ -315,6 +323,58 @@ def test_full_determinism_is_switched_on(workspace: Workspace, scratch: Path, mo
     assert set(seeds) == {0}
 
 
+# Steps
+
+
+def arguments(**given: Any) -> Any:
+    values = {"per_device_train_batch_size": 16, "num_train_epochs": 1, "report_to": [], "use_cpu": True, **given}
+    return TrainingArguments(output_dir="x", **values)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 48, 1129, 350_000])
+@pytest.mark.parametrize("share", [1e-7, 0.01, 0.05, 0.1, 0.3, 0.999])
+def test_a_share_of_the_steps_is_rounded_up_as_by_transformers(rows: int, share: float) -> None:
+    given = arguments(eval_steps=share, save_steps=2 * share if share < 0.5 else 7, logging_steps=3)
+    steps = count_steps(given, rows)
+    assert steps == -(-rows // 16)
+    state = TrainerState()
+    state.compute_steps(given, steps)
+    set_intervals(given, steps)
+    assert given.logging_steps == 3
+    for name in ("eval_steps", "save_steps"):
+        found, theirs = getattr(given, name), getattr(state, name)
+        assert isinstance(found, int)
+        assert found >= 1
+        assert found in (theirs, theirs - 1), "a whole number of steps is not rounded up"
+
+
+def test_steps_are_counted_as_the_trainer_does() -> None:
+    assert count_steps(arguments(num_train_epochs=2.5), 350_000) == 54_688
+    assert count_steps(arguments(max_steps=7), 350_000) == 7
+    given = arguments(eval_steps=0.07, save_steps=1, logging_steps=0.002)
+    set_intervals(given, 100)
+    assert (given.eval_steps, given.save_steps, given.logging_steps) == (7, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["logging_steps", "eval_steps", "save_steps"])
+def test_half_a_step_is_refused(workspace: Workspace, scratch: Path, name: str) -> None:
+    message = rf"params\.yaml: train\.{name}: found 2\.5; wanted a whole number of steps, or a share of all below 1"
+    with pytest.raises(Problem, match=message):
+        run(workspace, scratch, **{name: 2.5})
+
+
+def test_a_run_of_three_steps_has_three_validations_and_ends_as_with_whole_numbers(
+    workspace: Workspace, scratch: Path
+) -> None:
+    three = {"training_arguments": {"max_steps": 3}}
+    shares = run(workspace, scratch / "a", eval_steps=0.1, save_steps=0.05, logging_steps=0.01, **three)
+    whole = run(workspace, scratch / "b", eval_steps=1, save_steps=1, logging_steps=1, **three)
+    for name in ("report.json", "loss/train.csv", "loss/validation.csv", "adapter/adapter_model.safetensors"):
+        assert (shares / name).read_bytes() == (whole / name).read_bytes(), name
+    steps = [line.split(",")[0] for line in (shares / "loss/validation.csv").read_text().splitlines()[1:]]
+    assert steps == ["0", "1", "2", "3"]
+
+
 # Options
 
 
@@ -332,10 +392,20 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(workspace: Workspa
     assert found["steps"] < 6 * -(-found["rows"] // 4)
 
 
-def test_the_best_checkpoint_needs_the_loss_of_each_checkpoint(workspace: Workspace, scratch: Path) -> None:
-    best_at_end = {"training_arguments": {"load_best_model_at_end": True}}
-    with pytest.raises(Problem, match=r"train\.save_steps: 3 is not a multiple of train\.eval_steps, 2; load_best"):
-        run(workspace, scratch, eval_steps=2, save_steps=3, **best_at_end)
+@pytest.mark.parametrize(("evaluate", "save", "best"), [(2, 50, 4), (3, 4, 6), (0.2, 0.3, 4)])
+def test_the_best_model_has_a_checkpoint_whatever_save_steps_is(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch, evaluate: float, save: float, best: int
+) -> None:
+    def measure(trainer: Any) -> dict[str, float]:
+        return {"loss": abs(trainer.state.global_step - 5), "token_accuracy": 0.0}
+
+    monkeypatch.setattr("stages.train.trainer.AdapterTrainer._measure", measure)
+    best_at_end = {"training_arguments": {"load_best_model_at_end": True, "max_steps": 10}}
+    out = run(workspace, scratch, eval_steps=evaluate, save_steps=save, **best_at_end)
+    assert report(out)["best_step"] == best
+
+
+def test_parameters_that_exclude_each_other_are_refused(workspace: Workspace, scratch: Path) -> None:
     with pytest.raises(Problem, match=r"train\.gradient_checkpointing: must be false for prefix_tuning: "):
         run(workspace, scratch, method="prefix_tuning", gradient_checkpointing=True)
 
@@ -382,8 +452,14 @@ def test_token_rows_are_those_of_the_table(workspace: Workspace) -> None:
         assert row["input_ids"].tolist() == expected[number]["input_ids"]
         assert row["labels"].tolist() == expected[number]["labels"]
     assert rows.lengths.tolist() == [len(row["input_ids"]) for row in expected]
-    assert rows.label_tokens == sum(label != -100 for row in expected for label in row["labels"])
+    assert rows.label_counts.tolist() == [sum(label != -100 for label in row["labels"]) for row in expected]
+    assert rows.label_tokens == sum(rows.label_counts)
     assert rows[len(expected)]["labels"].tolist() == [-100]
+    some = TokenRows(table, [1, 4, 5])
+    assert [some[number]["id"] for number in range(len(some))] == [expected[number]["id"] for number in (1, 4, 5)]
+    assert some.lengths.tolist() == [len(expected[number]["input_ids"]) for number in (1, 4, 5)]
+    assert some.label_tokens == sum(label != -100 for number in (1, 4, 5) for label in expected[number]["labels"])
+    assert some[3]["labels"].tolist() == [-100]
 
 
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient(tiny_model: Path) -> None:

@@ -49,6 +49,7 @@ READ_BY = {
     "stages/core/": ALL,
     # ... and model what loads a model, except for these.
     "stages/model/": MODELS,
+    "stages/core/disk.py": {"fetch", "fetch_data", "train", "merge"},
     "stages/core/tokens.py": ENCODED,
     "stages/model/adapter.py": {"train", "merge"},
     "stages/model/checkpoints.py": {"train"} | GENERATE,
@@ -56,6 +57,7 @@ READ_BY = {
     "stages/model/distributed.py": {"train"} | GENERATE,
     "stages/model/limits.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
+    "stages/model/four_bit.py": {"train", "merge"},
     "stages/model/lora.py": {"train", "merge"},
     "stages/model/quantize.py": {"train", "merge"},
     "stages/model/shared_inputs.py": {"train"} | GENERATE,
@@ -66,6 +68,7 @@ READ_BY = {
     "stages/templates/human_assistant.jinja": set(),
     "stages/templates/join.jinja": set(),
     "stages/templates/join_eos.jinja": set(),
+    "stages/commands/": set(),
     "README.md": set(),
 }
 
@@ -363,7 +366,7 @@ def strip_text(tree: ast.Module) -> ast.Module:
 
 def test_the_folder_of_stages_holds_the_stages_what_they_share_and_what_users_change() -> None:
     rooms = {path.name for path in (PROJECT / "stages").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms == {*SPEC, "core", "model", "losses", "templates"}
+    assert rooms == {*SPEC, "core", "model", "losses", "templates", "commands"}
     assert {file.name for file in (PROJECT / "stages").glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
@@ -404,7 +407,7 @@ def test_nothing_that_a_user_writes_reaches_a_shell() -> None:
 
 
 OPTIONAL = {"triton", "vllm"}  # come with PyTorch for GPUs, or are asked for by name
-DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "rouge_score": "rouge-score"}
+DISTRIBUTIONS = {"ruamel": "ruamel.yaml"}
 
 
 def test_what_is_imported_directly_is_pinned_in_requirements() -> None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from stages.score.baselines import NearestPrompt
+import numpy as np
+
+from stages.score.nearest import PromptIndex, find_pairs
 from tests.tiny import PROJECT, sample
 
 
@@ -28,6 +30,8 @@ def test_two_thirds_of_the_rows_are_chinese_and_every_answer_is_a_json_object() 
 def test_the_nearest_prompt_rarely_has_the_right_answer() -> None:
     rows = sample().rows("zh")
     known, queries = rows[:700], rows[700:]
-    nearest = NearestPrompt([row["input"] for row in known])
-    correct = sum(known[nearest.find(row["input"])]["output"] == row["output"] for row in queries)
+    questions = find_pairs([row["input"] for row in queries])
+    nearest = PromptIndex([row["input"] for row in known]).improve(questions, np.zeros(len(queries))).number
+    assert (nearest >= 0).all()
+    correct = sum(known[number]["output"] == row["output"] for number, row in zip(nearest, queries, strict=True))
     assert correct / len(queries) < 0.1

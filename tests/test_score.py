@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import random
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -9,22 +12,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import jieba
 import numpy as np
 import pytest
-from sacrebleu.metrics import CHRF
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
-from stages.score import intervals
+from stages.score import baselines
 from stages.score import judge as judge_module
-from stages.score.baselines import NearestPrompt, most_frequent_answer, nearest_answers
+from stages.score import report as report_module
+from stages.score import rows as rows_module
+from stages.score.baselines import find_baselines
 from stages.score.calls import Call
-from stages.score.intervals import RESAMPLES, Interval, mean_interval
+from stages.score.intervals import RESAMPLES, Interval, mean_interval, mean_intervals
 from stages.score.judge import Judge
-from stages.score.metrics import METRICS, bleu_signature, score_answer
+from stages.score.metrics import METRICS, bleu_signature, is_chinese, score_answer
+from stages.score.metrics import split as split_tokens
+from stages.score.nearest import PromptIndex, find_pairs
 from stages.score.perplexity import TextLoss, measure_perplexity
 from stages.score.predictions import LISTED_LINES, Predictions, read_predictions
+from stages.score.report import thin
 from stages.score.score import Params, score
+from stages.score.workers import run_tasks
 from tests.tiny import Workspace
 
 
@@ -56,50 +67,139 @@ def bootstrap_in_a_loop(values: list[float]) -> Interval:
     return Interval(float(data.mean()), float(low), float(high))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 50, 129, 399, 400, 1000, 2000])
-@pytest.mark.parametrize("kind", ["fractions", "shares", "differences", "equal"])
-def test_intervals_are_those_of_the_plain_loop_to_the_last_bit(
-    count: int, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 50, 129, 400, 2000])
+def test_intervals_are_those_of_the_plain_loop(count: int) -> None:
     rng = np.random.default_rng(count)
-    arrays = {
-        "fractions": rng.random(count),
+    columns = {
         "shares": (rng.random(count) < 0.45).astype(float),
+        "none": np.zeros(count),
+        "fractions": rng.random(count),
         "differences": rng.random(count) - rng.random(count),
-        "equal": np.full(count, 0.1),
+        "few": np.where(np.arange(count) % 3, np.nan, rng.random(count)),
+        "no value": np.full(count, np.nan),
     }
-    values = arrays[kind].tolist()
     assert RESAMPLES == 2000
-    assert mean_interval(values) == bootstrap_in_a_loop(values)
-    monkeypatch.setattr(intervals, "BATCH_VALUES", 700 * count)  # the last batch is smaller than the others
-    assert mean_interval(values) == bootstrap_in_a_loop(values)
+    found = dict(zip(columns, mean_intervals(np.stack([*columns.values()], 1)), strict=True))
+    for name, values in columns.items():
+        kept = values[~np.isnan(values)].tolist()
+        wanted = bootstrap_in_a_loop(kept) if kept else None
+        if name in ("shares", "none", "no value"):  # to the last bit, which decides the printed digit of 181 of 400
+            assert found[name] == wanted
+        else:
+            assert found[name] == pytest.approx(wanted, rel=0, abs=1e-9)
+        assert mean_interval(kept) == found[name]
 
 
-def test_nearest_prompt_by_shared_character_pairs() -> None:
-    known = ["abcd", "abxy", "中文很好", "z", ""]
-    nearest = NearestPrompt(known)
-    assert [known[nearest.find(text)] for text in ("abcx", "xabx", "中文", "z")] == ["abcd", "abxy", "中文很好", "z"]
-    assert NearestPrompt(["same", "same"]).find("same") == 0
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abc"), 6)) for _ in range(50)]
-    nearest = NearestPrompt(words)
-
-    def dice(a: str, b: str) -> float:
-        x, y = ({text[i : i + 2] for i in range(5)} for text in (a, b))
-        return 2 * len(x & y) / (len(x) + len(y))
-
-    for text in words[:10]:
-        query = text[::-1]
-        assert dice(query, words[nearest.find(query)]) == max(dice(query, word) for word in words)
+def dice(a: str, b: str) -> float:
+    x, y = ({text[at : at + 2] for at in range(max(1, len(text) - 1))} for text in (a, b))
+    return 2 * len(x & y) / (len(x) + len(y))
 
 
-def test_answers_of_the_baselines() -> None:
-    examples = [
-        {"messages": [{"content": prompt}, {"content": answer}]}
-        for prompt, answer in (("two apples", "apple"), ("a red car", "car"), ("two pears", "apple"), ("my bike", "bike"))
+@pytest.mark.parametrize("alphabet", ["ab", "abcdefgh ", "我想买三个苹果的一是", "a我😀\n"])
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_the_nearest_text_is_that_of_the_plain_loop(alphabet: str, size: int) -> None:
+    rng = random.Random(0)
+
+    def texts(count: int) -> list[str]:
+        return ["".join(rng.choices(alphabet, k=rng.choice((0, 1, 2, 5, 9, 30)))) for _ in range(count)]
+
+    known = texts(200)
+    questions = [*texts(60), *known[:5], "", "z", "zz"]
+    pairs, similarity, number = find_pairs(questions), np.zeros(len(questions)), np.full(len(questions), -1)
+    for start in range(0, len(known), size):  # in several indices, as a long file is read
+        found = PromptIndex(known[start : start + size]).improve(pairs, similarity)
+        similarity, number = found.similarity, np.where(found.number < 0, number, found.number + start)
+    for at, question in enumerate(questions):
+        similarities = [dice(question, text) for text in known]
+        assert similarity[at] == max(similarities)
+        if similarity[at]:
+            assert number[at] == similarities.index(max(similarities)), "the first of equal ones"
+        else:
+            assert number[at] == -1
+
+
+def write_examples(path: Path, turns: list[tuple[str, str]]) -> None:
+    lines = [{"messages": [{"content": prompt}, {"content": answer}]} for prompt, answer in turns]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"text": "raw text"}, *lines]))
+
+
+def answers_at(path: Path, places: list[int]) -> list[str]:
+    data = path.read_bytes()
+    return [json.loads(data[place:].split(b"\n")[0])["messages"][1]["content"] for place in places]
+
+
+@pytest.mark.parametrize(("part", "index", "group"), [(2**25, 2**22, 2**23), (50, 2**22, 2**23), (2**25, 9, 5), (1, 1, 1)])
+def test_answers_of_the_baselines_wherever_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, index: int, group: int
+) -> None:
+    monkeypatch.setattr(baselines, "PART_BYTES", part)
+    monkeypatch.setattr(baselines, "INDEX_CHARACTERS", index)
+    monkeypatch.setattr(baselines, "QUESTION_CHARACTERS", group)
+    path = tmp_path / "train.jsonl"
+    turns = [
+        ("two apples", "apple"),
+        ("a red car", "car"),
+        ("two pears", "pear"),
+        ("a red car", "pear"),
+        ("my bike", "apple"),
     ]
-    assert most_frequent_answer(examples).text == "apple"
-    assert [answer.text for answer in nearest_answers(examples, ["red cars", "bikes"])] == ["car", "bike"]
+    write_examples(path, turns)
+    found = find_baselines(path, iter(["red cars", "bikes", "ZZ", "two"]))
+    assert found is not None
+    assert answers_at(path, [found.most_frequent]) == ["apple"], "as many as pear, and earlier"
+    assert answers_at(path, found.nearest.tolist()) == ["car", "apple", "apple", "pear"]
+    path.write_text('{"text": "raw text"}\n')
+    assert find_baselines(path, ["a"]) is None
+
+
+def test_tasks_in_other_processes_give_the_same_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    wanted = [5 * number for number in range(40)]
+    assert [*run_tasks(int.__mul__, range(40), shared=5, alone=True)] == wanted
+    assert [*run_tasks(int.__mul__, range(40), shared=5, alone=False)] == wanted
+    with pytest.raises(Problem, match=r"a worker process was killed, probably because memory ran out"):
+        [*run_tasks(os_exit, range(40), shared=5, alone=False)]
+
+
+def os_exit(shared: int, task: int) -> None:
+    os._exit(shared)
+
+
+ALPHABETS = (
+    "abc de fg  hi.,-1234567890 .,!?-{}[]&~`'\"@/ \n\t",
+    "我想买三个苹果的一是在不了有和人这中大为上，。、：；！？“”‘’—…　（）",
+    "abc我想.,1,2 -3-4 买.三，5.6。 &amp;&quot;<skipped>-\n",
+    "éàüñ日本語かな한국어😀\u2001\u2028\u200b\u3000\u2a6d\u2a6e\u2f81ﾊ",
+)
+
+
+@pytest.mark.parametrize("alphabet", [*ALPHABETS, "".join(ALPHABETS)])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 9, 60, 400])
+def test_metrics_are_those_of_the_libraries_to_the_last_bit(alphabet: str, length: int) -> None:
+    class Tokens:
+        def tokenize(self, text: str) -> list[str]:
+            return list(split_tokens(text))
+
+    class Words:
+        def tokenize(self, text: str) -> list[str]:
+            return [word for word in jieba.lcut(text.lower()) if split_tokens(word)]
+
+    rng = random.Random(length)
+    for _ in range(3):
+        reference = "".join(rng.choices(alphabet, k=length))
+        others = "".join(rng.choices(alphabet, k=length)), reference[length // 3 :] + reference[: length // 2], "", alphabet
+        for answer in (reference, *others):
+            found = score_answer(reference, answer, finish_reason="stop")
+            rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Tokens()).score(reference, answer)
+            bleu = BLEU(tokenize="zh" if is_chinese(reference) else "13a", effective_order=True)
+            assert [found[name] for name in ("rouge_1", "rouge_2", "rouge_l", "chrf", "bleu")] == [
+                *(rouge[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")),
+                CHRF().sentence_score(answer, [reference]).score / 100,
+                bleu.sentence_score(answer, [reference]).score / 100,
+            ]
+            if is_chinese(reference):
+                words = RougeScorer(["rougeL"], tokenizer=Words()).score(reference, answer)["rougeL"].fmeasure
+                assert found["rouge_l_words"] == words
 
 
 @pytest.mark.parametrize(
@@ -138,30 +238,41 @@ class Inputs:
         self.losses: dict[str, list[dict[str, Any]]] = {"base": [], "merged": []}
         self.examples = workspace.root / "data/examples"
         self.encode: dict[str, Any] = {}
+        self.train: dict[str, Any] = {}
+        self.prompts = 2
+        self.summary = ""
 
     def score(self, **given: Any) -> dict[str, Any]:
         for system, rows in self.rows.items():
             (self.root / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             (self.root / f"{system}.text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.losses[system]))
+            extra = json.loads(
+                (self.workspace.root / f"data/predictions/{system}.prompts.jsonl").read_text().splitlines()[0]
+            )
+            lines = (json.dumps(extra | {"id": f"prompt {number}"}) + "\n" for number in range(self.prompts))
+            (self.root / f"{system}.prompts.jsonl").write_text("".join(lines))
         project = self.workspace.root
         reports = self.root / "reports"
         shutil.copytree(project / "reports", reports, dirs_exist_ok=True)
-        encode = json.loads((project / "reports/encode.json").read_text(encoding="utf-8"))
-        (reports / "encode.json").write_text(json.dumps(encode | self.encode))
-        score(
+        for stage, edit in (("encode", self.encode), ("train", self.train)):
+            found = json.loads((project / f"reports/{stage}.json").read_text(encoding="utf-8"))
+            (reports / f"{stage}.json").write_text(json.dumps(found | edit))
+        done = score(
             Params(**{"judge_url": "", "judge_model": "m", "judge_rows": 5} | given),
             examples=self.examples,
             base_predictions=self.root / "base.jsonl",
             merged_predictions=self.root / "merged.jsonl",
-            base_extra=project / "data/predictions/base.prompts.jsonl",
-            merged_extra=project / "data/predictions/merged.prompts.jsonl",
+            base_extra=self.root / "base.prompts.jsonl",
+            merged_extra=self.root / "merged.prompts.jsonl",
             base_text=self.root / "base.text.jsonl",
             merged_text=self.root / "merged.text.jsonl",
             reports=reports,
             metrics=self.root / "score.json",
             bars=self.root / "scores.csv",
             page=self.root / "report.html",
+            rows=self.root / "rows.csv",
         )
+        self.summary = done.summary
         metrics: dict[str, Any] = json.loads((self.root / "score.json").read_text())
         return metrics
 
@@ -235,17 +346,104 @@ def test_answers_to_unknown_rows_are_reported(inputs: Inputs) -> None:
     assert not (inputs.root / "score.json").exists()
 
 
-def test_missing_and_edited_rows_are_reported(inputs: Inputs) -> None:
-    count = len(inputs.rows["base"])
-    for rows in inputs.rows.values():
-        del rows[2]  # in both files, which then have the same ids
+def test_edited_rows_are_reported(inputs: Inputs) -> None:
     inputs.rows["merged"][0]["reference"] += "!"
     with pytest.raises(Problem) as caught:
         inputs.score()
-    for system, message in zip(("base", "merged"), caught.value.messages, strict=False):
-        assert f"{system}.jsonl: {count - 1} rows, but there are {count} test prompts; generate the answers again" in message
-    assert f"1 rows differ in `reference`, the first is {inputs.rows['merged'][0]['id']}" in caught.value.messages[2]
+    [message] = caught.value.messages
+    assert f"1 rows differ in `reference`, the first is {inputs.rows['merged'][0]['id']}" in message
     assert not (inputs.root / "score.json").exists()
+
+
+def test_fewer_answers_than_test_rows_are_counted(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = len(inputs.rows["base"]) - 2
+    inputs.encode = {"test_rows": 125_000}
+    for each in inputs.rows.values():
+        del each[2:4]  # in both files, which then have the same ids
+    inputs.rows["base"].reverse()
+    inputs.score()
+    count = f"{wanted} of 125,000 test rows"
+    assert f"{count}, mean and 95 % interval, in percent" in capsys.readouterr().out
+    assert inputs.summary.startswith(f"{count}; open ")
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert f"<h2>Scores on {count}, in percent" in page
+    with (inputs.root / "rows.csv").open(encoding="utf-8-sig", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["id"], row["reference"], row["fine_tuned"]) for row in table] == [
+        (row["id"], row["reference"], row["answer"]) for row in inputs.rows["merged"]
+    ]
+    for row in table:
+        assert float(row["fine_tuned_exact_match"]) == (row["fine_tuned"].strip() == row["reference"].strip())
+        chrf = score_answer(row["reference"], row["base"], finish_reason="stop")["chrf"]
+        assert float(row["base_chrf"]) == pytest.approx(chrf, abs=1e-3)
+        assert row["base_call_exact"] == ""
+
+
+def test_a_text_of_which_a_part_was_read_is_counted(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.rows = {"base": [], "merged": []}
+    inputs.losses = dict.fromkeys(("base", "merged"), losses([("a", 10, 20.0), ("b", 5, 9.0)]))
+    inputs.encode = {"test_rows": 0, "test_text_windows": 9}
+    inputs.examples = tmp_path / "examples"
+    inputs.examples.mkdir()
+    lines = (json.dumps({"id": name, "source": "a.txt", "format": "text", "text": "once"}) + "\n" for name in "abcdefg")
+    (inputs.examples / "test.jsonl").write_text("".join(lines))
+    (inputs.examples / "train.jsonl").write_text("\n")
+    inputs.score()
+    assert inputs.summary.startswith("2 of 7 raw texts; open ")
+    assert "in 2 of 7 raw texts of the test split" in (inputs.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_says_how_many_validation_rows_were_used(inputs: Inputs) -> None:
+    inputs.train = {"eval_rows": 1000, "validation_rows": 25_549}
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert "after, on 1,000 of 25,549 validation rows.</p>" in page
+
+
+def test_processes_give_the_same_files_as_one(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for least in (10_000, 1):
+        monkeypatch.setattr(rows_module, "MIN_ROWS", least)
+        monkeypatch.setattr(rows_module, "CHUNK_ROWS", 3)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+        inputs.score()
+        names = ("score.json", "scores.csv", "rows.csv", "report.html")
+        found.append([(inputs.root / name).read_bytes() for name in names])
+    assert found[0] == found[1]
+
+
+def test_the_report_of_many_rows_stays_small(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = len(inputs.rows["merged"])
+    monkeypatch.setattr(report_module, "MAX_ROWS", count - 1)
+    monkeypatch.setattr(report_module, "SHOWN", {"worst": 2, "best": 1, "random": 3})
+    monkeypatch.setattr(report_module, "SHOWN_PROMPTS", 1)
+    monkeypatch.setattr(report_module, "MAX_TEXT_BYTES", 2000)
+    inputs.prompts = 3000
+    right, wrong = inputs.rows["merged"][4], inputs.rows["merged"][5]
+    for row in inputs.rows["merged"]:
+        row["answer"] = row["reference"][:-1] + "&" * 1000
+    right["answer"], wrong["answer"] = right["reference"], ""
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    kinds = re.findall('<section class="row" data-kind="(.*)">', page)
+    assert kinds[0] == "worst wrong"
+    assert kinds[-1] == "best right"
+    assert sorted(kinds) == ["best right", *["random wrong"] * 3, *["worst wrong"] * 2]
+    assert f"The 2 worst, 1 best and 3 random rows of {count}, by exact match and chrF of the fine-tuned model." in page
+    assert f"in {inputs.root}/rows.csv, whole answers in {inputs.root}/merged.jsonl." in page
+    assert f"The first 1 of 3,000; all answers are in {inputs.root}/merged.prompts.jsonl." in page
+    assert page.count('<section class="extra row">') == 1
+    assert "more characters</span></pre>" in page
+    assert len("".join(re.findall("&amp;", page))) < 2000
+
+
+def test_a_line_with_many_points_is_drawn_by_few() -> None:
+    points = [(float(step), 1 / (1 + step) + (step == 777)) for step in range(100_000)]
+    drawn = thin([*points, (100_000.0, float("nan"))])
+    assert len(drawn) <= 800
+    assert drawn == sorted(set(drawn))
+    assert {points[0], points[777], points[-1]} <= set(drawn)
+    assert thin(points[:500]) == points[:500]
 
 
 def test_chinese_is_scored_by_characters_and_by_words() -> None:
@@ -278,12 +476,10 @@ def test_repetition_and_distinct_2() -> None:
 
 
 def test_bleu_is_that_of_sacrebleu_and_has_its_signature() -> None:
-    from sacrebleu.metrics import BLEU
-
     wanted = BLEU(tokenize="zh", effective_order=True).sentence_score("我要买三个苹果", ["我想买三个苹果"]).score / 100
     assert score_answer("我想买三个苹果", "我要买三个苹果", finish_reason="stop")["bleu"] == pytest.approx(wanted)
-    assert "tok:zh" in bleu_signature(["a", "中"])
-    assert "tok:13a" in bleu_signature(["a"])
+    assert "tok:zh" in bleu_signature(chinese=True)
+    assert "tok:13a" in bleu_signature(chinese=False)
 
 
 def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Inputs) -> None:
@@ -415,7 +611,6 @@ def test_extra_answers_to_other_prompts_are_reported_with_the_rest(files: Files)
     files.edit("base.jsonl", lambda data: data.partition(b"\n")[2])
     files.edit("base.prompts.jsonl", lambda data: data.replace(b"row 7", b"row 9"))
     assert files.messages() == [
-        "base.jsonl: 7 rows, but there are 8 test prompts",
         "base.jsonl and merged.jsonl: 1 rows are in only one of the files, the first is row 0",
         "base.prompts.jsonl and merged.prompts.jsonl: 2 rows are in only one of the files, the first is row 7",
     ]
@@ -761,7 +956,7 @@ def test_a_project_of_raw_text_alone_is_scored(inputs: Inputs, tmp_path: Path, c
     page = (inputs.root / "report.html").read_text(encoding="utf-8")
     for text in ("test rows", "side by side", "BLEU", "<script>", "None"):
         assert text not in page, text
-    assert "in 2 documents of the test split" in page
+    assert "in 2 raw texts of the test split" in page
     assert len((inputs.root / "scores.csv").read_text().splitlines()) == 3
     printed = capsys.readouterr().out
     assert "test rows" not in printed

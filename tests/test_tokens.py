@@ -56,4 +56,5 @@ def test_chosen_rows_are_stable_and_spread() -> None:
     kept = {more[index] for index in choose_rows(more, 100)}
     assert kept - chosen == {name for name in kept if name.startswith("new")}
     assert 30 < len(kept & chosen) < 70
-    assert choose_rows(ids, 0) == choose_rows(ids, 1000) == list(range(1000))
+    assert choose_rows(ids, 0) == choose_rows(ids, 1000) == choose_rows(iter(ids), 2000) == list(range(1000))
+    assert choose_rows(iter(ids), 100) == choose_rows(ids, 100)

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from stages.core.problem import Problem
-from stages.core.tokens import IGNORE, read_tokens
+from stages.core.tokens import IGNORE, TRAINING, choose_rows, open_tokens, read_ids, read_tokens
 from stages.model.adapter import find_targets
 from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
@@ -23,7 +25,10 @@ from stages.train.batches import Shuffled, validation_batches
 from stages.train.callbacks import Progress
 from stages.train.coverage import describe_gaps
 from stages.train.loss import next_token_loss
-from tests.runs import run
+from stages.train.train import train
+from stages.train.trainer import AdapterTrainer
+from stages.train.validation import describe_validation
+from tests.runs import INPUTS, params, paths, run
 from tests.tiny import Workspace
 
 ROWS = [
@@ -96,6 +101,82 @@ def test_all_processes_get_the_same_number_of_validation_batches() -> None:
     assert list(validation_batches(lengths, 2, process=0, processes=1)) == [[1, 3], [4, 2], [0]]
     both = [list(validation_batches(lengths, 2, process=process, processes=2)) for process in (0, 1)]
     assert both == [[[1, 3], [0]], [[4, 2], [5]]], "5 is the empty row"
+
+
+# Validation
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_loss_is_measured_on_rows_chosen_by_their_ids(workspace: Workspace, scratch: Path, processes: int) -> None:
+    table = read_tokens(workspace.root / INPUTS[1])
+    chosen = [table["id"][index].as_py() for index in choose_rows(read_ids(table), 3)]
+    some = scratch / "validation.arrow"
+    with open_tokens(some, TRAINING, [2]) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist([r for r in table.to_pylist() if r["id"] in chosen], schema=TRAINING))
+    few = {"training_arguments": {"max_steps": 2}, "eval_steps": 1, "num_processes": processes}
+    reports = []
+    for name, rows, at_most in (("all", None, 0), ("some", None, 3), ("only", some, 0)):
+        given = paths(workspace, scratch / name)
+        train(params(workspace, max_eval_samples=at_most, **few), **given | ({"validation_tokens": rows} if rows else {}))
+        reports.append(json.loads((scratch / name / "report.json").read_text()))
+    assert [(found["eval_rows"], found["validation_rows"]) for found in reports] == [
+        (len(table), len(table)),
+        (3, len(table)),
+        (3, 3),
+    ]
+    figures = [{name: value for name, value in found.items() if name.startswith("validation_")} for found in reports]
+    for found in figures:
+        del found["validation_rows"]
+    assert figures[1] == figures[2] != figures[0]
+
+
+def test_the_last_step_is_validated_once(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    measure = AdapterTrainer._measure
+
+    def counted(trainer: AdapterTrainer) -> dict[str, float]:
+        steps.append(trainer.state.global_step)
+        return measure(trainer)
+
+    monkeypatch.setattr(AdapterTrainer, "_measure", counted)
+    run(workspace, scratch / "a", eval_steps=2, training_arguments={"max_steps": 5})
+    assert steps == [0, 2, 4, 5]
+    steps.clear()
+    best = {"max_steps": 4, "load_best_model_at_end": True}
+    run(workspace, scratch / "b", eval_steps=2, training_arguments=best)
+    assert steps == [0, 2, 4, 4], "the weights of the best step are measured again"
+
+
+class EqualRows:
+    """Rows of 230 tokens."""
+
+    def __init__(self, count: int) -> None:
+        self.lengths = np.full(count, 230)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def validation_lines(evaluate: int, *, used: int = 1000, all_rows: int = 25_549) -> list[str]:
+    arguments: Any = SimpleNamespace(eval_steps=evaluate, per_device_train_batch_size=16, world_size=1)
+    rows: list[Any] = [EqualRows(350_000), EqualRows(used)]
+    return describe_validation(arguments, steps=21_875, rows=rows[0], validation_rows=rows[1], all_rows=all_rows)
+
+
+def test_a_line_says_what_validation_costs_and_a_second_one_what_makes_it_cheaper() -> None:
+    assert validation_lines(2188) == [
+        "validation on 1,000 of 25,549 rows, every 2,188 of 21,875 steps: 11 times 230,000 tokens, 3.1 % of the number that "
+        "is trained on"
+    ]
+    first, second = validation_lines(25, used=25_549)
+    assert first == (
+        "validation on 25,549 rows, every 25 of 21,875 steps: 876 times 5,876,270 tokens, 6394.5 % of the number that is "
+        "trained on"
+    )
+    assert second == "validation adds about 3197 % to the time; lower train.max_eval_samples, or raise train.eval_steps"
+    assert len(validation_lines(2188, used=25_549)) == 2
+    assert len(validation_lines(25)) == 2
+    assert len(validation_lines(2188, used=80, all_rows=80)) == 1
 
 
 # Padding-free rows

@@ -11,28 +11,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import networkx as nx
-from dvc.repo import Repo
-from dvc.utils import strictyaml
 from ruamel.yaml import YAML
-
-_parse_yaml = strictyaml.parse_yaml
-
-
-@lru_cache(maxsize=8)
-def _parsed(text: str) -> Any:
-    return _parse_yaml(text, "")
-
-
-# DVC reads dvc.yaml and dvc.lock anew at every question, in pure Python, and the tests ask over a hundred.
-strictyaml.parse_yaml = lambda text, path, typ="safe": (
-    copy.deepcopy(_parsed(text)) if typ == "safe" else _parse_yaml(text, path, typ)
-)
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -73,26 +57,30 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder: Path, seed: int = 0) -> None:
-    """A Llama of two layers, 64 wide (one block of NF4), with tied embeddings, random and in bfloat16; and its tokenizer."""
+def make_model(folder: Path, seed: int = 0, **given: Any) -> None:
+    """A Llama of two layers, 64 wide (one block of NF4), with tied embeddings, random and in bfloat16; and its tokenizer.
+
+    `given` are other values for LlamaConfig, for example another width.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     make_tokenizer(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,  # so that it has opinions, which merging could change
-    )
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,  # so that it has opinions, which merging could change
+    }
+    config = LlamaConfig(**settings | given)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -180,11 +168,39 @@ def overlay(base: Any, patch: Any, at: str = "") -> None:
             base[key] = value
 
 
-class Workspace:
+class ProjectFolder:
+    """A project folder with a params.yaml, which may be all that it has."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.yaml = root, YAML()
+
+    def params(self) -> Any:
+        return self.yaml.load(self.root / "params.yaml")
+
+    def write(self, params: Any) -> None:
+        self.yaml.dump(params, self.root / "params.yaml")
+
+
+def read_params() -> Any:
+    """The project's params.yaml."""
+    return YAML().load(PROJECT / "params.yaml")
+
+
+def params_of_tests() -> Any:
+    """params.yaml with the values of tests/fixtures/params.yaml."""
+    params = read_params()
+    overlay(params, YAML(typ="safe").load(PROJECT / "tests" / "fixtures" / "params.yaml"))
+    return params
+
+
+class Workspace(ProjectFolder):
     """A throw-away copy of the project: the same dvc.yaml and code, small data and a tiny model."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        self.root, self.yaml = root, YAML()
+        super().__init__(root)
+        from dvc.repo import Repo
+
+        _cache_parsed_yaml()
         listed = subprocess.check_output(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, text=True
         )
@@ -200,17 +216,10 @@ class Workspace:
         shutil.copytree(model, root / "tiny")
         write_raw(root / "data" / "raw")
         Repo.init(str(root), no_scm=True)
-        params = self.params()
-        overlay(params, YAML(typ="safe").load(PROJECT / "tests" / "fixtures" / "params.yaml"))
+        params = params_of_tests()
         params["fetch"]["revision"] = folder_hash(root / "tiny")
         self.write(params)
         self.repo = Repo(str(root))
-
-    def params(self) -> Any:
-        return self.yaml.load(self.root / "params.yaml")
-
-    def write(self, params: Any) -> None:
-        self.yaml.dump(params, self.root / "params.yaml")
 
     @contextlib.contextmanager
     def edited(self, *files: str) -> Iterator[None]:
@@ -231,11 +240,15 @@ class Workspace:
     @cached_property
     def graph(self) -> Any:
         """The stages by name, with an edge from each to those that it needs."""
+        import networkx as nx
+
         with contextlib.chdir(self.root):
             return nx.relabel_nodes(self.repo.index.graph, lambda stage: stage.addressing)
 
     def stale(self) -> tuple[set[str], set[str]]:
         """The stages that are out of date by themselves, and those together with all that come after them."""
+        import networkx as nx
+
         with contextlib.chdir(self.root):
             direct = set(self.repo.status())
             below = {after for name in direct for after in nx.ancestors(self.graph, name)}
@@ -247,6 +260,18 @@ class Workspace:
         return subprocess.run(
             command, cwd=self.root, env=os.environ | (env or {}), capture_output=True, text=True, check=False
         )
+
+
+@cache
+def _cache_parsed_yaml() -> None:
+    """DVC reads dvc.yaml and dvc.lock anew at every question, in pure Python, and the tests ask over a hundred."""
+    from dvc.utils import strictyaml
+
+    parse = strictyaml.parse_yaml
+    parsed = lru_cache(maxsize=8)(lambda text: parse(text, ""))
+    strictyaml.parse_yaml = lambda text, path, typ="safe": (
+        copy.deepcopy(parsed(text)) if typ == "safe" else parse(text, path, typ)
+    )
 
 
 SLOW_TOKENIZER = '''

@@ -1,9 +1,11 @@
 """Writes outputs so that they appear under their name only when complete; and `Done`, which a stage returns."""
 
+import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +30,15 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     run removes.
     """
     partial = _partial(path)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _remove(path)
-        partial.rename(path)
-    finally:
-        _remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _writing_in(partial.parent):
+        partial.mkdir()
+        try:
+            yield partial
+            _remove(path)
+            partial.rename(path)
+        finally:
+            _remove(partial)
 
 
 @contextmanager
@@ -42,11 +46,12 @@ def fresh_file(path: Path) -> Iterator[Path]:
     """Like `fresh_folder`, for one file."""
     partial = _partial(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        _remove(partial)
+    with _writing_in(partial.parent):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            _remove(partial)
 
 
 @contextmanager
@@ -80,6 +85,36 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def without_writers(folder: Path) -> Iterator[bool]:
+    """Yields whether no process writes outputs in a folder, and lets none begin until the block ends.
+
+    False also where this cannot be known, on a file system without locks.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    """Holds a lock that any number of writers can share. The system releases it when the process ends, however it ends."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(number)
 
 
 def _partial(path: Path) -> Path:

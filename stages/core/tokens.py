@@ -6,9 +6,9 @@ They are IPC streams with an explicit schema. The batches depend only on the row
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -84,50 +84,67 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def choose_rows(ids: Sequence[str], count: int) -> list[int]:
+def choose_rows(ids: Iterable[str], count: int) -> list[int]:
     """The indices of at most `count` rows, in their order; of all rows if `count` is 0.
 
     The rows are those whose ids have the smallest sha256. So the choice is random with respect to content and order, the
     same in every stage and run, and stable: among more rows, a chosen row is replaced only by a new one.
     """
-    if count == 0 or len(ids) <= count:
-        return list(range(len(ids)))
-    digests = [hashlib.sha256(name.encode()).digest() for name in ids]
-    return sorted(heapq.nsmallest(count, range(len(ids)), key=digests.__getitem__))
+    if count == 0:
+        return [index for index, _ in enumerate(ids)]
+    smallest = heapq.nsmallest(count, enumerate(ids), key=lambda row: hashlib.sha256(row[1].encode()).digest())
+    return sorted(index for index, _ in smallest)
+
+
+def read_ids(table: pa.Table) -> Iterator[str]:
+    """The ids of the rows of a table, a batch at a time."""
+    return chain.from_iterable(chunk.to_pylist() for chunk in table["id"].chunks)
 
 
 class TokenRows:
-    """The rows of a training table, read from the memory-mapped file on access; only their lengths are kept in memory.
+    """Rows of a training table, read from the memory-mapped file on access; only their lengths are kept in memory.
 
     The index len(rows) gives a row of one token without a label, to fill up a batch that has too few rows.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        lengths = pc.list_value_length(table["input_ids"])
-        self.lengths: np.ndarray[Any, np.dtype[np.int32]] = lengths.to_numpy().astype(np.int32)
+    def __init__(self, table: pa.Table, chosen: Sequence[int] | None = None) -> None:
+        """`chosen`: the indices of these rows in the table; None: all."""
+        self._table, self._chosen = table, chosen
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int32)
+        self.lengths: np.ndarray[Any, np.dtype[np.int32]] = lengths if chosen is None else lengths[chosen]
         """(rows,) Tokens of each row."""
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"id", "input_ids" (tokens,), "labels" (tokens,)}, as read-only int32 arrays."""
         if index == len(self):
             return {"id": "", "input_ids": np.array([0], np.int32), "labels": np.array([IGNORE], np.int32)}
-        row = {name: self._table[name][index] for name in ("input_ids", "labels")}
+        place = index if self._chosen is None else self._chosen[index]
+        row = {name: self._table[name][place] for name in ("input_ids", "labels")}
         arrays = {name: scalar.values.to_numpy(zero_copy_only=True) for name, scalar in row.items()}
-        return {"id": self._table["id"][index].as_py(), **arrays}
+        return {"id": self._table["id"][place].as_py(), **arrays}
 
     @property
     def label_tokens(self) -> int:
         """The number of tokens with a label, in all rows."""
-        flat = (chunk.flatten() for chunk in self._table["labels"].chunks)
-        return sum(int(np.count_nonzero(labels.to_numpy() != IGNORE)) for labels in flat)
+        return int(self.label_counts.sum())
+
+    @property
+    def label_counts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(rows,) The tokens of each row with a label."""
+        counts = [np.zeros(0, np.int64)]
+        for chunk in self._table["labels"].chunks:
+            ends = np.cumsum(pc.list_value_length(chunk).to_numpy(), dtype=np.int64)
+            labelled = np.cumsum(np.append(False, chunk.flatten().to_numpy() != IGNORE))[np.append(0, ends)]
+            counts.append(np.diff(labelled))
+        found = np.concatenate(counts)
+        return found if self._chosen is None else found[self._chosen]
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all rows; -1 without tokens."""
+        """The largest token id of all rows of the table; -1 without tokens."""
         return largest_id(self._table["input_ids"])
 
 

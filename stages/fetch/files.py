@@ -1,6 +1,5 @@
 """A model's files on their way to the output: the download folder, the free disk space, hard links and copies."""
 
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from stages.core.disk import Write, space_problems
 from stages.core.problem import Problem
 from stages.core.progress import progress
 
@@ -57,17 +57,6 @@ def open_download(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def space_problems(folder: Path, needed: int, *, purpose: str) -> list[str]:
-    """One message if the disk of `folder`, which must exist, has less than `needed` bytes free; none otherwise."""
-    free = shutil.disk_usage(folder).free
-    if needed <= free:
-        return []
-    return [
-        f"{folder}: {purpose} needs {math.ceil(needed / 1e6):,} MB of disk space, {math.floor(free / 1e6):,} MB are free; "
-        "free some space (dvc gc -w removes old results) or use a larger disk"
-    ]
-
-
 def total_size(folder: Path, names: Sequence[str]) -> int:
     """Bytes of these files of `folder`."""
     return sum((folder / name).stat().st_size for name in names)
@@ -75,7 +64,8 @@ def total_size(folder: Path, names: Sequence[str]) -> int:
 
 def _copy_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
     """Copies the files into `target`. Raises Problem if the disk has too little space."""
-    problems = space_problems(target, total_size(source, names), purpose=f"copying {source}")
+    size = total_size(source, names)
+    problems = space_problems(f"copying {source}", Write(target.parent, size, cached=size))
     if problems:
         raise Problem(*problems)
     for name in progress(names, "copy", total=len(names), unit="files"):

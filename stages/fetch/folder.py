@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.core.disk import Write, say_space, space_problems
 from stages.core.output import sha256_of
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.progress import progress
 from stages.fetch.checks import find_problems, select_files
-from stages.fetch.files import ModelFiles, space_problems, total_size
+from stages.fetch.files import ModelFiles, total_size
 
 
 @contextmanager
@@ -31,7 +32,10 @@ def model_in_folder(source: Path, revision: str, *, trust_remote_code: bool, par
     listed = [file.name for file in source.iterdir() if file.is_file()]
     names = select_files(listed, trust_remote_code=trust_remote_code)
     problems = find_problems(str(source), listed, folder=source, trust_remote_code=trust_remote_code)
-    problems += space_problems(parent, total_size(source, names), purpose=f"copying {source}")
+    size = total_size(source, names)
+    copy = Write(parent, size, cached=size)
+    say_space("fetch", copy)
+    problems += space_problems(f"copying {source}", copy)
     if problems:
         raise Problem(*problems)
     found = _hash_folder(source, names)

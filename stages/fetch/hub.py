@@ -21,11 +21,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars
 
+from stages.core.disk import Write, say_space, space_problems
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.progress import ProgressBar
 from stages.fetch.checks import find_problems, select_files, select_small_files
-from stages.fetch.files import ModelFiles, open_download, space_problems
+from stages.fetch.files import ModelFiles, open_download
 
 NETWORK_ERRORS = (
     HfHubHTTPError,
@@ -71,7 +72,9 @@ def _check_then_download(repository: str, commit: str, *, trust_remote_code: boo
     problems = find_problems(repository, sizes, folder=small, trust_remote_code=trust_remote_code)
     total = sum(sizes[name] for name in names)
     downloaded = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    problems += space_problems(folder.parent, total - downloaded, purpose=f"downloading {repository}")
+    rest = Write(folder.parent, total - downloaded, cached=total)
+    say_space("fetch", rest)
+    problems += space_problems(f"downloading {repository}", rest)
     if problems:
         raise Problem(*problems)
     print(f"fetch: downloading {repository}: {len(names)} files, {total / 1e6:,.0f} MB", flush=True)

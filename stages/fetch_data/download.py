@@ -1,7 +1,6 @@
 """The files of one commit of a data set: found by `datasets`, downloaded with the hub's checksums, and kept."""
 
 import json
-import math
 import os
 import posixpath
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from stages.core.disk import Write, say_space, space_problems
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import fresh_file, sha256_of
 from stages.core.params import bad_param
@@ -188,14 +188,12 @@ def _check(path: str, files: list[str], sizes: Mapping[str, int], *, folder: Pat
             f"{', '.join(READABLE)}. The hub may have converted it: write the commit of its branch refs/convert/parquet, or "
             "convert the files and put them into data/raw"
         )
-    needed = sum(sizes.get(file, 0) for file in files)
-    needed -= sum(file.stat().st_size for file in (folder / "files").rglob("*") if file.is_file())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        problems.append(
-            f"{folder}: downloading {path} needs {math.ceil(needed / 1e6):,} MB of disk space, {math.floor(free / 1e6):,} "
-            "MB are free; free some space (dvc gc -w removes old results) or use a larger disk"
-        )
+    total = sum(sizes.get(file, 0) for file in files)
+    rest = total - sum(file.stat().st_size for file in (folder / "files").rglob("*") if file.is_file())
+    # DVC first copies the output into its cache, and then replaces it by a copy, which is no hard link to the download.
+    download = Write(folder.parent, rest, cached=2 * total)
+    say_space("fetch_data", download)
+    problems += space_problems(f"downloading {path}", download)
     if problems:
         raise Problem(*problems)
 

@@ -33,7 +33,8 @@ class Backend(Protocol):
         """Answers all rows. Yields finished answers in groups, each answer with its row's index in `rows`.
 
         Args:
-            rows: {"id", "prompt_ids"} each, sorted by length, shortest prompt first.
+            rows: {"id", "prompt_ids"} each, sorted by length, shortest prompt first. They may be read from a file at each
+                access, so a backend must not hold all of them.
 
         Raises Problem if a single row does not fit into memory.
         """

@@ -54,13 +54,14 @@ def slot_attention(
         )
         return out.reshape(slots, heads, head_dim)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _kernel[(slots, key_heads)](
-        query, key, value, key_cache, value_cache, lengths, out, scaling, window,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
-        HEADS=heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, PADDED_HEAD_DIM=triton.next_power_of_2(head_dim), BLOCK=64,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
+    with torch.cuda.device(query.device):  # Triton launches on the current device, and a spread model has layers on others
+        _kernel[(slots, key_heads)](
+            query, key, value, key_cache, value_cache, lengths, out, scaling, window,
+            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
+            HEADS=heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
+            HEAD_DIM=head_dim, PADDED_HEAD_DIM=triton.next_power_of_2(head_dim), BLOCK=64,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
     return out
 
 

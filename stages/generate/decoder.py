@@ -89,7 +89,7 @@ class Decoder:
             stop_tokens: Those outside the model's vocabulary are ignored.
             slots: The number of rows in a batch.
             max_prompt_tokens: The length of the longest prompt.
-            cuda_graph: Whether the decode step is captured as a CUDA graph. Only on a GPU.
+            cuda_graph: Whether the decode step is captured as a CUDA graph. Only if all of the model is on one GPU.
 
         Raises NotImplementedError if the model needs another kind of attention, torch.OutOfMemoryError if the slots do not
         fit into memory.
@@ -116,22 +116,26 @@ class Decoder:
         with torch.no_grad():  # no slot is active yet: this allocates the cache and shows whether the model can decode
             self._capture_step() if cuda_graph else self._step()
 
-    def decode(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> Iterator[list[tuple[int, list[int]]]]:
-        """Answers all prompts. Yields finished answers in groups: the index of the prompt, and the new tokens.
+    def decode(self, rows: Sequence[dict[str, Any]], indices: Sequence[int]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Answers the rows of these indices. Yields finished answers in groups: the row's index, and the new tokens.
 
         An answer includes its stop token, if there is one. The random numbers of a row follow from its id.
+
+        Args:
+            rows: {"id", "prompt_ids"} each. A row is read when it enters a slot.
+            indices: In the order in which the rows are answered.
         """
-        waiting = deque(range(len(prompts)))
-        occupied: dict[int, int] = {}  # slot: index of the prompt
+        waiting = deque(indices)
+        occupied: dict[int, int] = {}  # slot: index of the row
         while waiting or occupied:
             free = [slot for slot in range(self.cache.slots) if slot not in occupied]
             if waiting and (not occupied or len(free) >= MIN_FREE_SHARE * self.cache.slots):
-                entering = self._next_prompts(waiting, prompts, at_most=len(free))
+                entering = self._next_rows(waiting, rows, at_most=len(free))
                 occupied |= dict(zip(free, entering, strict=False))
                 self._prefill(
                     free[: len(entering)],
-                    prompts=[prompts[index] for index in entering],
-                    row_ids=[row_ids[index] for index in entering],
+                    prompts=[row["prompt_ids"] for row in entering.values()],
+                    row_ids=[row["id"] for row in entering.values()],
                 )
             else:
                 with torch.no_grad():
@@ -144,15 +148,16 @@ class Decoder:
                 yield [(occupied.pop(slot), answer[: counts[slot]]) for slot, answer in zip(finished, answers, strict=True)]
 
     @staticmethod
-    def _next_prompts(waiting: deque[int], prompts: Sequence[Sequence[int]], *, at_most: int) -> list[int]:
-        """Takes the indices of the next prompts to read from `waiting`."""
-        taken: list[int] = []
+    def _next_rows(waiting: deque[int], rows: Sequence[dict[str, Any]], *, at_most: int) -> dict[int, dict[str, Any]]:
+        """Takes the indices of the next rows to answer from `waiting`, and returns these rows by index."""
+        taken: dict[int, dict[str, Any]] = {}
         tokens = 0
         while waiting and len(taken) < at_most:
-            tokens += len(prompts[waiting[0]])
+            row = rows[waiting[0]]
+            tokens += len(row["prompt_ids"])
             if taken and tokens > MAX_PREFILL_TOKENS:
                 break
-            taken.append(waiting.popleft())
+            taken[waiting.popleft()] = row
         return taken
 
     def _prefill(self, slots: list[int], *, prompts: Sequence[Sequence[int]], row_ids: Sequence[str]) -> None:
@@ -165,7 +170,10 @@ class Decoder:
         lengths = torch.tensor(row_lengths, device=device)
         last = lengths.cumsum(0) - 1
         prompt_tokens = PromptTokens(slot_index.repeat_interleave(lengths), positions[0])
-        with torch.no_grad(), modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last]):
+        with (
+            torch.no_grad(),
+            modify_head_input(self.model.get_output_embeddings(), lambda hidden: hidden[:, last.to(hidden.device)]),
+        ):
             logits = self._call_model(ids, positions, row_layout=RowLayout(row_lengths), prompt_tokens=prompt_tokens)[0]
         with torch.no_grad():
             self.cache.lengths[slot_index] = lengths
@@ -299,8 +307,11 @@ def _attention(
         raise NotImplementedError("its keys and values differ in size")
     keys, values = slot_cache.layer(index, key)
     if prompt_tokens is not None:
-        keys[prompt_tokens.slots, prompt_tokens.positions] = key[0].transpose(0, 1)
-        values[prompt_tokens.slots, prompt_tokens.positions] = value[0].transpose(0, 1)
+        slots, positions = (
+            tensor.to(keys.device) for tensor in prompt_tokens
+        )  # a spread model has layers on several devices
+        keys[slots, positions] = key[0].transpose(0, 1)
+        values[slots, positions] = value[0].transpose(0, 1)
         return padding_free_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     require_plain_attention(attention_mask, options)
     window: int | None = options.get("sliding_window")
@@ -310,7 +321,7 @@ def _attention(
         value[:, :, 0],
         key_cache=keys,
         value_cache=values,
-        lengths=slot_cache.lengths,
+        lengths=slot_cache.lengths.to(keys.device),
         window=window or slot_cache.size,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )

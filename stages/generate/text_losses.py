@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE
 from stages.model.collate import collate_padded
-from stages.model.logits import forward, modify_head_input, select_positions
-from stages.model.probe import probe_ids
+from stages.model.logits import label_hidden_states, logits_of
 
 MAX_LOGITS = 1 << 27
 """Logits that are in memory at a time: 512 MiB in float32."""
@@ -85,24 +84,11 @@ def count_labels(window: dict[str, Any]) -> int:
 def _token_losses(model: Any, batch: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The losses (labels,) in float32, in chunks.
 
-    The model runs once, and its hidden states before the output head are kept. The logits of a chunk of them are made by
-    running the model on a few other tokens, with the chunk put in place of what its head would get: that includes what
-    some models do after the head, such as capping the logits, and takes the time of the head.
+    The model runs once, and its hidden states before the output head are kept.
     """
-    head, tokens, kept = model.get_output_embeddings(), batch["input_ids"].shape[1], []
-
-    def keep_hidden(hidden: torch.Tensor) -> torch.Tensor:
-        kept.append(select_positions(hidden, tokens, batch["target_positions"]))
-        return hidden[:1, -1:]  # the model's own logits are not used, so they are computed for one position
-
     with torch.no_grad():
-        with modify_head_input(head, keep_hidden):
-            forward(model, batch)
-        hidden, targets = kept[0], batch["targets"]
-        size = max(1, MAX_LOGITS // head.weight.shape[0])
-        probe = {"input_ids": probe_ids(model)}
+        hidden, targets = label_hidden_states(model, batch), batch["targets"]
+        size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
         for start in range(0, len(targets), size):
-            chunk = hidden[None, start : start + size]
-            with modify_head_input(head, lambda _, chunk=chunk: chunk):  # type: ignore[misc]
-                logits = forward(model, probe).logits[0]
+            logits = logits_of(model, hidden[start : start + size])
             yield cross_entropy(logits.float(), targets[start : start + size], reduction="none")

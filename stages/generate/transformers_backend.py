@@ -18,6 +18,7 @@ from stages.generate.text_losses import window_losses
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
+from stages.model.placement import is_spread
 from stages.model.probe import logits_match, probe_rows
 
 
@@ -49,7 +50,7 @@ class TransformersBackend:
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
         if self.uses_decoder is None:
-            self.uses_decoder = self._prepare_decoder(max(len(row["prompt_ids"]) for row in rows))
+            self.uses_decoder = self._prepare_decoder(len(rows[-1]["prompt_ids"]))
         for group in self._decode(rows) if self.uses_decoder else self._generate(rows):
             yield [(index, self._to_answer(tokens)) for index, tokens in group]
 
@@ -70,6 +71,9 @@ class TransformersBackend:
                 f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}"
             )
             return False
+        if is_spread(self.model):
+            self._report("the model is spread, so there is no CUDA graph, which is slower")
+            return True
         reason = fuse_projections(self.model)
         if reason:
             self._report(f"projections are not fused, which is slower: {reason}")
@@ -89,9 +93,9 @@ class TransformersBackend:
         while left:
             slots, finished = min(slots, len(left)), set()
             try:
-                for group in self._decode_in_slots([rows[index] for index in left], slots):
-                    finished |= {left[place] for place, _ in group}
-                    yield [(left[place], tokens) for place, tokens in group]
+                for group in self._decode_in_slots(rows, left, slots=slots):
+                    finished |= {index for index, _ in group}
+                    yield group
             except torch.OutOfMemoryError:
                 if slots == 1:
                     raise Problem(_out_of_memory(rows[left[-1]])) from None
@@ -100,31 +104,28 @@ class TransformersBackend:
             torch.cuda.empty_cache()
             left = [index for index in left if index not in finished]
 
-    def _decode_in_slots(self, rows: Sequence[dict[str, Any]], slots: int) -> Iterator[list[tuple[int, list[int]]]]:
-        prompts = [row["prompt_ids"] for row in rows]
+    def _decode_in_slots(
+        self, rows: Sequence[dict[str, Any]], indices: Sequence[int], *, slots: int
+    ) -> Iterator[list[tuple[int, list[int]]]]:
         decoder = Decoder(
             self.model,
             self.settings.sampling,
             stop_tokens=self.stops,
             slots=slots,
-            max_prompt_tokens=max(map(len, prompts)),
+            max_prompt_tokens=len(rows[indices[-1]]["prompt_ids"]),  # they are sorted by length
             max_new_tokens=self.settings.max_new_tokens,
-            cuda_graph=self.model.device.type == "cuda",
+            cuda_graph=self.model.device.type == "cuda" and not is_spread(self.model),
         )
-        yield from decoder.decode(prompts, [row["id"] for row in rows])
+        yield from decoder.decode(rows, indices)
 
     def _generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
-        lengths = [len(row["prompt_ids"]) for row in rows]
-        if (
-            self.can_pad
-            and self.settings.batch_size > 1
-            and len(set(lengths)) > 1
-            and not self._ignores_padding(max(lengths))
-        ):
+        lengths = [len(rows[index]["prompt_ids"]) for index in (0, -1)]  # the shortest and the longest
+        would_pad = self.can_pad and self.settings.batch_size > 1 and lengths[0] < lengths[1]
+        if would_pad and not self._ignores_padding(lengths[1]):
             self._report("only prompts of one length are in a batch, which is slower: padding changes the model's answers")
             self.can_pad = False
-        for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else lengths[index]):
+        for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else len(rows[index]["prompt_ids"])):
             indices = list(group)
             for start in range(0, len(indices), self.settings.batch_size):
                 batch = indices[start : start + self.settings.batch_size]

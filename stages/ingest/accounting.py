@@ -19,6 +19,8 @@ BY_KIND = ("unknown_format", "unknown_role")
 """Reasons whose first row is shown for each kind of row, since each needs a line of its own in params.yaml."""
 SHOWN_KINDS = 5
 SHOWN_FIELDS = 10
+COUNTED_FIELDS, OTHER_FIELDS = 1000, "(further fields)"
+"""Fields that are not read are counted by name up to this number, and then together: a name may be an id of its row."""
 FIRST_ROWS = 1000
 """A file whose first rows are all rejected ends the run after this number of them: the others would be rejected too."""
 
@@ -72,11 +74,20 @@ class Accounting:
         file[conversation.format] += 1
         self._lengths[count_characters(conversation.messages) + len(conversation.text or "")] += 1
         if conversation.unread:
-            for name in set(conversation.unread):
-                self.unread[name] += 1
-                self._first_unread.setdefault(name, row.source)
+            others = False
+            for name in sorted(set(conversation.unread)):
+                if name in self.unread or len(self.unread) < COUNTED_FIELDS:
+                    self._count_unread(name, row)
+                else:
+                    others = True
+            if others:
+                self._count_unread(OTHER_FIELDS, row)
         if conversation.changes:
             self.changes.update(set(conversation.changes))
+
+    def _count_unread(self, name: str, row: RawRow) -> None:
+        self.unread[name] += 1
+        self._first_unread.setdefault(name, row.source)
 
     def reject(self, row: RawRow, rejection: Rejection) -> None:
         """Counts a row that was rejected. Raises Problem if no row of a long file fits, see FIRST_ROWS."""

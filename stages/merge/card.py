@@ -9,9 +9,7 @@ from stages.merge.training import Training
 from stages.model.load import ADAPTER
 
 
-def write_card(
-    folder: Path, base: Path, *, adapter: Path, training: Training, validation_rows: int, figures: dict[str, Any]
-) -> None:
+def write_card(folder: Path, base: Path, *, adapter: Path, training: Training, figures: dict[str, Any]) -> None:
     """Writes README.md: the base, the adapter, the training data, and how close the merged model is to the trained one.
 
     Args:
@@ -19,7 +17,6 @@ def write_card(
         base: The base model's folder.
         adapter: The adapter's folder.
         training: How it was trained.
-        validation_rows: The number of validation rows.
         figures: The stage's report.
     """
     manifest = read_json(base / MANIFEST)
@@ -29,14 +26,22 @@ def write_card(
         f"Base model: {manifest['model']}, revision {manifest['revision']}. "
         f"{_describe_adapter(config, training, figures)}\n\n"
         f"Trained on {training.rows:,} rows with {training.tokens:,} tokens, {training.label_tokens:,} of them in the loss; "
-        f"validated on {validation_rows:,} other rows.\n\n"
-        f"Compared with the model as it was trained, on {figures['tokens']:,} tokens: the mean KL divergence is "
-        f"{figures['mean_kl']:.2e} nats, the most likely token agrees at {100 * figures['top1_agreement']:.2f} % of the "
-        f"positions, and {100 * figures['greedy_agreement']:.0f} % of {figures['greedy_rows']} greedy answers are "
-        "identical.\n",
+        f"validated on {figures['validation_rows']:,} other rows.\n\n"
+        f"Compared with the model as it was trained, on {figures['tokens']:,} labelled tokens of {figures['rows']:,} "
+        f"validation rows: the mean KL divergence is {_with_error(figures, 'mean_kl', '.2e')} nats, the most likely token "
+        f"agrees at {100 * figures['top1_agreement']:.2f} % of the positions, the loss is "
+        f"{_with_error(figures, 'merged_loss', '.4f')} ({figures['trained_loss']:.4f} as trained, "
+        f"{figures['base_loss']:.4f} without the adapter), and {100 * figures['greedy_agreement']:.0f} % of "
+        f"{figures['greedy_rows']} greedy answers are identical.\n",
         encoding="utf-8",
         newline="\n",
     )
+
+
+def _with_error(figures: dict[str, Any], name: str, form: str) -> str:
+    """A figure with its standard error, if it has one: 9.05e-05 ± 1.20e-05."""
+    error = figures["standard_errors"][name]
+    return f"{figures[name]:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _describe_adapter(config: dict[str, Any], training: Training, figures: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The LoRA matrices in an adapter's folder, and what they do to the base's weights."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from stages.core.jsonl import read_json
 from stages.core.problem import Problem
 from stages.model.adapter import INITIAL, PEFT_PREFIX
+from stages.model.four_bit import add_lora_to_4bit
 from stages.model.lora import add_lora, lora_scaling, subtract_lora
 
 
@@ -66,6 +67,12 @@ class LoraWeights:
             return weight
         factors: torch.Tensor = pair.magnitude.to(weight) / torch.linalg.norm(weight, dim=1)
         return weight * factors.unsqueeze(1)
+
+    def add_delta_to_4bit(self, packed: torch.Tensor, state: Any, out: torch.Tensor, *, name: str) -> torch.Tensor:
+        """As `add_delta`, for a 4-bit weight and without DoRA; see `add_lora_to_4bit`."""
+        lora_a, lora_b, _ = self.pairs[name]
+        lora_a, lora_b = lora_a.to(out.device).float(), lora_b.to(out.device).float()
+        return add_lora_to_4bit(packed, state, out, lora_A=lora_a, lora_B=lora_b, scaling=self.scaling[name])
 
     def initial_deltas(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """lora_A and scaling · lora_B at the start of training, by layer; empty unless PiSSA or OLoRA was used."""

@@ -1,24 +1,32 @@
 """Merges the adapter into the base's weights, and compares the merged model with the trained one."""
 
+import gc
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import torch
 from peft import PeftModel
 from pydantic import Field
 from transformers.utils import logging
 
+from stages.core.disk import check_space, merged_model
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import Done, fresh_file, fresh_folder
 from stages.core.params import Section
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST, file_hashes
-from stages.core.tokens import IGNORE, read_tokens, stop_token_ids
+from stages.core.tokens import TokenRows, choose_rows, read_tokens, stop_token_ids
 from stages.merge.card import write_card
+from stages.merge.figures import summarize
+from stages.merge.hidden_states import HiddenStates
+from stages.merge.layers import LayerDeltas
 from stages.merge.lora_weights import LoraWeights
-from stages.merge.parity import LayerDeltas, ModelOutputs, compare, greedy_agreement
+from stages.merge.memory import explain_out_of_memory
+from stages.merge.parity import TrainedOutputs, compare, greedy_agreement
 from stages.merge.training import Training, read_training
 from stages.merge.weights import MergedWeights
 from stages.model.adapter import load_adapter
@@ -69,67 +77,84 @@ def merge(
         chat_template: The template that the adapter was trained with.
         merged: Gets an ordinary Hugging Face folder: safetensors files with the dtypes and sharding of the base, the
             tokenizer with the chat template, a generation config with the stop tokens, README.md and manifest.json.
-        report: Gets the comparison with the adapter on the quantized base, over the labelled tokens of the rows.
+        report: Gets the comparison with the adapter on the quantized base, over the labelled tokens of some of the rows.
 
     Raises Problem if the adapter does not fit the base, or if the merged model is not the trained one: if its logits or
     greedy answers differ by more than the limits, or if any layer lacks its delta weight. Then nothing is written.
     """
     logging.disable_progress_bar()
+    check_space("merge", "the merged model", merged_model(base, merged))
     training, lora = read_training(adapter), LoraWeights(adapter)
     weights = MergedWeights(base, lora, training=training, dequantized=params.base == "dequantized")
     table = read_tokens(validation_tokens)
     rows, stops = _parity_rows(table, validation_tokens), stop_token_ids(table)
-    trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops)
-    with fresh_folder(merged) as folder, fresh_file(report) as file:
-        _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
-        model = load_model(folder, training.settings.dtype)
-        figures = {
-            "model": read_json(base / MANIFEST)["model"],
-            "base": params.base,
-            "method": lora.method,
-            "merged_layers": len(lora.pairs),
-            "rows": len(rows),
-            "tokens": len(trained.labels),
-            **compare(trained, ModelOutputs(model, rows)),
-            "greedy_rows": len(trained.answers),
-            "greedy_agreement": greedy_agreement(trained, model),
-        }
-        _check_parity(params, figures, deltas.shares_in(model))
-        if training.quantized:
-            other = "full" if params.base == "dequantized" else "dequantized"
-            other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
-            _replace_quantized(model, other_weights)
-            figures["other_base"] = {"base": other, **compare(trained, ModelOutputs(model, rows))}
-        write_card(folder, base, adapter=adapter, training=training, validation_rows=table.num_rows, figures=figures)
-        _write_manifest(folder, base)
-        write_json(file, figures)
+    with HiddenStates(merged.parent) as hidden:
+        trained, deltas = _run_trained_model(base, lora, training=training, rows=rows, stops=stops, hidden=hidden)
+        gc.collect()  # parts of the trained model refer to each other
+        torch.cuda.empty_cache()
+        with fresh_folder(merged) as folder, fresh_file(report) as file:
+            _write_model(folder, base, weights=weights, chat_template=chat_template, stops=stops)
+            with explain_out_of_memory("loading the merged model"):
+                model = load_model(folder, training.settings.dtype)
+            figures = {
+                "model": read_json(base / MANIFEST)["model"],
+                "base": params.base,
+                "method": lora.method,
+                "merged_layers": len(lora.pairs),
+                "rows": len(rows),
+                "validation_rows": table.num_rows,
+                "tokens": len(trained.base_losses),
+                **summarize(compare(trained, model, rows)),
+                "greedy_rows": len(trained.answers),
+                "greedy_agreement": greedy_agreement(trained.answers, model),
+            }
+            _check_parity(params, figures, deltas.shares_in(model))
+            if training.quantized:
+                other = "full" if params.base == "dequantized" else "dequantized"
+                other_weights = MergedWeights(base, lora, training=training, dequantized=other == "dequantized")
+                if _replace_quantized(model, other_weights):
+                    figures["other_base"] = {"base": other, **summarize(compare(trained, model, rows))}
+            write_card(folder, base, adapter=adapter, training=training, figures=figures)
+            _write_manifest(folder, base)
+            write_json(file, figures)
     return Done(_summary(merged, figures))
 
 
 def _parity_rows(table: pa.Table, path: Path) -> list[dict[str, Any]]:
-    """The first rows that have labelled tokens. Raises Problem if there is none."""
-    rows: list[dict[str, Any]] = table.slice(0, PARITY_ROWS).to_pylist()
-    rows = [row for row in rows if any(label != IGNORE for label in row["labels"])]
-    if not rows:
+    """At most PARITY_ROWS of the rows that have labelled tokens. Raises Problem if there is none."""
+    rows = TokenRows(table)
+    labelled = np.flatnonzero(rows.label_counts)
+    if not len(labelled):
         raise Problem(f"{path}: no row has labelled tokens to compare the models on; raise ingest.validation_percent")
-    return rows
+    chosen = choose_rows(table["id"].take(labelled).to_pylist(), PARITY_ROWS)
+    return [rows[int(labelled[index])] for index in chosen]
 
 
 def _run_trained_model(
-    base: Path, lora: LoraWeights, *, training: Training, rows: list[dict[str, Any]], stops: list[int]
-) -> tuple[ModelOutputs, LayerDeltas]:
-    """The outputs of the adapter on the quantized base. The model's memory is free again afterwards."""
-    model = load_adapter(load_quantized(base, training.settings).model, lora.adapter, base=base, settings=training.settings)
-    return ModelOutputs(model, rows, stops=stops), LayerDeltas(model, lora.initial_deltas())
+    base: Path,
+    lora: LoraWeights,
+    *,
+    training: Training,
+    rows: Sequence[dict[str, Any]],
+    stops: Sequence[int],
+    hidden: HiddenStates,
+) -> tuple[TrainedOutputs, LayerDeltas]:
+    """The outputs of the adapter on the quantized base; the model itself is not kept."""
+    with explain_out_of_memory("loading the trained model"):
+        quantized = load_quantized(base, training.settings).model
+        model = load_adapter(quantized, lora.adapter, base=base, settings=training.settings)
+    outputs = TrainedOutputs(model, rows, hidden=hidden, stops=stops, initial=lora.initial)
+    return outputs, LayerDeltas(model, lora.initial_deltas())
 
 
 def _summary(merged: Path, figures: dict[str, Any]) -> str:
     how = f"{figures['merged_layers']} layers merged"
     if not figures["merged_layers"]:
         how = f"{figures['method']} cannot be merged, so the adapter is in {merged / ADAPTER}"
+    recovery = "" if figures["recovery"] is None else f", recovery {100 * figures['recovery']:.1f} %"
     return (
         f"{merged}: {how}; mean KL {figures['mean_kl']:.2e}, the most likely token agrees for "
-        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} tokens"
+        f"{100 * figures['top1_agreement']:.2f} % of {figures['tokens']:,} tokens{recovery}"
     )
 
 
@@ -178,11 +203,16 @@ def _write_manifest(folder: Path, base: Path) -> None:
 # Comparison
 
 
-def _replace_quantized(model: Any, weights: MergedWeights) -> None:
-    """Replaces the weights of the quantized layers in a loaded model, one at a time."""
+def _replace_quantized(model: Any, weights: MergedWeights) -> bool:
+    """Replaces the weights of the quantized layers in a loaded model, one at a time; not if it is not all in memory."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name in sorted(weights.training.quantized):
-        model.get_parameter(name).data.copy_(weights.read(name))
+    parameters = {name: model.get_parameter(name) for name in sorted(weights.training.quantized)}
+    if any(parameter.is_meta for parameter in parameters.values()):
+        print("merge: the model is larger than the GPUs' memory, so only one merge.base is compared", flush=True)
+        return False
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights.read(name))
+    return True
 
 
 def _check_parity(params: Params, figures: dict[str, Any], shares: dict[str, float]) -> None:

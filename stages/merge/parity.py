@@ -1,60 +1,237 @@
-"""Compares the merged model with the trained one: logits, greedy answers, and the outputs of every adapted layer."""
+"""Compares the merged model with the trained one: logits and greedy answers.
 
-from collections.abc import Mapping, Sequence
+The two models are not in memory at the same time, and neither are the logits of more than a few labels: a row of 2,000
+labels has 1.2 GB of them in float32, with a vocabulary of 152,000. What is kept of the trained model is its output head, and
+what the head gets for each labelled token; its logits are computed from that again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
+from stages.core.progress import progress
 from stages.core.tokens import IGNORE
+from stages.merge.devices import move_to
+from stages.merge.figures import TokenFigures
+from stages.merge.hidden_states import HiddenStates
+from stages.merge.lora_weights import LoraPair
+from stages.merge.memory import LabelChunks, explain_out_of_memory
 from stages.model.collate import collate_padded
-from stages.model.logits import label_logits
+from stages.model.logits import is_head_last, label_hidden_states, label_logits, logits_of, modify_head_input
 
 GREEDY_ROWS = 16
 """The number of rows whose prompts are answered."""
 GREEDY_TOKENS = 32
 """The maximum number of tokens of an answer that are compared."""
-LAYER_INPUTS = 16
-"""The number of input vectors on which each layer is compared."""
-NOISE_SIGMAS = 6
-"""A layer's error counts only if it is larger than this many standard deviations of rounding noise."""
 
 
-class ModelOutputs:
-    """The outputs of one model on some rows."""
+class TrainedOutputs:
+    """What is left of a trained model: enough to compute its logits on some rows again."""
 
-    logits: torch.Tensor
-    """(labels, vocabulary) in float32 on the CPU: the logits that predict the labelled tokens of all rows."""
-    labels: torch.Tensor
-    """(labels,) on the CPU."""
+    head: torch.nn.Module
+    """Its output head, with the head's adapter if it has one."""
+    hidden: HiddenStates
+    """What the head gets for each labelled token, (labels, hidden size), by row."""
+    base_losses: torch.Tensor
+    """(labels of all rows,) in float32 on the CPU: the loss of the base without the adapter, in nats."""
     answers: list[tuple[list[int], list[int]]]
     """(prompt, greedy answer) in tokens, of the first rows."""
 
-    def __init__(self, model: Any, rows: Sequence[dict[str, Any]], *, stops: Sequence[int] | None = None) -> None:
-        """Runs the model.
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[dict[str, Any]],
+        *,
+        hidden: HiddenStates,
+        stops: Sequence[int],
+        initial: Mapping[str, LoraPair],
+    ) -> None:
+        """Runs the model on each row, with the adapter and without.
 
         Args:
-            model: In evaluation mode.
+            model: The PEFT model in evaluation mode.
             rows: Each with "input_ids" and "labels", at least one of them labelled.
-            stops: The tokens that end an answer. None: no answers.
+            hidden: An empty file.
+            stops: The tokens that end an answer.
+            initial: The LoRA matrices at the start of training, by weight, if they were subtracted from the base (PiSSA,
+                OLoRA).
+
+        Raises Problem if memory runs out.
         """
-        logits, labels = [], []
-        with torch.no_grad():
-            for row in rows:  # not in batches: padding may change the last bits
-                batch = {name: tensor.to(model.device) for name, tensor in collate_padded([row]).items()}
-                row_logits, row_labels = label_logits(model, batch)
-                logits.append(row_logits.float().cpu())
-                labels.append(row_labels.cpu())
-        self.logits, self.labels = torch.cat(logits), torch.cat(labels)
-        self.answers = [] if stops is None else [_answer(model, row, stops) for row in rows[:GREEDY_ROWS]]
+        self.head, self.hidden = model.get_output_embeddings(), hidden
+        logits, base_losses = _LabelLogits(model), []
+        for row in progress(rows, "merge: trained model", len(rows)):  # not in batches: padding may change the last bits
+            with torch.no_grad(), _explain_row(row):
+                batch = _batch(row, model)
+                hidden.append(label_hidden_states(model, batch))
+                with _without_adapter(model, initial):
+                    base_losses.append(logits.losses(label_hidden_states(model, batch), batch["targets"]))
+        self.base_losses = torch.cat(base_losses)
+        with explain_out_of_memory("answering prompts with the trained model"):
+            self.answers = [greedy_answer(model, row, stops) for row in rows[:GREEDY_ROWS]]
 
 
-def _answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
+def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]]) -> TokenFigures:
+    """How much the logits of a model differ from those of the trained one, at each labelled token.
+
+    Args:
+        trained: Its outputs on `rows`.
+        model: The merged model in evaluation mode.
+        rows: The same rows.
+
+    Raises Problem if memory runs out.
+    """
+    logits, found = _LabelLogits(model), []
+    for number, row in enumerate(progress(rows, "merge: merged model", len(rows))):
+        with torch.no_grad(), _explain_row(row):
+            batch = _batch(row, model)
+            found.append(
+                logits.compare(label_hidden_states(model, batch), batch["targets"], trained.hidden[number], trained.head)
+            )
+    kl, delta_p, same_top, logit_difference, trained_loss, merged_loss = torch.cat(found, 1).double().numpy()
+    return TokenFigures(
+        row=np.repeat(np.arange(len(rows)), [part.shape[1] for part in found]),
+        kl=kl,
+        delta_p=delta_p,
+        same_top=same_top,
+        logit_difference=logit_difference,
+        trained_loss=trained_loss,
+        merged_loss=merged_loss,
+        base_loss=trained.base_losses.double().numpy(),
+    )
+
+
+class _LabelLogits:
+    """The logits of one model for its hidden states, in chunks of labels."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._head = model, model.get_output_embeddings()
+        with explain_out_of_memory("running the model on a few tokens"):
+            self._head_is_last = is_head_last(model, self._head)
+        self._chunks = LabelChunks(self._head.weight.shape[0])
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(labels,) in float32 on the CPU: the loss of each label in nats.
+
+        Args:
+            hidden: (labels, hidden size), from `label_hidden_states`.
+            targets: (labels,)
+        """
+
+        def compute(chunk: slice) -> torch.Tensor:
+            logits = self._logits(hidden[chunk]).float()
+            return cross_entropy(logits, targets[chunk].to(logits.device), reduction="none")
+
+        return self._chunks.map(compute, len(targets))
+
+    def compare(
+        self, hidden: torch.Tensor, targets: torch.Tensor, trained_hidden: torch.Tensor, trained_head: torch.nn.Module
+    ) -> torch.Tensor:
+        """The fields of TokenFigures from `kl` to `merged_loss`, (6, labels) in float32 on the CPU.
+
+        Args:
+            hidden: (labels, hidden size) Of this model, the merged one.
+            targets: (labels,)
+            trained_hidden: (labels, hidden size) Of the trained model.
+            trained_head: The trained model's output head.
+        """
+
+        def compute(chunk: slice) -> torch.Tensor:
+            merged = self._logits(hidden[chunk])
+            trained = self._logits(trained_hidden[chunk], trained_head).to(merged.device)
+            return _compare_logits(trained, merged, targets[chunk].to(merged.device))
+
+        return self._chunks.map(compute, len(targets))
+
+    def _logits(self, hidden: torch.Tensor, head: torch.nn.Module | None = None) -> torch.Tensor:
+        """(labels, vocabulary), with another model's head if one is given."""
+        if self._head_is_last:
+            head = head or self._head
+            logits: torch.Tensor = head(move_to(head, hidden))
+            return logits
+        if head is None:
+            return logits_of(self._model, hidden)
+        # What the model does after its head, it does to the logits of the other one.
+        others = head(move_to(head, hidden)).unsqueeze(0)
+        hook = self._head.register_forward_hook(lambda _module, _inputs, own: others.to(own.device))
+        try:
+            return logits_of(self._model, move_to(self._head, hidden[:1]))
+        finally:
+            hook.remove()
+
+
+def _compare_logits(trained: torch.Tensor, merged: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """As `_LabelLogits.compare`, from logits (labels, vocabulary) of both models in any dtype."""
+    trained, merged = trained.float(), merged.float()
+    same_top = trained.argmax(-1) == merged.argmax(-1)
+    logit_difference = (trained - merged).abs_().amax(-1)
+    trained, merged = log_softmax(trained, -1), log_softmax(merged, -1)
+    at = targets.unsqueeze(-1)
+    trained_label, merged_label = trained.gather(-1, at).squeeze(-1), merged.gather(-1, at).squeeze(-1)
+    kl = merged.neg_().add_(trained).mul_(trained.exp_()).sum(-1)  # in place: these are the largest tensors
+    delta_p = merged_label.exp() - trained_label.exp()
+    return torch.stack([kl, delta_p, same_top.float(), logit_difference, -trained_label, -merged_label])
+
+
+@contextmanager
+def _without_adapter(model: Any, initial: Mapping[str, LoraPair]) -> Iterator[None]:
+    """Makes a PEFT model the base for a while.
+
+    The base of PiSSA and OLoRA is what was left of it after the subtraction, together with the initial matrices.
+    """
+    if not initial:
+        with model.disable_adapter():
+            yield
+        return
+    modules = {name: model.get_base_model().get_submodule(name.removesuffix(".weight")) for name in initial}
+    trained = {name: (_matrices(module), module.lora_variant) for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            _set_matrices(module, initial[name])
+            module.lora_variant = {}  # DoRA, which changes nothing at the start of training
+        yield
+    finally:
+        for name, module in modules.items():
+            matrices, module.lora_variant = trained[name]
+            _set_matrices(module, matrices)
+
+
+def _matrices(module: Any) -> LoraPair:
+    return LoraPair(module.lora_A["default"].weight.data, module.lora_B["default"].weight.data)
+
+
+def _set_matrices(module: Any, matrices: LoraPair) -> None:
+    for parameter, matrix in (
+        (module.lora_A["default"].weight, matrices.lora_A),
+        (module.lora_B["default"].weight, matrices.lora_B),
+    ):
+        parameter.data = matrix.to(parameter)
+
+
+def _batch(row: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in collate_padded([row]).items()}
+
+
+@contextmanager
+def _explain_row(row: dict[str, Any]) -> Iterator[None]:
+    with explain_out_of_memory(f"comparing the models on a row of {len(row['input_ids']):,} tokens"):
+        yield
+
+
+# Greedy answers
+
+
+def greedy_answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
     """The tokens before the first label, and the model's greedy answer to them."""
-    first = next(position for position, label in enumerate(row["labels"]) if label != IGNORE)
-    prompt = list(row["input_ids"][:first])
+    first = int(np.flatnonzero(np.asarray(row["labels"]) != IGNORE)[0])
+    prompt = [int(token) for token in row["input_ids"][:first]]
     ids = torch.tensor([prompt], device=model.device)
-    with torch.no_grad():
+    # Not the logits of the whole prompt, which only some models leave out by themselves.
+    with torch.no_grad(), modify_head_input(model.get_output_embeddings(), lambda hidden: hidden[:, -1:]):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -67,83 +244,20 @@ def _answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list
     return prompt, out[0, len(prompt) :].tolist()
 
 
-def compare(trained: ModelOutputs, merged: ModelOutputs) -> dict[str, Any]:
-    """How much the logits of two models differ on the same rows.
-
-    Returns:
-        mean_kl and max_kl, the Kullback-Leibler divergence of the merged model's distribution from the trained model's, in
-        nats per token; top1_agreement, the share of labelled tokens for which both predict the same most likely token;
-        max_abs_logit_difference; trained_loss and merged_loss, the cross-entropy in nats per token.
-    """
-    p, q = log_softmax(trained.logits, -1), log_softmax(merged.logits, -1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    labels = trained.labels.unsqueeze(-1)
-    return {
-        "mean_kl": kl.mean().item(),
-        "max_kl": kl.max().item(),
-        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
-        "max_abs_logit_difference": (trained.logits - merged.logits).abs().max().item(),
-        "trained_loss": -p.gather(-1, labels).mean().item(),
-        "merged_loss": -q.gather(-1, labels).mean().item(),
-    }
-
-
-def greedy_agreement(trained: ModelOutputs, model: Any) -> float:
+def greedy_agreement(answers: Sequence[tuple[list[int], list[int]]], model: Any) -> float:
     """The share of the trained model's greedy answers that `model` would give token for token.
 
     It gives the same answer if, after the prompt and each part of the answer, its most likely token is the next one. So one
     forward pass over prompt and answer is enough.
+
+    Args:
+        answers: As `TrainedOutputs.answers`.
+        model: In evaluation mode.
     """
     same = 0
-    for prompt, answer in trained.answers:
-        with torch.no_grad():
-            ids = torch.tensor([[*prompt, *answer]], device=model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
+    for prompt, answer in answers:
+        row = {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + answer}
+        with torch.no_grad(), _explain_row(row):
+            logits, _ = label_logits(model, _batch(row, model))
         same += logits.argmax(-1).tolist() == answer
-    return same / len(trained.answers)
-
-
-class LayerDeltas:
-    """What training changed in the outputs of every adapted layer.
-
-    The logits do not show one layer whose delta weight is missing: of 14 layers of a test model, left out one at a time, 13
-    changed the logits by a mean KL divergence below 1e-3, the least by 5e-6.
-    """
-
-    def __init__(self, adapted: Any, initial: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Runs each layer on a few inputs, with and without its adapter.
-
-        Args:
-            adapted: The PEFT model.
-            initial: lora_A (r, in) and scaling · lora_B (out, r) at the start of training, by layer, if they were
-                subtracted from the base (PiSSA, OLoRA); they do not count as changed by training.
-        """
-        self._layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        """By layer: inputs (inputs, in), outputs (inputs, out), and the part of the outputs that training added."""
-        for name, layer in adapted.get_base_model().named_modules():
-            if not hasattr(layer, "lora_A"):
-                continue
-            matrix = layer.lora_A["default"].weight
-            with torch.no_grad():
-                # Orthonormal vectors in the row space of lora_A. On others the delta weight is zero, and rounding larger.
-                inputs = torch.linalg.qr(matrix.float().T)[0].T[:LAYER_INPUTS].to(adapted.dtype)
-                before, after = layer.base_layer(inputs).float(), layer(inputs).float()
-                if name in initial:
-                    initial_a, initial_b = (tensor.to(before) for tensor in initial[name])
-                    before += inputs.float() @ initial_a.T @ initial_b.T
-            self._layers[name] = inputs.cpu(), after.cpu(), (after - before).cpu()
-
-    def shares_in(self, model: Any) -> dict[str, float]:
-        """How much of its delta each layer of `model` has: 1 for all of it, 0 for none.
-
-        The error of a layer's outputs is projected onto the delta. If the projection is no larger than that of rounding
-        noise of the same size could be, the share is 1.
-        """
-        shares = {}
-        for name, (inputs, outputs, delta) in self._layers.items():
-            with torch.no_grad():
-                error = model.get_submodule(name)(inputs.to(model.device, model.dtype)).float().cpu() - outputs
-            projection = (error * delta).sum() / delta.norm()
-            noise = error.norm() / error.numel() ** 0.5
-            shares[name] = 1 + (projection / delta.norm()).item() if projection.abs() > NOISE_SIGMAS * noise else 1.0
-        return shares
+    return same / len(answers)

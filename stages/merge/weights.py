@@ -1,5 +1,6 @@
 """The merged weights, computed tensor by tensor; no model is loaded."""
 
+import threading
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from stages.merge.shards import DTYPES, copy_shards, read_header
 from stages.merge.training import Training
 from stages.model.adapter import BaseWeights
 from stages.model.device import pick_device
-from stages.model.quantize import round_trip
+from stages.model.quantize import quantize_4bit, round_trip
 
 
 class MergedWeights:
@@ -30,6 +31,8 @@ class MergedWeights:
         """
         self.lora, self.training = lora, training
         self._dequantized = training.quantized if dequantized else frozenset()
+        self._kernel_lock = threading.Lock()
+        """Held while the GPU kernel is started: its first call compiles it, which several threads must not do at once."""
         self._base = BaseWeights(base)
         self._shards = sorted(base.glob("*.safetensors"))
         self._changed = lora.pairs.keys() | self._dequantized
@@ -61,7 +64,7 @@ class MergedWeights:
     def _compute(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """The merged weight in float32, on this process's device; the caller rounds it to the dtype of `original`.
 
-        The sum is the one that training used, except for TF32 rounding (stages/train/lora_layers.py). For the layers of
+        The sum is the one that training used, computed by the same functions. For the layers of
         training.summed_in_float32, most 4-bit layers on a GPU, training dequantized the weight to float32, added the delta
         weight and rounded the sum once. For all other quantized layers it multiplied with the dequantized weight in its own
         dtype, so the delta weight is added to that.
@@ -69,8 +72,12 @@ class MergedWeights:
         weight = original.to(pick_device()).float()
         weight = weight.T if name in self.training.transposed else weight
         weight = self.lora.subtract_initial(weight, name)
-        if name in self._dequantized:
-            weight = round_trip(weight, self.training.settings, in_float32=name in self.training.summed_in_float32)
-        if name in self.lora.pairs:
-            weight = self.lora.add_delta(weight, name)
+        if name in self._dequantized and name in self.training.summed_in_float32 and name in self.lora.pairs:
+            packed, state = quantize_4bit(weight, self.training.settings)
+            out = torch.empty(weight.shape, device=weight.device)
+            with self._kernel_lock:
+                weight = self.lora.add_delta_to_4bit(packed, state, out, name=name)
+        else:
+            weight = round_trip(weight, self.training.settings) if name in self._dequantized else weight
+            weight = self.lora.add_delta(weight, name) if name in self.lora.pairs else weight
         return weight.T if name in self.training.transposed else weight

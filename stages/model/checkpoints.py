@@ -44,7 +44,7 @@ class CheckpointFolder:
             self._lock.acquire()
         except Timeout:
             raise Problem(
-                f"{_process(pid)} is running {stage} on the same data, base, code and parameters. Wait until it has "
+                f"{owner_of(self.path)} is running {stage} on the same data, base, code and parameters. Wait until it has "
                 f"finished, or end it {_how_to_end(pid)}; it saves a checkpoint in {self.path}, from which this run then "
                 "resumes"
             ) from None
@@ -76,8 +76,9 @@ class CheckpointFolder:
         self.release()
 
 
-def _process(pid: Path) -> str:
-    number = _read(pid)
+def owner_of(folder: Path) -> str:
+    """The process that has locked a checkpoint folder: "process 1234"."""
+    number = _read(folder.with_suffix(".pid"))
     return f"process {number}" if number else "another process"
 
 

@@ -1,7 +1,8 @@
 """The device that models run on, and the dtype that they compute in."""
 
+import os
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -16,6 +17,19 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def is_one_of_several() -> bool:
+    """Whether this process works with others, so that only its own GPU is its to use."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def assert_on(model: Any, device: torch.device) -> None:
+    """Asserts that a model lies where this process computes: with several processes, on the GPU of its own."""
+    found = {parameter.device for parameter in model.parameters()}
+    assert found <= {device}, f"weights on {found}, wanted {device}"
+    if device.type == "cuda" and is_one_of_several():
+        assert device.index == int(os.environ["LOCAL_RANK"]), f"{device} in process {os.environ['LOCAL_RANK']}"
 
 
 def pick_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

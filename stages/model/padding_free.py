@@ -23,8 +23,8 @@ class RowLayout:
     """The lengths of the rows of a padding-free batch.
 
     It is passed to the model as the keyword argument `row_layout`; Transformers hands it on to every layer's attention
-    function. The tensors are made once and used by all layers. From `position_ids` the lengths would have to be read back
-    from the GPU, which makes the CPU wait.
+    function. The tensors are made once for each device and used by all its layers. From `position_ids` the lengths would
+    have to be read back from the GPU, which makes the CPU wait.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -32,28 +32,28 @@ class RowLayout:
         self.longest = max(lengths)
         self.ragged = min(lengths) < self.longest
         """Whether the lengths differ."""
-        self._starts: torch.Tensor | None = None
-        self._padded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._starts: dict[torch.device, torch.Tensor] = {}
+        self._padded: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """(rows + 1,) in int32: the position of each row's first token, and the number of all tokens (cu_seqlens)."""
-        if self._starts is None:
+        if device not in self._starts:
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._starts = ends.to(device, non_blocking=True)
-        return self._starts
+            self._starts[device] = ends.to(device, non_blocking=True)
+        return self._starts[device]
 
     def padded(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors (rows, longest) that turn the batch into a padded one and back.
 
         The position in the batch of each row's tokens, 0 for padding; and False for padding, True for tokens.
         """
-        if self._padded is None:
+        if device not in self._padded:
             lengths = torch.tensor(self.lengths).unsqueeze(1)
             steps = torch.arange(self.longest)
             real = steps < lengths
             positions = (lengths.cumsum(0) - lengths + steps).where(real, 0)
-            self._padded = positions.to(device, non_blocking=True), real.to(device, non_blocking=True)
-        return self._padded
+            self._padded[device] = positions.to(device, non_blocking=True), real.to(device, non_blocking=True)
+        return self._padded[device]
 
 
 def enable_padding_free(model: Any, longest_row: int = 0) -> str:

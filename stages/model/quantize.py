@@ -1,12 +1,13 @@
 """Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -14,7 +15,18 @@ from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST
-from stages.model.device import DtypeName, pick_device, pick_dtype
+from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.placement import (
+    ONE_GPU,
+    SPREAD,
+    Memory,
+    Placement,
+    free_memory,
+    gigabytes,
+    plan_placement,
+    skeleton,
+    weight_bytes,
+)
 
 
 class Quantization(Section):
@@ -49,30 +61,33 @@ class DequantizedLinear(torch.nn.Linear):
     """The layer's class in the model without quantization, under the name that Transformers gives it."""
 
 
-def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False) -> Quantized:
+def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, one_gpu: bool = False) -> Quantized:
     """Loads the base model in evaluation mode, quantized, with all weights frozen.
 
     Args:
         base: The model's folder, models/base.
         settings: How to quantize it.
-        on_cpu: Keep the quantized weights in main memory, for a model that one GPU cannot hold (FSDP). Otherwise the model
-            is on this process's device.
+        on_cpu: Keep the quantized weights in main memory, for a model that one GPU cannot hold (FSDP).
+        one_gpu: The model must be on this process's device, as training needs it. Otherwise it is spread over all GPUs if
+            one does not hold it, and a line says so; inputs belong on `model.device`.
 
-    Raises Problem if a layer of llm_int8_skip_modules is not in the model, or if the GPU has too little memory.
+    Raises Problem if a layer of llm_int8_skip_modules is not in the model, or if the GPUs have too little memory.
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
     trust = read_json(base / MANIFEST)["trust_remote_code"]
     skipped = _find_skipped(base, settings, trust_remote_code=trust)
+    placement = None if on_cpu or one_gpu else _spread(base, settings, trust_remote_code=trust)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            device_map={"": "cpu" if on_cpu else device},
-            quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
-            trust_remote_code=trust,
-            use_safetensors=True,
-        )
+        with _quantized_on(device):
+            model = AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=dtype,
+                device_map={"": "cpu"} if on_cpu else placement.device_map if placement else {"": device},
+                quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
+                trust_remote_code=trust,
+                use_safetensors=True,
+            )
     except torch.OutOfMemoryError:
         raise Problem(
             f"{base}: the model does not fit into the memory of {device} with train.quantization {settings.quantization}; "
@@ -85,6 +100,8 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False) 
         if isinstance(layer, bnb.nn.Linear4bit):
             # On a CPU with avx512_bf16 its first call would repack the weights into a format that nothing else can read.
             layer.support_avx512bf16_for_cpu = False
+    if not on_cpu and not placement:
+        assert_on(model, device)
     if device.type == "cpu" and not on_cpu:
         _dequantize_4bit_layers(model)
     model.requires_grad_(False)
@@ -111,6 +128,72 @@ def _make_config(
     )
 
 
+@contextmanager
+def _quantized_on(device: torch.device) -> Iterator[None]:
+    """Within the block, 4-bit weights that go to main memory are quantized on `device`, if it is a GPU.
+
+    bitsandbytes would quantize them on the CPU, which takes many minutes for a large model, and rounds the means of the
+    scales otherwise than the GPU, on which `merge` quantizes them again.
+    """
+    quantize = bnb.nn.Params4bit._quantize
+    if device.type == "cuda":
+        bnb.nn.Params4bit._quantize = lambda weight, target: quantize(weight, device).to(target)
+    try:
+        yield
+    finally:
+        bnb.nn.Params4bit._quantize = quantize
+
+
+def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> Placement | None:
+    """How to spread the quantized model over several GPUs, with a line that says it; None if one device is enough.
+
+    Raises Problem if the GPUs together do not hold it. Weights in main memory are no way out: bitsandbytes would keep them
+    unquantized there, which is another model than the one that was trained.
+    """
+    memory, device = free_memory(), pick_device()
+    dtype = pick_dtype(settings.dtype, device)
+    if len(memory.gpus) < 2 or weight_bytes(base, dtype) <= ONE_GPU * memory.gpus[device.index]:
+        return None
+    model = skeleton(base, dtype, trust_remote_code=trust_remote_code)
+    placement = plan_placement(model, memory, quantized=quantized_bits(model, settings))
+    if placement.total_bytes <= SPREAD * memory.gpus[device.index]:
+        return None
+    if placement.gpu_bytes < placement.total_bytes:
+        raise Problem(
+            f"{base}: the model that was trained, in train.quantization {settings.quantization}, has "
+            f"{gigabytes(placement.total_bytes)} of weights, which the GPUs together must hold; free on them: "
+            f"{' + '.join(map(gigabytes, memory.gpus.values()))}; use more GPUs, or train with nf4"
+        )
+    print(f"{base}, {settings.quantization}: {placement.describe()}", flush=True)
+    return placement
+
+
+def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
+    """The bits that each quantized weight takes, scales included, by parameter name.
+
+    Args:
+        model: The base on the meta device.
+        settings: How it is quantized.
+    """
+    if settings.quantization == "none":
+        return {}
+    # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
+    bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
+    skipped = {*(get_keys_to_not_convert(model) or ()), *settings.llm_int8_skip_modules}
+    return {
+        f"{name}.weight": bits
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and not any(f".{name}".endswith(f".{skip}") for skip in skipped)
+    }
+
+
+def quantized_bytes(base: Path, settings: Quantization) -> int:
+    """Bytes of the quantized model's weights, scales included."""
+    dtype = pick_dtype(settings.dtype, pick_device())
+    model = skeleton(base, dtype, trust_remote_code=read_json(base / MANIFEST)["trust_remote_code"])
+    return plan_placement(model, Memory({}, 1 << 62), quantized=quantized_bits(model, settings)).total_bytes
+
+
 def is_transposed(layer: Any) -> bool:
     """Whether the base's files store the layer's weight as (in, out), as GPT-2's Conv1D does, before quantization too."""
     return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
@@ -123,9 +206,7 @@ def _find_skipped(base: Path, settings: Quantization, *, trust_remote_code: bool
     """
     if not settings.llm_int8_skip_modules or settings.quantization == "none":
         return None
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = skeleton(base, torch.float32, trust_remote_code=trust_remote_code)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     problems = [
         bad_param(
@@ -176,33 +257,40 @@ def set_weight(model: Any, name: str, *, weight: torch.Tensor, settings: Quantiz
         layer.weight.data = (weight.T if isinstance(layer, Conv1D) else weight).to(layer.weight)
 
 
-def round_trip(weight: torch.Tensor, settings: Quantization, *, in_float32: bool = False) -> torch.Tensor:
-    """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as the quantized model does.
+def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
+    """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as a quantized layer does.
 
     Args:
         weight: (out, in)
         settings: How the model is quantized.
-        in_float32: 4 bits only: dequantize to float32, as training on a GPU does before it adds the delta weight. Otherwise
-            the result is rounded to settings.dtype, as in a quantized layer without an adapter.
 
     Returns:
-        (out, in) in float32, on this process's device.
+        (out, in) in float32, with values of settings.dtype, on this process's device.
     """
-    device = pick_device()
-    weight = weight.to(device, pick_dtype(settings.dtype, device))
     if settings.quantization == "none":
-        return weight.float()
+        return _rounded(weight, settings).float()
     if settings.quantization == "int8":
-        quantized, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        quantized, scales, _ = bnb.functional.int8_vectorwise_quant(_rounded(weight, settings).half())
         product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
         return product
-    packed, state = bnb.functional.quantize_4bit(
-        weight, quant_type=settings.quantization, compress_statistics=settings.bnb_4bit_use_double_quant
-    )
-    if in_float32:
-        state.dtype = torch.float32
-    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
+    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(*quantize_4bit(weight, settings))
     return dequantized.float()
+
+
+def quantize_4bit(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, Any]:
+    """A linear layer's weight (out, in) in 4 bits, packed, and its quantization state, on this process's device."""
+    packed, state = bnb.functional.quantize_4bit(
+        _rounded(weight, settings),
+        quant_type=settings.quantization,
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+    )
+    return packed, state
+
+
+def _rounded(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
+    """The weight on this process's device, in the model's dtype."""
+    device = pick_device()
+    return weight.to(device, pick_dtype(settings.dtype, device))
 
 
 def _dequantize_4bit_layers(model: Any) -> None:

@@ -2,27 +2,27 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
-from stages.core.jsonl import read_json, read_jsonl, write_json
+from stages.core.jsonl import read_json, write_json
 from stages.core.output import Done, fresh_file
 from stages.core.params import Section
-from stages.core.progress import progress
-from stages.score.baselines import TrainingAnswer, answer_of, most_frequent_answer, nearest_answers
-from stages.score.calls import parse_calls
+from stages.score.baselines import find_baselines
 from stages.score.groups import score_groups
-from stages.score.intervals import RESAMPLES, Interval, mean_interval
+from stages.score.intervals import RESAMPLES, Interval, mean_intervals
 from stages.score.judge import judge_rows
-from stages.score.metrics import HEADLINE, METRICS, RowScores, no_scores, score_answer
+from stages.score.metrics import HEADLINE, METRICS
 from stages.score.perplexity import Perplexity, measure_perplexity
-from stages.score.predictions import PredictedRow, Prediction, read_predictions
+from stages.score.predictions import Predictions, read_predictions
 from stages.score.report import render_report
+from stages.score.rows import Scores, score_rows
 from stages.score.systems import MODELS, SHORT_NAMES, SYSTEMS
-from stages.score.table import print_table
+from stages.score.table import Counts, count_of, print_table
 
 
 class Params(Section):
@@ -54,6 +54,7 @@ def score(
     metrics: Path,
     bars: Path,
     page: Path,
+    rows: Path,
 ) -> Done:
     """Scores the answers of both models to the test prompts, with 95 % intervals.
 
@@ -69,6 +70,7 @@ def score(
         metrics: Gets the few figures that `dvc exp show` compares runs by.
         bars: Gets the headline scores for DVC's plot.
         page: Gets the report.
+        rows: Gets every test row with its scores, as CSV.
 
     Raises Problem if a file of predictions is damaged, or if the files do not answer the same prompts.
     """
@@ -80,26 +82,24 @@ def score(
         test_examples=examples / "test.jsonl",
         test_rows=stages["encode"]["test_rows"],
     )
-    rows = predictions.rows
-    scores = score_rows(rows, baseline_answers(rows, examples / "train.jsonl"))
-    perplexity = measure_perplexity(predictions.text_losses)
-    summary = {
-        system: {metric: mean_interval(row[metric] for row in scores[system]) for metric in METRICS} for system in SYSTEMS
-    }
-    differences = {
-        other: {metric: paired_difference(scores["merged"], scores[other], metric=metric) for metric in METRICS}
-        for other in SYSTEMS
-        if other != "merged"
-    }
-    groups = score_groups(rows, scores)
-    judged = None
-    if params.judge_url and rows:
-        judged = judge_rows(rows[: params.judge_rows], url=params.judge_url, model=params.judge_model)
-    with fresh_file(metrics) as file:
-        write_json(file, run_metrics(stages, summary, perplexity))
-    with fresh_file(bars) as file:
-        write_plot_scores(file, summary, perplexity)
-    with fresh_file(page) as file:
+    train = examples / "train.jsonl"
+    with (
+        fresh_file(rows) as table_file,
+        fresh_file(metrics) as metrics_file,
+        fresh_file(bars) as bars_file,
+        fresh_file(page) as page_file,
+    ):
+        baselines = find_baselines(train, predictions.rows.questions())
+        scores = score_rows(predictions.rows, baselines, train=train, table=table_file)
+        summary, differences = summarize(scores)
+        groups = score_groups(scores)
+        perplexity = measure_perplexity(predictions.text_losses)
+        judged = None
+        if params.judge_url and predictions.rows:
+            judged = judge_rows(predictions.rows[: params.judge_rows], url=params.judge_url, model=params.judge_model)
+        counts = count_scored(predictions, stages["encode"], perplexity)
+        write_json(metrics_file, run_metrics(stages, summary, perplexity))
+        write_plot_scores(bars_file, summary, perplexity)
         report = render_report(
             reports,
             stages,
@@ -110,72 +110,37 @@ def score(
             groups=groups,
             judged=judged,
             perplexity=perplexity,
+            counts=counts,
+            files={"rows": rows, "answers": merged_predictions, "extra": merged_extra},
         )
-        file.write_text(report, encoding="utf-8", newline="\n")
-    print_table(summary, differences, row_count=len(rows), perplexity=perplexity)
-    counted = [f"{len(rows):,} test rows"] if rows else []
-    if perplexity:
-        counted.append(f"{perplexity.documents:,} raw texts")
-    return Done(f"{' and '.join(counted) or 'no test rows'}; open {page}")
+        page_file.write_text(report, encoding="utf-8", newline="\n")
+    print_table(summary, differences, counts=counts, perplexity=perplexity)
+    return Done(f"{' and '.join(filter(None, counts)) or 'no test rows'}; open {page}")
 
 
-def baseline_answers(rows: Sequence[PredictedRow], train: Path) -> dict[str, list[TrainingAnswer]]:
-    """Baseline → its answer to each row; empty if there are no conversations to take one from."""
-    examples = [example for example in read_jsonl(train) if "messages" in example] if rows else []
-    if not examples:
-        return {}
-    return {
-        "most_frequent": [most_frequent_answer(examples)] * len(rows),
-        "nearest": nearest_answers(examples, [row.question for row in rows]),
-    }
-
-
-def score_rows(
-    rows: Sequence[PredictedRow], baselines: Mapping[str, Sequence[TrainingAnswer]]
-) -> dict[str, list[RowScores]]:
-    """System → the scores of its answer to each row."""
-    # In a run without thinking the metrics of thinking say nothing.
-    thinks = any(part.thinking or part.cut for row in rows for part in (row.reference, row.base.split, row.merged.split))
-    scores: dict[str, list[RowScores]] = {system: [] for system in SYSTEMS}
-    for number, row in enumerate(progress(rows, "score", total=len(rows))):
-        predicted = {"base": row.base, "merged": row.merged}
-        for system in SYSTEMS:
-            if system in predicted:
-                found = score_prediction(row, predicted[system], thinks=thinks)
-            elif system in baselines:
-                found = score_baseline(row, baselines[system][number])
-            else:
-                found = no_scores()
-            scores[system].append(found)
-    return scores
-
-
-def score_prediction(row: PredictedRow, prediction: Prediction, *, thinks: bool) -> RowScores:
-    """The scores of a model's answer."""
-    answer = prediction.split.answer
-    return score_answer(
-        row.reference.answer,
-        answer,
-        finish_reason=prediction.finish_reason,
-        calls=None if row.wanted_calls is None else (row.wanted_calls, parse_calls(answer)),
-        thinking=prediction.split if thinks else None,
+def count_scored(predictions: Predictions, encoded: Mapping[str, Any], perplexity: Perplexity | None) -> Counts:
+    """What the scores are of; `generate` may have answered only some of the test prompts, and read some of the raw texts."""
+    count, all_windows = len(predictions.rows), len(predictions.text_losses["merged"]) >= encoded["test_text_windows"]
+    texts = perplexity.documents if perplexity else 0
+    return Counts(
+        rows=f"{count_of(count, encoded['test_rows'])} test rows" if count else "",
+        texts=f"{count_of(texts, texts if all_windows else predictions.texts)} raw texts" if texts else "",
     )
 
 
-def score_baseline(row: PredictedRow, answer: TrainingAnswer) -> RowScores:
-    """The scores of a training answer. One that says the same as the reference is written as the template writes that."""
-    text = row.reference.answer if answer.text.strip() == answer_of(row.message).text.strip() else answer.text
-    calls = None if row.wanted_calls is None else (row.wanted_calls, answer.calls)
-    return score_answer(row.reference.answer, text, finish_reason=None, calls=calls)
-
-
-def paired_difference(scores: Sequence[RowScores], others: Sequence[RowScores], *, metric: str) -> Interval | None:
-    """The mean difference of a metric between two systems, row by row.
+def summarize(
+    scores: Scores,
+) -> tuple[dict[str, dict[str, Interval | None]], dict[str, dict[str, Interval | None]]]:
+    """System → metric → mean; and other system → metric → the mean of fine-tuned model minus that system, row by row.
 
     Pairing the rows takes out what makes a row hard for both systems, so the interval is narrower than that of two means.
     """
-    pairs = [(row[metric], other[metric]) for row, other in zip(scores, others, strict=True)]
-    return mean_interval(a - b for a, b in pairs if a is not None and b is not None)
+    others = [system for system in SYSTEMS if system != "merged"]
+    columns = [scores.of(system, metric) for system in SYSTEMS for metric in METRICS]
+    columns += [scores.of("merged", metric) - scores.of(other, metric) for other in others for metric in METRICS]
+    intervals = iter(mean_intervals(np.stack(columns, 1), "intervals"))
+    summary = {system: {metric: next(intervals) for metric in METRICS} for system in SYSTEMS}
+    return summary, {other: {metric: next(intervals) for metric in METRICS} for other in others}
 
 
 def run_metrics(

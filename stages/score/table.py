@@ -1,6 +1,7 @@
 """The table that is printed at the end of a run."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -11,11 +12,25 @@ from stages.score.perplexity import Perplexity
 from stages.score.systems import SYSTEMS
 
 
+class Counts(NamedTuple):
+    """What the scores are of."""
+
+    rows: str
+    """"1,000 of 125,000 test rows"; "" without any."""
+    texts: str
+    """The same of raw texts."""
+
+
+def count_of(count: int, total: int) -> str:
+    """ "1,000 of 125,000", or "400" if these are all."""
+    return f"{count:,} of {total:,}" if count < total else f"{count:,}"
+
+
 def print_table(
     summary: Mapping[str, Mapping[str, Interval | None]],
     differences: Mapping[str, Mapping[str, Interval | None]],
     *,
-    row_count: int,
+    counts: Counts,
     perplexity: Perplexity | None,
 ) -> None:
     """Prints the headline metrics of each system, and by how much the fine-tuned model differs from each of the others.
@@ -23,11 +38,11 @@ def print_table(
     The perplexity of both models follows, if there is raw text.
     """
     console = Console(width=120)
-    if row_count:
-        _print_scores(console, summary, differences, row_count=row_count)
+    if counts.rows:
+        _print_scores(console, summary, differences, title=f"{counts.rows}, mean and 95 % interval, in percent")
     if perplexity:
         console.print(
-            f"perplexity per token on {perplexity.documents:,} raw texts: base model {_number(perplexity.base)}, "
+            f"perplexity per token on {counts.texts}: base model {_number(perplexity.base)}, "
             f"fine-tuned model {_number(perplexity.merged)}; difference {_number(perplexity.difference)}"
         )
 
@@ -37,10 +52,10 @@ def _print_scores(
     summary: Mapping[str, Mapping[str, Interval | None]],
     differences: Mapping[str, Mapping[str, Interval | None]],
     *,
-    row_count: int,
+    title: str,
 ) -> None:
     metrics = [metric for metric in HEADLINE if summary["merged"][metric]]
-    table = Table(title=f"{row_count} test rows, mean and 95 % interval, in percent")
+    table = Table(title=title)
     table.add_column("")
     for metric in metrics:
         table.add_column(metric, justify="right")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +22,6 @@ PASSED_ON = (
     "lr_scheduler_type",
     "warmup_steps",
     "optim",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
     "seed",
     "data_seed",
 )
@@ -78,6 +76,9 @@ OWNED = {name: reason for reason, names in RESERVED for name in names.split()}
 AT_LEAST_0 = ("weight_decay", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha")
 """Fields whose range TrainingArguments does not check."""
 
+INTERVALS = ("logging_steps", "eval_steps", "save_steps")
+"""Parameters of `train` that are numbers of optimizer steps, or shares of all of them if they are below 1."""
+
 KEPT_CHECKPOINTS = 2
 """With only one, a run that is killed while the new checkpoint is written and the old one removed would have none."""
 
@@ -99,7 +100,10 @@ def make_arguments(section: Mapping[str, Any], *, checkpoints: Path, dtype: torc
     Raises Problem with every value that TrainingArguments does not accept or that the pipeline sets itself.
     """
     further = parse_training_arguments(section)
-    values = {name: section[name] for name in PASSED_ON}
+    values = {name: section[name] for name in (*PASSED_ON, *INTERVALS)}
+    # With load_best_model_at_end TrainingArguments wants save_steps to be a multiple of eval_steps. There is no need:
+    # `AdapterTrainer.evaluate` then has every validation followed by a checkpoint.
+    values["save_steps"] = section["eval_steps"]
     # One batch of the Trainer is one optimizer step of a process; the collator splits it into micro-batches.
     values["per_device_train_batch_size"] *= section["gradient_accumulation_steps"]
     values |= {"gradient_accumulation_steps": 1, "metric_for_best_model": "eval_loss"}
@@ -124,6 +128,7 @@ def make_arguments(section: Mapping[str, Any], *, checkpoints: Path, dtype: torc
         )
     except ValueError as error:
         raise Problem(bad_param("train", " ".join(str(error).split()))) from None
+    arguments.save_steps = section["save_steps"]
     # One process uses one GPU. With several visible, the Trainer would split each batch over them (DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -150,17 +155,40 @@ def parse_training_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
                 wrong = f"found {found!r}: {error}"
         if wrong:
             problems.append(bad_param(f"train.training_arguments.{name}", wrong))
-    if values.get("load_best_model_at_end") and section["save_steps"] % section["eval_steps"]:
-        problems.append(
-            bad_param(
-                "train.save_steps",
-                f"{section['save_steps']} is not a multiple of train.eval_steps, {section['eval_steps']}; "
-                "load_best_model_at_end needs the validation loss of every checkpoint",
-            )
-        )
+    problems += (
+        bad_param(f"train.{name}", f"found {section[name]:g}; wanted a whole number of steps, or a share of all below 1")
+        for name in INTERVALS
+        if section[name] > 1 and section[name] % 1
+    )
     if problems:
         raise Problem(*problems)
     return values
+
+
+def count_steps(arguments: TrainingArguments, rows: int) -> int:
+    """The number of optimizer steps that the Trainer makes.
+
+    Args:
+        arguments: Those of the training; a batch is one optimizer step.
+        rows: The number of training rows.
+    """
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    epochs, batch = float(arguments.num_train_epochs), int(arguments.per_device_train_batch_size * arguments.world_size)
+    return math.ceil(epochs * -(-rows // batch))
+
+
+def set_intervals(arguments: TrainingArguments, steps: int) -> None:
+    """Turns the shares among INTERVALS into whole numbers of steps, rounded up, so at least 1. So does Transformers.
+
+    Args:
+        arguments: Changed in place.
+        steps: The number of all optimizer steps.
+    """
+    for name in INTERVALS:
+        value = getattr(arguments, name)
+        # Rounded first, since 0.07 * 100 is 7.000000000000001. A tiny share is still a step.
+        setattr(arguments, name, max(1, math.ceil(round(value * steps, 6))) if value < 1 else int(value))
 
 
 def field_names() -> list[str]:

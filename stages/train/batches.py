@@ -1,8 +1,11 @@
 """Which rows form a batch: the micro-batches of an optimizer step, the order of training rows, the validation batches."""
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 
+import numpy as np
 import torch
 
 
@@ -47,9 +50,9 @@ class Shuffled(torch.utils.data.Sampler[int]):
         return self.count + self.fill
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(self.count))
+        order = array("q", range(self.count))  # a list would take five times the memory
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        return iter(order + [self.count] * self.fill)
+        return chain(order, repeat(self.count, self.fill))
 
 
 def validation_batches(lengths: Sequence[int], rows: int, *, process: int, processes: int) -> Iterator[list[int]]:
@@ -64,7 +67,7 @@ def validation_batches(lengths: Sequence[int], rows: int, *, process: int, proce
         process: This process.
         processes: How many there are.
     """
-    order = sorted(range(len(lengths)), key=lambda number: int(lengths[number]))
+    order = np.argsort(np.asarray(lengths), kind="stable")
     all_rows = rows * processes
     for start in range(process * rows, -(-len(order) // all_rows) * all_rows, all_rows):
-        yield order[start : start + rows] or [len(lengths)]
+        yield order[start : start + rows].tolist() or [len(lengths)]

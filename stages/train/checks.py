@@ -1,6 +1,5 @@
 """What can be refused before the model is loaded: parameters that do not fit each other, the hardware or the vocabulary."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,37 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from stages.core.disk import Write, check_space, folder_size, merge_problems
+from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
+from stages.core.provenance import MANIFEST
 from stages.core.tokens import TokenRows
 from stages.model import distributed
-from stages.model.device import pick_device
+from stages.model.device import pick_device, pick_dtype
 from stages.model.limits import read_limits
+from stages.model.placement import (
+    ONE_GPU,
+    SPREAD,
+    Memory,
+    gigabytes,
+    plan_placement,
+    skeleton,
+    total_memory,
+    weight_bytes,
+)
+from stages.model.quantize import Quantization, quantized_bits
 from stages.train import fp8
-from stages.train.arguments import make_arguments, parse_training_arguments
+from stages.train.arguments import KEPT_CHECKPOINTS, count_steps, make_arguments, parse_training_arguments
+from stages.train.callbacks import say
 from stages.train.loss import Loss, load_loss
+
+BYTES_FLOAT32 = 4
 
 
 def check_parameters(section: Mapping[str, Any], base: Path) -> None:
-    """Raises one Problem with everything that is wrong in the parameters of `train`, as far as no model is needed.
+    """Raises one Problem with everything that is wrong in the parameters of `train`, as far as no model is needed, and if
+    the disk has too little space for `merge`.
 
     Args:
         section: The parameters of `train`.
@@ -47,6 +64,9 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
     attempt(lambda: load_loss_of(section, base, label_smoothing_factor=smoothing))
     if distributed.world_size() == 1:
         attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
+    if distributed.is_main():
+        problems += memory_problems(section, base, memory=total_memory())
+    problems += merge_problems(base)  # before the training is paid for
     if problems:
         raise Problem(*problems)
 
@@ -78,6 +98,51 @@ def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtu
         raise Problem(*problems)
 
 
+def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -> list[str]:
+    """Why this machine's memory is too small for the training or for what follows it; empty if it is not.
+
+    `merge` and `generate` load the base's size in 16 bits, spread over GPUs and main memory if one GPU does not hold it; and
+    `merge` loads the model that was trained, quantized, on the GPUs together. Prints a line if main memory is needed.
+
+    Args:
+        section: The parameters of `train`.
+        base: The folder of the base model.
+        memory: All memory of this machine, whatever is in use.
+    """
+    dtype = pick_dtype(section["dtype"], pick_device())
+    one = min(memory.gpus.values()) if memory.gpus else memory.main
+    if not section["fsdp"] and weight_bytes(base, dtype) <= ONE_GPU * one:
+        return []
+    settings = Quantization(**{name: section[name] for name in Quantization.model_fields})
+    model = skeleton(base, dtype, trust_remote_code=read_json(base / MANIFEST)["trust_remote_code"])
+    merged = plan_placement(model, memory)
+    trained = plan_placement(model, memory, quantized=quantized_bits(model, settings))
+    gpus = " + ".join(gigabytes(size) for size in memory.gpus.values()) or "none"
+    machine = f"this machine has {gigabytes(memory.main)} of main memory, GPUs: {gpus}"
+    problems = []
+    if "disk" in merged.sizes:
+        problems.append(
+            f"{base}: merge and generate could not load the merged model, {gigabytes(merged.total_bytes)} of weights in "
+            f"{str(dtype).removeprefix('torch.')}: {machine}; use a machine with more of either, or a smaller base"
+        )
+    elif memory.gpus and "cpu" in merged.sizes:
+        say(f"train: merge and generate will be slow on this machine: the merged model has {merged.describe()}")
+    if memory.gpus and trained.gpu_bytes < trained.total_bytes:
+        problems.append(
+            f"{base}: with train.quantization {settings.quantization} the model has {gigabytes(trained.total_bytes)} of "
+            f"weights, which the GPUs together must hold in train and in merge: {machine}; use more GPUs, or a smaller base"
+        )
+    if section["fsdp"] and trained.total_bytes > SPREAD * memory.main:
+        problems.append(
+            bad_param(
+                "train.fsdp",
+                "true, but each process first loads the quantized model into main memory, "
+                f"{gigabytes(trained.total_bytes)}, and {machine}; use a machine with more main memory",
+            )
+        )
+    return problems
+
+
 def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
     """Raises Problem if the learning rate of every optimizer step is 0, so that nothing would be trained.
 
@@ -87,8 +152,7 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
         arguments: Those of the training; a batch is one optimizer step.
         rows: The number of training rows.
     """
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * -(-rows // batch))
+    batch, steps = arguments.per_device_train_batch_size * arguments.world_size, count_steps(arguments, rows)
     warmup = arguments.get_warmup_steps(steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     scheduler = get_scheduler(
@@ -111,6 +175,24 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
             "be trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
         )
     )
+
+
+def check_disk(trained: int, *, optim: str, checkpoints: Path, adapter: Path) -> None:
+    """Raises Problem if the disk has too little space for the checkpoints and the adapter.
+
+    A checkpoint has the trained weights in float32, and two moments of each, as Adam keeps them. A new one is written before
+    the oldest is removed.
+
+    Args:
+        trained: The number of trained parameters.
+        optim: The optimizer; the moments of those with 8bit in their name take a byte each, of all others four.
+        checkpoints: The folder for the checkpoints.
+        adapter: The output.
+    """
+    weights = BYTES_FLOAT32 * trained
+    checkpoint = weights + 2 * trained * (1 if "8bit" in optim else BYTES_FLOAT32)
+    size = (KEPT_CHECKPOINTS + 1) * checkpoint - folder_size(checkpoints)
+    check_space("train", "the training", Write(checkpoints.parent, max(0, size)), Write(adapter, weights, cached=weights))
 
 
 def load_loss_of(section: Mapping[str, Any], base: Path, *, label_smoothing_factor: float) -> Loss:

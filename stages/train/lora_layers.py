@@ -8,10 +8,9 @@ micro-batch then computes W' x in the forward pass and W'ᵀ dy in the backward 
 
 W' is summed in float32 and rounded once. If W is already rounded to bfloat16, rounding W' would lose a small delta weight,
 in every step. 4-bit weights are not bfloat16 values (each is a table entry times a float32 scale): they are dequantized to
-float32 and rounded after the sum. Merging computes the same float32 sum (`add_lora`) and rounds it once, so W' is the merged
-weight, with one exception: the GPU kernel (four_bit.py) multiplies B A in TF32, so single weights may round to a
-neighbouring value. For weights stored in bfloat16 (`_SeparateProduct`) or multiplied in FP8 (`_Fp8Weight`), the LoRA product
-is computed separately and added to W x.
+float32 and rounded after the sum. Merging calls the same functions (`add_lora`, and `add_lora_to_4bit` with its GPU kernel),
+so W' is the merged weight. For weights stored in bfloat16 (`_SeparateProduct`) or multiplied in FP8 (`_Fp8Weight`), the LoRA
+product is computed separately and added to W x.
 """
 # ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
@@ -25,11 +24,11 @@ import bitsandbytes as bnb
 import torch
 from torch.nn.functional import linear
 
+from stages.model import four_bit
 from stages.model.adapter import PEFT_PREFIX
 from stages.model.lora import add_lora
 from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids, reason_of
 from stages.model.shared_inputs import group_by_input, share_computation
-from stages.train import four_bit
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute
 

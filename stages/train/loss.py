@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.model.compile import compiled
-from stages.model.logits import forward, modify_head_input, select_positions
-from stages.model.probe import probe_ids
+from stages.model.logits import is_head_last, label_hidden_states
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]
 """(logits, labels, num_items) to a scalar, as in stages/losses/cross_entropy.py."""
@@ -42,37 +41,17 @@ def label_loss(
     Returns:
         A scalar. Its backward pass uses the gradient that has been computed here.
     """
-    tokens, kept = batch["input_ids"].shape[1], []
-
-    def keep_hidden(hidden: torch.Tensor) -> torch.Tensor:
-        kept.append(select_positions(hidden, tokens, batch["target_positions"]))
-        return hidden[:1, :1]  # the model's own logits are not used, so they are computed for one position
-
-    with modify_head_input(head, keep_hidden):
-        forward(model, batch)
-    total: torch.Tensor = _ChunkedLoss.apply(kept[0], batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
+    hidden = label_hidden_states(model, batch, head)
+    total: torch.Tensor = _ChunkedLoss.apply(hidden, batch["targets"], head, loss, num_items)  # type: ignore[no-untyped-call]
     return total
 
 
 def head_is_last(model: Any, head: torch.nn.Module) -> bool:
     """Whether a model's logits are exactly head(hidden states), and the head is frozen.
 
-    Some models change the logits after the head, for example by capping them. Found by running the model on a few tokens.
+    Some models change the logits after the head, for example by capping them.
     """
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        return False
-    ids, inputs = probe_ids(model), []
-    handle = head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits
-    finally:
-        handle.remove()
-    if len(inputs) != 1:
-        return False
-    with torch.no_grad():
-        # False with virtual tokens of an adapter: the model's logits include theirs, the slice does not.
-        return torch.equal(head(inputs[0])[:, -ids.shape[1] :].to(logits.dtype), logits)
+    return not any(parameter.requires_grad for parameter in head.parameters()) and is_head_last(model, head)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -2,11 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, TokenRows
@@ -16,6 +15,7 @@ from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_block
 from stages.train.memory import Known, Need, Plan
 from stages.train.trainer import AdapterTrainer
 
+RowNumbers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 ADAM_BYTES = 12
 """Bytes per trained parameter: its gradient and Adam's two moments, in float32."""
 
@@ -33,10 +33,10 @@ def fit_memory(trainer: AdapterTrainer, checkpointed_blocks: int | None) -> None
     Raises Problem if the memory is too small.
     """
     rows: TokenRows = trainer.train_dataset
-    longest_first = sorted(range(len(rows)), key=lambda number: -int(rows.lengths[number]))
+    longest_first = np.argsort(-rows.lengths, kind="stable")
     checkpoint_blocks(trainer.unwrapped_model, checkpointed_blocks or 0)
     if not _has_choice(trainer):
-        trainer.try_batch([rows[number] for number in longest_first[: trainer.collator.rows]])
+        trainer.try_batch([rows[number] for number in longest_first[: trainer.collator.rows].tolist()])
         return
     blocks, longest = len(decoder_blocks(trainer.unwrapped_model)), int(rows.lengths.max())
     plan = _choose(trainer, checkpointed_blocks, blocks=blocks, longest=longest)
@@ -61,8 +61,7 @@ def _has_choice(trainer: AdapterTrainer) -> bool:
     With sharded weights all processes must compute the same number of micro-batches; and the same bytes in every run need
     the same micro-batches.
     """
-    sharded = any(isinstance(parameter, DTensor) for parameter in trainer.unwrapped_model.parameters())
-    return trainer.args.device.type == "cuda" and not trainer.args.full_determinism and not sharded
+    return trainer.args.device.type == "cuda" and not trainer.args.full_determinism and not trainer.sharded
 
 
 def _choose(trainer: AdapterTrainer, checkpointed_blocks: int | None, *, blocks: int, longest: int) -> Plan | None:
@@ -127,7 +126,7 @@ def _peak_bytes(trainer: AdapterTrainer, rows: Sequence[dict[str, Any]]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _try_largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: Sequence[int]) -> int:
+def _try_largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: RowNumbers) -> int:
     """The tokens of a micro-batch: `tokens`, or fewer if that does not fit after all.
 
     Raises Problem if a single row does not fit.
@@ -143,12 +142,12 @@ def _try_largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: Sequ
         tokens = max(longest, int(0.8 * tokens))
 
 
-def _largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: Sequence[int]) -> list[dict[str, Any]]:
+def _largest_batch(trainer: AdapterTrainer, tokens: int, longest_first: RowNumbers) -> list[dict[str, Any]]:
     """The longest rows, as many as `tokens` allows; repeated if there are too few."""
     rows: TokenRows = trainer.train_dataset
     batch: list[dict[str, Any]] = []
     size = 0
-    for number in itertools.cycle(longest_first):
+    for number in map(int, itertools.cycle(longest_first)):
         size += int(rows.lengths[number if trainer.collator.padding_free else longest_first[0]])
         if batch and size > tokens:
             break

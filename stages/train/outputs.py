@@ -38,9 +38,21 @@ def count_rows(rows: TokenRows) -> dict[str, int]:
     return {"rows": len(rows), "tokens": int(rows.lengths.sum()), "label_tokens": rows.label_tokens}
 
 
-def write_report(report: Path, trainer: AdapterTrainer, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    """Writes counts and the validation loss before and after the training, as measured by `AdapterTrainer.measure`."""
+def write_report(
+    report: Path,
+    trainer: AdapterTrainer,
+    *,
+    validation_rows: int,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> None:
+    """Writes counts and the validation loss before and after the training, as measured by `AdapterTrainer.measure`.
+
+    `validation_rows` is the number of all of them; the loss is that of "eval_rows" of them.
+    """
     counts = count_rows(trainer.train_dataset) | {
+        "validation_rows": validation_rows,
+        "eval_rows": len(trainer.eval_dataset),
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }

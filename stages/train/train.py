@@ -20,14 +20,15 @@ from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.padding_free import enable_padding_free
-from stages.model.quantize import Quantization, Quantized, load_quantized
-from stages.train.arguments import make_arguments
+from stages.model.placement import SPREAD, total_memory
+from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
+from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_learning_rate, check_parameters, check_rows, load_loss_of
+from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps
-from stages.train.fsdp import shard_frozen
+from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
 from stages.train.memory import use_expandable_segments
@@ -35,6 +36,7 @@ from stages.train.memory_fit import fit_memory
 from stages.train.outputs import count_rows, write_adapter, write_curves, write_machine, write_report
 from stages.train.recompute import Recompute
 from stages.train.trainer import AdapterTrainer
+from stages.train.validation import describe_validation, read_validation_rows
 
 MOVED = {
     "weight_decay": "0.0",
@@ -77,12 +79,14 @@ class Params(Quantization, Adapter):
     gradient_checkpointing: bool | Literal["auto"]
     """Recomputes activations in the backward pass instead of keeping them: less memory, slower. auto: in as many blocks as
     the GPU's memory requires."""
-    logging_steps: int = Field(gt=0)
-    """Optimizer steps between two points of the training curve."""
-    eval_steps: int = Field(gt=0)
-    """Optimizer steps between two validations."""
-    save_steps: int = Field(gt=0)
-    """Optimizer steps between two checkpoints; a killed run resumes from the last one."""
+    logging_steps: float = Field(gt=0)
+    """Optimizer steps between two points of the training curve; below 1, a share of all steps."""
+    eval_steps: float = Field(gt=0)
+    """Optimizer steps between two validations; below 1, a share of all steps."""
+    max_eval_samples: int = Field(ge=0)
+    """Validation rows on which the loss is measured, chosen by the hash of their ids; 0: all."""
+    save_steps: float = Field(gt=0)
+    """Optimizer steps between two checkpoints; below 1, a share of all steps. A killed run resumes from the last one."""
     seed: int = Field(ge=0, lt=2**32)
     """Random seed of the adapter's initial weights and of dropout."""
     data_seed: int
@@ -114,7 +118,7 @@ def train(
     curves: Path,
     machine: Path,
 ) -> Done | None:
-    """Trains an adapter for `base` on the rows in `train_tokens`, and measures the loss on those in `validation_tokens`.
+    """Trains an adapter for `base` on the rows in `train_tokens`, and measures the loss on rows of `validation_tokens`.
 
     `adapter` gets PEFT's adapter_config.json and adapter_model.safetensors, and training.json with what `merge` must know:
     how the base was quantized, and the amount of data. `report` gets the final losses and counts, `curves` train.csv and
@@ -162,20 +166,25 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     distributed.init_processes(cpu=not torch.cuda.is_available())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows, validation_rows = TokenRows(read_tokens(paths.train_tokens)), TokenRows(read_tokens(paths.validation_tokens))
+    rows = TokenRows(read_tokens(paths.train_tokens))
+    validation_rows, all_validation_rows = read_validation_rows(paths.validation_tokens, params.max_eval_samples)
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
     virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
     check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
+    steps = count_steps(arguments, len(rows))
+    set_intervals(arguments, steps)
+    if distributed.is_main():
+        for line in describe_validation(
+            arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
+        ):
+            say(f"train: {line}")
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
-    quantized = load_quantized(paths.base, params, on_cpu=params.fsdp)
+    quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
     if distributed.is_main():
-        for line in describe_gaps(quantized, params, params):
-            say(f"train: {line}")
-    model = add_adapter(quantized.model, paths.base, settings=params, wanted=params)
-    if params.fsdp:
-        shard_frozen(model, pick_device())  # before the first forward pass: until then the model is in main memory
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        check_disk(trained, optim=params.optim, checkpoints=checkpoints, adapter=paths.adapter)
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
     longest = int(max(each.lengths.max(initial=0) for each in (rows, validation_rows)))
     padding_free = _enable_padding_free(params, arguments, model, longest)
@@ -206,9 +215,34 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         return
     training = _describe_training(params, model, quantized, rows=rows, lora_layers=lora_layers)
     write_adapter(paths.adapter, model, initial_lora=initial_weights, training=training)
-    write_report(paths.report, trainer, before=before, after=after)
+    write_report(paths.report, trainer, validation_rows=all_validation_rows, before=before, after=after)
     write_curves(paths.curves, trainer, before=before, after=after)
     write_machine(paths.machine, trainer, seconds=time.monotonic() - started, resumed_from=resumed_from)
+
+
+def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
+    """The quantized model, and the same one with a new adapter."""
+    quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
+    if distributed.is_main():
+        for line in describe_gaps(quantized, params, params):
+            say(f"train: {line}")
+    return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
+
+
+def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
+    """As `_load`, with sharded weights: before the first forward pass, since until then the model is in main memory."""
+    device = pick_device()
+    mesh = make_mesh(device)
+
+    def load() -> tuple[Quantized, Any]:
+        quantized, model = _load(params, base)
+        shard_frozen(model, mesh, device)
+        return quantized, model
+
+    size = quantized_bytes(base, params)
+    quantized, model = load_in_turns(load, max(1, int(SPREAD * total_memory().main) // size))
+    share_trained(model)
+    return quantized, model
 
 
 def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:

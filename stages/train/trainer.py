@@ -14,9 +14,10 @@ from stages.core.tokens import TokenRows
 from stages.model.logits import label_logits
 from stages.train.batches import Shuffled, validation_batches
 from stages.train.callbacks import REMEDY, FiniteLoss, InvalidateWeights, Progress
-from stages.train.checkpoints import load_trainable, mark_complete, save_trainable
+from stages.train.checkpoints import load_trainable, mark_complete, save_trainable, trainable_parameters
 from stages.train.collator import StepCollator
 from stages.train.curves import TrainingLoss
+from stages.train.fsdp import average_gradients, is_sharded
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import Loss, head_is_last, label_loss, next_token_loss
 from stages.train.memory import explain_out_of_memory
@@ -71,6 +72,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         # Not in float16: its range is too small for gradients that are not scaled yet.
         self.loss_in_parts = model.dtype != torch.float16 and head_is_last(model, self.head)
         self.training_loss = TrainingLoss(self.accelerator, arguments.device)
+        self.sharded = is_sharded(model)
+        if self.sharded:
+            # Accelerate refuses DistributedDataParallel for sharded weights, so it must not wrap the model.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            model._is_accelerate_prepared = True
+        self._measured: tuple[int, dict[str, float]] | None = None
+        """The optimizer step of the last validation, and what it found."""
         # The loss is already divided by the labels of the complete step; otherwise the Trainer would divide it again.
         self.model_accepts_loss_kwargs = True
 
@@ -107,6 +115,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 if number < len(micro_batches):
                     stack.enter_context(self.accelerator.no_sync(model))  # gradients are averaged after the last one
                 total += super().training_step(model, batch, num_items_in_batch, *rest, **named)
+        if self.sharded:
+            average_gradients(trainable_parameters(self.unwrapped_model).values())
         self._clear_recomputed()
         self.training_loss.add(total)
         return total
@@ -171,15 +181,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         metrics = {"eval_loss": measured["loss"], "eval_token_accuracy": measured["token_accuracy"]}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.control.should_training_stop:  # early stopping; the last step must have a checkpoint
+        # The last step must have a checkpoint, also if early stopping ends the training; and so must the best one.
+        if self.control.should_training_stop or self.args.load_best_model_at_end:
             self.control.should_save = True
         return metrics
 
     def measure(self) -> dict[str, float]:
-        """Mean cross-entropy per label, and the share of labels that are the top-1 token, over all validation rows.
+        """Mean cross-entropy per label, and the share of labels that are the top-1 token, over the validation rows.
 
-        Each process computes a part. Raises Problem if the loss is not finite.
+        Each process computes a part. At the step of the last validation its result is returned again. Raises Problem if
+        the loss is not finite.
         """
+        if self._measured is None or self._measured[0] != self.state.global_step:
+            self._measured = self.state.global_step, self._measure()
+        return self._measured[1]
+
+    def _measure(self) -> dict[str, float]:
         model, rows = self.unwrapped_model, self.eval_dataset
         was_training = model.training
         model.eval()
@@ -225,6 +242,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._load_trainable(Path(self.state.best_model_checkpoint))
 
     def _load_trainable(self, checkpoint: Path) -> None:
+        self._measured = None
         load_trainable(self.unwrapped_model, checkpoint)
         if self.lora_layers:
             self.lora_layers.invalidate()

@@ -1,4 +1,4 @@
-"""Dequantizes 4-bit weights of bitsandbytes and adds the delta weight of LoRA before rounding."""
+"""Dequantizes 4-bit weights of bitsandbytes and adds the delta weight of LoRA before rounding, in training and merging."""
 
 import copy
 from typing import Any
@@ -21,20 +21,29 @@ ROWS, COLUMNS = 64, 128
 def dequantize_and_add_lora(
     layer: bnb.nn.Linear4bit, out: torch.Tensor, *, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
+    """`add_lora_to_4bit` for the weight W (out, in) of a layer."""
+    # A weight that FSDP has gathered has lost its quantization state; the layer still has it.
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    return add_lora_to_4bit(layer.weight.data, state, out, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+
+
+def add_lora_to_4bit(
+    packed: torch.Tensor, state: Any, out: torch.Tensor, *, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Writes W + scaling · lora_B lora_A into `out`, summed in float32 and rounded once. Returns `out`.
 
-    The kernel multiplies lora_B lora_A in TF32, `add_lora` in float32: single weights may round to a neighbouring value.
+    Training and merging both call it, so the merged weight is the one that was trained. The kernel
+    multiplies lora_B lora_A in TF32, `add_lora` in float32: single weights may round to a neighbouring value.
 
     Args:
-        layer: Holds W (out, in) in 4 bits.
+        packed: W (out, in) in 4 bits, as bitsandbytes' `quantize_4bit` packs it.
+        state: Its quantization state.
         out: (out, in) in the dtype to round to.
-        lora_A: (r, in) in float32.
+        lora_A: (r, in) in float32, contiguous, as lora_B.
         lora_B: (out, r) in float32.
     """
-    # A weight that FSDP has gathered has lost its quantization state; the layer still has it.
-    packed, state = layer.weight.data, getattr(layer.weight, "quant_state", None) or layer.quant_state
     if not _kernel_supports(packed, state, out):
-        return _dequantize_and_add_lora_plain(packed, state, out, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+        return _add_lora_plain(packed, state, out, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     rows, columns = out.shape
     r = len(lora_A)
     _kernel[triton.cdiv(rows, ROWS), columns // COLUMNS](
@@ -55,7 +64,7 @@ def _kernel_supports(packed: torch.Tensor, state: Any, out: torch.Tensor) -> boo
     return bool(state.nested and state.blocksize == 64 and state.state2.blocksize == 256)
 
 
-def _dequantize_and_add_lora_plain(
+def _add_lora_plain(
     packed: torch.Tensor,
     state: Any,
     out: torch.Tensor,

