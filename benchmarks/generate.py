@@ -50,7 +50,7 @@ def run(way: str, folder: Path, *, kind: str, batch: int, new: int) -> dict[str,
     prompts, stops = load_prompts(folder, kind, batch=batch)
     section = read_yaml(ROOT / "params.yaml")["generate"] | {"max_new_tokens": new, "batch_size": batch}
     if way == "transformers":
-        transformers_backend.can_decode = lambda _: "it is what this row measures"
+        transformers_backend.can_decode = lambda *_: "it is what this row measures"
     backend = transformers_backend.TransformersBackend(folder, generation_settings(Params(**section)), template_stops=stops)
     if kind == "fixed":
         backend.stops, backend.config.eos_token_id = [], None

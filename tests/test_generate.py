@@ -27,6 +27,7 @@ from stages.generate.rows import WINDOWS_PER_DOCUMENT, choose_windows, document_
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
+from stages.model.limits import _positions
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
@@ -205,7 +206,7 @@ def test_a_model_that_the_decoder_does_not_fit_is_left_as_it_was() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2)).eval()
     before = [model.config._attn_implementation for model in (windowed, wide, gpt2)]
     assert can_decode(wide) == ""
-    assert can_decode(windowed) == "its attention is limited to a sliding window of 3 tokens"
+    assert can_decode(windowed) == ""
     can_decode(gpt2)
     assert [model.config._attn_implementation for model in (windowed, wide, gpt2)] == before
 
@@ -246,14 +247,15 @@ def test_the_reason_for_the_slower_generate_is_printed(
     backend: Any = TransformersBackend.__new__(TransformersBackend)  # without a model: there is no GPU to load it on
     backend.model, backend.can_pad = SimpleNamespace(device=torch.device("cuda")), False
     line = "generate: using Transformers' generate, which is slower: the model does not fit the faster decoder: "
-    assert not backend._prepare_decoder()
+    backend.settings = SimpleNamespace(max_new_tokens=8)
+    assert not backend._prepare_decoder(5)
     assert capsys.readouterr().out == f"{line}its adapter is not merged\n"
-    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda _: "its attention needs a mask")
+    monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda *_: "its attention needs a mask")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     backend.can_pad = True
-    assert not backend._prepare_decoder()
+    assert not backend._prepare_decoder(5)
     assert capsys.readouterr().out == f"{line}its attention needs a mask (process 1)\n"
 
 
@@ -267,6 +269,25 @@ def test_the_tutorials_values_are_ordinary_parameters(workspace: Workspace, tmp_
     assert [found] == answer(workspace, tmp_path / "b.jsonl", [prompt], **tutorial)
     (greedy,) = answer(workspace, tmp_path / "c.jsonl", [prompt], **tutorial | {"do_sample": False})
     assert greedy["answer"] != found["answer"]
+
+
+def test_prompts_that_the_model_has_no_tokens_or_positions_for_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()[:3]
+    rows[0]["prompt_ids"], rows[1]["prompt_ids"], rows[2]["prompt_ids"] = [400] * 40, [5] * 20, [5] * 60
+    with pytest.raises(Problem) as problem:
+        answer(workspace, tmp_path / "a.jsonl", rows, max_new_tokens=2009)
+    model = workspace.root / "models" / "merged"
+    token, positions = problem.value.messages
+    assert token.startswith(
+        f"{model}: a prompt or a window of raw text has the token 400, and the model's vocabulary has 400"
+    )
+    assert positions.startswith("params.yaml: generate.max_new_tokens: with 2,009 new tokens, ")
+    assert f"than the 2,048 positions of {model}; the longest prompt has " in positions
+    limits = ("linear", 512), ("dynamic", 512), ("yarn", 512), ("llama3", 128), ("longrope", 128), ("default", 128)
+    for kind, positions_of in limits:
+        rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+        assert _positions(SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)) == positions_of
+    assert _positions(SimpleNamespace()) is None
 
 
 def test_the_removed_preset_names_the_values_to_write() -> None:
@@ -710,20 +731,20 @@ class _SharedInput(torch.nn.Module):
         super().__init__()
         self.a, self.b, self.flat_view = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), flat_view
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
         x = input_ids.unsqueeze(-1).float().expand(-1, -1, 4).clone()
         a, b = self.a(x), self.b(x)
-        return (a.view(-1) + b.view(-1)) if self.flat_view else (a + b).flatten()
+        return SimpleNamespace(logits=(a.view(-1) + b.view(-1)) if self.flat_view else (a + b).flatten())
 
 
 @pytest.mark.parametrize("flat_view", [False, True])
 def test_projections_are_fused_only_if_the_model_can_use_slices(flat_view: bool) -> None:
     model, ids = _SharedInput(flat_view=flat_view), torch.tensor([[5, 6, 7]])
-    expected = model(ids)
+    expected = model(ids).logits
     reason = fuse_projections(model)
-    assert reason.startswith("view size is not compatible") if flat_view else reason == ""
+    assert reason.startswith("RuntimeError: view size is not compatible") if flat_view else reason == ""
     assert ("forward" in vars(model.a)) != flat_view
-    torch.testing.assert_close(model(ids), expected)
+    torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
@@ -749,30 +770,6 @@ def test_the_decoder_continues_with_half_the_slots_if_memory_is_short(
     most = 0
     with pytest.raises(Problem, match=r"out of memory on a single prompt, [\w-]+ with \d+ tokens"):
         answer(workspace, tmp_path / "c.jsonl", rows, stops=stops, batch_size=8)
-
-
-def test_rows_longer_than_a_sliding_window_are_answered_by_transformers(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The trial's rows are short; the window shows when the real prompts are longer."""
-    rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()
-    expected = answer(workspace, tmp_path / "a.jsonl", rows)
-    capfd.readouterr()
-    generate = TransformersBackend._generate
-
-    def decode(self: Any, rows: Any) -> Any:
-        monkeypatch.setattr(TransformersBackend, "_generate", generate)
-        return self._decode(rows)
-
-    def refuse(self: Any, model: Any, *_: Any, **__: Any) -> None:
-        model.set_attn_implementation("loratory_slots")
-        raise NotImplementedError("its attention is limited to a sliding window of 16 tokens")
-
-    monkeypatch.setattr(TransformersBackend, "_generate", decode)
-    monkeypatch.setattr("stages.generate.transformers_backend.Decoder.__init__", refuse)
-    assert answer(workspace, tmp_path / "b.jsonl", rows) == expected
-    line = "which is slower: the model does not fit the faster decoder: its attention is limited to a sliding window of 16"
-    assert capfd.readouterr().out.count(line) == 1
 
 
 # Several processes

@@ -19,16 +19,18 @@ query, key = torch.randn(slots, key_heads * group, head_dim), torch.randn(slots,
 value = torch.randn(slots, 3 * key_heads, head_dim)[:, key_heads : 2 * key_heads]  # a slice, as of fused projections
 keys, values = torch.randn(2, slots, cache_size, key_heads, head_dim)
 lengths = torch.tensor([0, 77, 149])
-caches = {"key_cache": keys.clone(), "value_cache": values.clone()}
-wanted = decode_attention.slot_attention(query, key, value, **caches, lengths=lengths, scaling=0.2)
-found = torch.full_like(query, float("nan"))
-decode_attention._kernel[(slots, key_heads)](
-    query, key, value, keys, values, lengths, found, 0.2,
-    *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
-    HEADS=key_heads * group, GROUP=group, PADDED_GROUP=16, HEAD_DIM=head_dim, PADDED_HEAD_DIM=64, BLOCK=64, PRECISION="ieee",
-)
-torch.testing.assert_close(found, wanted)
-assert torch.equal(keys, caches["key_cache"]) and torch.equal(values, caches["value_cache"])
+for window in (cache_size, 64, 70, 1):
+    caches = {"key_cache": keys.clone(), "value_cache": values.clone()}
+    wanted = decode_attention.slot_attention(query, key, value, **caches, lengths=lengths, window=window, scaling=0.2)
+    found = torch.full_like(query, float("nan"))
+    decode_attention._kernel[(slots, key_heads)](
+        query, key, value, keys, values, lengths, found, 0.2, window,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
+        HEADS=key_heads * group, GROUP=group, PADDED_GROUP=16, HEAD_DIM=head_dim, PADDED_HEAD_DIM=64, BLOCK=64,
+        PRECISION="ieee",
+    )
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(keys, caches["key_cache"]) and torch.equal(values, caches["value_cache"])
 for rows, columns, r in ((96, 256, 4), (100, 128, 16)):
     layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type="nf4", compress_statistics=True)
     layer.load_state_dict({"weight": 0.02 * torch.randn(rows, columns)})

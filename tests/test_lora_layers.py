@@ -1,7 +1,6 @@
 """The fast LoRA layers compute what PEFT's do, for every architecture; the loss in chunks; micro-batches."""
 # ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,7 @@ from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_block
 from stages.train.lora_layers import LoraLayers
 from stages.train.loss import head_is_last, label_loss, load_loss, next_token_loss
 from stages.train.recompute import Recompute
-from tests.tiny import make_custom_model
+from tests.tiny import compile_as_on_gpu, make_custom_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -113,6 +112,7 @@ def in_4_bits(make: Callable[[], Any]) -> Callable[[], Any]:
     def quantize(layer: torch.nn.Linear) -> Any:
         new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
         new.load_state_dict({"weight": layer.weight.data})
+        new.support_avx512bf16_for_cpu = False  # as `load_quantized`
         return new.to("cpu")
 
     def quantized() -> Any:
@@ -275,18 +275,17 @@ def test_layers_summed_in_float32_are_named_as_in_the_base_model() -> None:
 
 
 def test_elementwise_parts_and_recomputed_activations_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "compiled", lambda function: function)
     for name in CONFIGS:
         model = adapted(small(name))
         assert enable_padding_free(model.eval()) == ""
         batch = collate_padding_free(ROWS)
         wanted = losses_and_gradients(model, batch)
-        module = sys.modules[type(model.get_base_model()).__module__]
-        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)  # restored after the test
         recompute = CountingRecompute()
-        parts = compile_module.compile_elementwise(_OnGpu(model), recompute.remember)
-        assert parts == (["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"])
+        done = compile_as_on_gpu(model, monkeypatch, recompute.remember)
+        parts = ["norms", "rotary positions"] if name == "phi3" else ["activations", "norms", "rotary positions"]
+        assert done == (parts, [])
         lora_layers(model, recompute=recompute)
+        recompute.computed = 0  # without those of the trial
         assert_close(losses_and_gradients(model, batch), wanted, 1e-5)
         # The inputs of q, k, v and of gate and up are norms; the input of down is a gated activation.
         recomputed = 3 * (2 if name == "phi3" else 3)
@@ -314,15 +313,46 @@ class CountingRecompute(Recompute):
         super().remember(result, counted, inputs)
 
 
-class _OnGpu:
-    """A model that pretends to be on a GPU."""
+def test_what_the_compiler_gets_wrong_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(small("qwen3"))
+    wanted = losses_and_gradients(model, collate_padded(ROWS))
 
-    def __init__(self, model: Any) -> None:
-        self.device, self.modules = torch.device("cuda"), model.modules
+    def compiled(function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            if function is compile_module._activate:
+                raise RuntimeError("no kernel\nfor this")
+            return 1.1 * function(*given, **named) if function.__name__ == "forward" else function(*given, **named)
+
+        return call
+
+    parts, left_out = compile_as_on_gpu(model, monkeypatch, compiled=compiled)
+    assert parts == ["rotary positions"]
+    assert left_out == [
+        "Qwen3RMSNorm is not compiled: its output differs",
+        "Qwen3MLP is not compiled: RuntimeError: no kernel",
+    ]
+    assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 1e-5)
+
+
+def test_layers_that_compute_something_else_than_pefts_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, wanted = lora_layers_module._forward, losses_and_gradients(adapted(small("llama")), collate_padded(ROWS))
+    changes: list[tuple[Any, str]] = [
+        (lambda outs: [2 * out for out in outs], "its logits differ"),
+        (lambda outs: [out.detach() + 0 * out for out in outs], "its gradients differ"),
+        (lambda outs: [out.view(-1) for out in outs], "RuntimeError: The size of tensor"),
+    ]
+    for change, reason in changes:
+        monkeypatch.setattr(lora_layers_module, "_forward", lambda *given, change=change: change(real(*given)))
+        model = adapted(small("llama"))
+        layers = lora_layers(model)
+        assert layers.layers == {}
+        assert len(layers.skipped) == 1
+        assert layers.skipped[0].startswith(f"all of this model, because {reason}")
+        assert_close(losses_and_gradients(model, collate_padded(ROWS)), wanted, 1e-5)
 
 
 def test_nothing_is_compiled_on_the_cpu() -> None:
-    assert compile_module.compile_elementwise(small("llama")()) == []
+    assert compile_module.compile_elementwise(small("llama")()) == ([], [])
 
 
 def test_a_recipe_lives_as_long_as_its_tensor() -> None:

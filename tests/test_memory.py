@@ -74,7 +74,17 @@ def test_a_gpu_too_small_for_the_trial_without_checkpointing_checkpoints_all_blo
 
 def test_the_need_is_extrapolated_from_two_trials() -> None:
     few, many = PROBES
-    assert Need.of(1_000_000 + 300 * few, 1_000_000 + 300 * many) == Need(1_000_000, 300)
+    assert Need.of((few, 1_000_000 + 300 * few), (many, 1_000_000 + 300 * many)) == Need(1_000_000, 300)
+
+
+@pytest.mark.parametrize("longest", [3, 100, 1000, 2048, 5000])
+def test_trial_rows_are_no_longer_than_those_of_the_data(longest: int) -> None:
+    few, many = memory_fit._trial_batches(longest)
+    assert {len(row["input_ids"]) for row in many} == {min(longest, 2048)}
+    for batch, tokens in zip((few, many), PROBES, strict=True):
+        assert 0.45 * tokens < sum(len(row["input_ids"]) for row in batch) <= tokens
+    labels = [sum(int((row["labels"] != -100).sum()) for row in batch) for batch in (few, many)]
+    assert labels[0] == labels[1] == len(few) * (min(longest, 2048) - 1)
 
 
 # In the stage, with a simulated GPU memory
@@ -95,10 +105,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, free: float, *, small: bool = False
 
     def attempt(self: Any, rows: Any) -> None:
         trials.append([len(row["input_ids"]) for row in rows])
-        if rows[0]["id"] != "trial":  # too long for the tiny model
-            if small and peak(self, rows) > free:
-                raise Problem("out of memory")
-            real(self, rows)
+        if small and rows[0]["id"] != "trial" and peak(self, rows) > free:
+            raise Problem("out of memory")
+        real(self, rows)
 
     monkeypatch.setattr(memory_fit, "_has_choice", lambda _: True)
     monkeypatch.setattr(memory_fit, "_peak_bytes", lambda trainer, rows: trainer.try_batch(rows) or peak(trainer, rows))
@@ -136,7 +145,7 @@ def test_a_plan_that_does_not_fit_after_all_is_tried_with_fewer_tokens(
     trials = pretend(monkeypatch, 200 * 220, small=True)
     monkeypatch.setattr("stages.train.memory.free_bytes", lambda: 1e6)  # more than is free
     run(workspace, scratch / "out", **given)
-    sizes = [sum(rows) for rows in trials if rows[0] < 1000]
+    sizes = [sum(rows) for rows in trials if sum(rows) < 1000]
     assert len(sizes) > 1
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 200

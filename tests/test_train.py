@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, TRAINING, choose_rows, open_tokens, read_ids, read_tokens
+from stages.model.adapter import find_targets
 from stages.model.collate import collate_padded, collate_padding_free
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
-from stages.model.quantize import Quantization, load_quantized, round_trip
+from stages.model.quantize import Quantization, Quantized, load_quantized, round_trip
 from stages.train.batches import Shuffled, validation_batches
 from stages.train.callbacks import Progress
+from stages.train.coverage import describe_gaps
 from stages.train.loss import next_token_loss
 from stages.train.train import train
 from stages.train.trainer import AdapterTrainer
@@ -348,6 +351,37 @@ def test_an_unknown_layer_or_optimizer_is_refused(workspace: Workspace, scratch:
     with pytest.raises(Problem, match=r"params\.yaml: train: adam is not a valid OptimizerNames"):
         run(workspace, scratch / "out", optim="adam")
     assert not (scratch / "out").exists()
+
+
+def test_rows_that_the_model_has_no_tokens_or_positions_for_are_refused(workspace: Workspace, scratch: Path) -> None:
+    base = Path(shutil.copytree(workspace.root / "models" / "base", scratch / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 90, "max_position_embeddings": 20}))
+    with pytest.raises(Problem) as problem:
+        run(workspace, scratch / "out", base=base, method="p_tuning")
+    assert len(problem.value.messages) == 4
+    token, positions = problem.value.messages[:2]
+    assert re.match(rf"{base}: a training row has the token \d+, and the model's vocabulary has 90; ", token)
+    message = rf"{base}: the longest training row has \d+ tokens with 20 virtual ones, and the model 20 positions; "
+    assert re.match(message, positions)
+
+
+def test_what_is_not_quantized_or_not_adapted_is_described() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=2))
+    given: dict[str, Any] = {"quantization": "nf4", "method": "lora", "target_modules": "all-linear"}
+    quantized = Quantized(model, ["backbone.layers.0.mixer.in_proj"], [])
+    lines = list(describe_gaps(quantized, SimpleNamespace(**given), SimpleNamespace(**given)))
+    assert re.fullmatch(
+        r"\d+% of the weights of the layers are quantized; not quantized: mixer\.(in|out)_proj, .*", lines[0]
+    )
+    assert lines[1:] == [
+        "dt_proj gets no adapter: the model does not call it",
+        "out_proj gets no adapter: PEFT refuses it, since Mamba's kernels would pass the adapter by",
+    ]
+    with pytest.raises(Problem, match=r"train\.target_modules: out_proj cannot have an adapter: PEFT refuses it"):
+        find_targets(model, ["in_proj", "out_proj"])
 
 
 def test_gradient_checkpointing_changes_the_result_only_by_rounding(workspace: Workspace, scratch: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -73,7 +74,7 @@ def make_model(folder: Path, seed: int = 0, **given: Any) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -109,6 +110,26 @@ def make_other_model(folder: Path, kind: str) -> None:
         kind, vocab_size=400, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **OTHER_MODELS[kind]
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def compile_as_on_gpu(
+    model: Any, monkeypatch: Any, remember: Any = None, *, compiled: Any = lambda function: function
+) -> Any:
+    """`compile_elementwise` on a CPU: what would be compiled on a GPU is replaced, and computed without the compiler."""
+    import torch
+
+    from stages.model import compile as compile_module
+    from stages.model.probe import PROBE_ROWS
+
+    class OnGpu:
+        device, modules, __call__ = torch.device("cuda"), staticmethod(model.modules), staticmethod(model)
+
+    monkeypatch.setattr(compile_module, "compiled", compiled)
+    monkeypatch.setattr(compile_module, "probe_ids", lambda _: torch.tensor([PROBE_ROWS[0]]))
+    for code in {sys.modules[type(module).__module__] for module in model.modules()}:
+        if hasattr(code, "apply_rotary_pos_emb"):
+            monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # restored after the test
+    return compile_module.compile_elementwise(OnGpu(), remember)
 
 
 def folder_hash(folder: Path) -> str:
@@ -422,7 +443,6 @@ class TinyPackForCausalLM(PreTrainedModel, GenerationMixin):
 
 def make_custom_model(folder: Path) -> None:
     """A model with code of its own, shaped as baichuan's (a fused W_pack), with a SentencePiece tokenizer that is slow."""
-    import sys
 
     import torch
     from safetensors.torch import save_file

@@ -141,3 +141,13 @@ class TokenRows:
             counts.append(np.diff(labelled))
         found = np.concatenate(counts)
         return found if self._chosen is None else found[self._chosen]
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all rows of the table; -1 without tokens."""
+        return largest_id(self._table["input_ids"])
+
+
+def largest_id(column: pa.ChunkedArray) -> int:
+    """The largest token id in a column of lists of token ids; -1 if there is none."""
+    return max((pc.max(ids).as_py() for ids in (chunk.flatten() for chunk in column.chunks) if len(ids)), default=-1)

@@ -18,11 +18,12 @@ def slot_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     lengths: torch.Tensor,
+    window: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Stores each slot's new key and value in the cache; returns softmax(scaling · q kᵀ) v over all of the slot's tokens.
+    """Stores each slot's new key and value in the cache; returns softmax(scaling · q kᵀ) v over the slot's tokens.
 
-    On a GPU a Triton kernel reads no more of the cache than each slot's `lengths`.
+    On a GPU a Triton kernel reads no more of the cache than each slot's `lengths`, and no more than the window.
 
     Args:
         query: (slots, heads, head dim).
@@ -31,6 +32,7 @@ def slot_attention(
         key_cache: (slots, cache size, key heads, head dim). Written in place.
         value_cache: As key_cache.
         lengths: (slots,) in int64: the number of tokens in each slot, which is the new token's position.
+        window: The number of a slot's last tokens, with the new one, that it attends to; the cache size for all.
 
     Returns:
         (slots, heads, head dim).
@@ -41,7 +43,8 @@ def slot_attention(
     if triton is None or not query.is_cuda:
         rows = torch.arange(slots, device=query.device)
         key_cache[rows, lengths], value_cache[rows, lengths] = key, value
-        visible = torch.arange(key_cache.shape[1], device=query.device) <= lengths[:, None]
+        distance = lengths[:, None] - torch.arange(key_cache.shape[1], device=query.device)
+        visible = (distance >= 0) & (distance < window)
         out = scaled_dot_product_attention(
             query.view(slots, key_heads, group, head_dim),
             key_cache.transpose(1, 2),
@@ -53,7 +56,7 @@ def slot_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     with torch.cuda.device(query.device):  # Triton launches on the current device, and a spread model has layers on others
         _kernel[(slots, key_heads)](
-            query, key, value, key_cache, value_cache, lengths, out, scaling,
+            query, key, value, key_cache, value_cache, lengths, out, scaling, window,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3],
             HEADS=heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
             HEAD_DIM=head_dim, PADDED_HEAD_DIM=triton.next_power_of_2(head_dim), BLOCK=64,
@@ -66,7 +69,7 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        query, key, value, key_cache, value_cache, lengths, out, scaling,
+        query, key, value, key_cache, value_cache, lengths, out, scaling, window,
         query_slot_stride, query_head_stride, key_slot_stride, key_head_stride, value_slot_stride, value_head_stride,
         cache_slot_stride, cache_token_stride, cache_head_stride,
         HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr,
@@ -95,14 +98,16 @@ if triton is not None:
         highest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scaling
         weight = tl.full((PADDED_GROUP,), 1.0, tl.float32)
         total = tl.zeros((PADDED_GROUP, PADDED_HEAD_DIM), tl.float32) + new_value.to(tl.float32)[None, :]
-        for first in range(0, length, BLOCK):
+        oldest = tl.maximum(length - window + 1, 0)
+        for first in range(oldest // BLOCK * BLOCK, length, BLOCK):
             token = first + tl.arange(0, BLOCK)
-            real_tokens = (token < length)[:, None] & (dim < HEAD_DIM)[None, :]
+            visible = (token >= oldest) & (token < length)
+            real_tokens = visible[:, None] & (dim < HEAD_DIM)[None, :]
             at = start + token.to(tl.int64)[:, None] * cache_token_stride + dim[None, :]
             k = tl.load(key_cache + at, mask=real_tokens, other=0)
             v = tl.load(value_cache + at, mask=real_tokens, other=0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
-            scores = tl.where((token < length)[None, :], scores, float("-inf"))
+            scores = tl.where(visible[None, :], scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             rescale = tl.exp(highest - new_highest)
             p = tl.exp(scores - new_highest[:, None])

@@ -20,8 +20,8 @@ from stages.generate.decode_attention import slot_attention
 from stages.generate.sampling import SamplingConfig, draw, gumbel_noise, penalize, row_seed
 from stages.model.collate import collate_padding_free
 from stages.model.logits import modify_head_input
-from stages.model.padding_free import RowLayout, logits_match, padding_free_attention, require_plain_attention
-from stages.model.probe import PROBE_ROWS
+from stages.model.padding_free import RowLayout, padding_free_attention, require_plain_attention
+from stages.model.probe import TRIAL_ERRORS, last_logits, logits_match, probe_rows, reason_of
 
 SLOT_ATTENTION = "loratory_slots"
 """The name of this attention function in Transformers' AttentionInterface."""
@@ -234,28 +234,32 @@ class Decoder:
             self._step()
 
 
-def can_decode(model: Any) -> str:
+def can_decode(model: Any, longest_row: int = 0) -> str:
     """Checks in a trial run whether `Decoder` reproduces the model's logits. Leaves the model unchanged.
 
-    Some models have their own attention code or cache, drop the keyword arguments for the attention function, or need more
-    than plain causal attention. A prefill of two short rows and one decode step must give the logits of each whole row.
+    Some models have their own attention code or cache, drop the keyword arguments for the attention function, need more
+    than plain causal attention, or have a sliding window that only their masks know. A prefill of the rows of `probe_rows`
+    and one decode step must give the logits of each whole row.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        longest_row: Tokens of the longest prompt with its answer.
 
     Returns:
         "" if it does, otherwise the reason why not.
     """
     own_attention = getattr(model.config, "_attn_implementation", None)
-    rows = [list(row) for row in PROBE_ROWS]
+    rows = probe_rows(model, longest_row)
     with torch.no_grad():
-        expected = torch.stack([model(input_ids=torch.tensor([row], device=model.device)).logits[0, -1] for row in rows])
+        alone = [last_logits(model, [len(row)], input_ids=torch.tensor([row], device=model.device)) for row in rows]
     try:
-        reason = "" if logits_match(_probe_logits(model, rows), expected) else "its logits with a slot cache differ"
-    except NotImplementedError as error:
-        reason = str(error)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        matches = logits_match(_probe_logits(model, rows), torch.stack([logits[-1] for logits in alone]))
+        reason = "" if matches else "its logits with a slot cache differ"
+    except TRIAL_ERRORS as error:
+        reason = reason_of(error)
     if own_attention is not None:
         model.set_attn_implementation(own_attention)
-    return reason.partition("\n")[0]
+    return reason
 
 
 def _probe_logits(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
@@ -310,9 +314,7 @@ def _attention(
         values[slots, positions] = value[0].transpose(0, 1)
         return padding_free_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
     require_plain_attention(attention_mask, options)
-    window = options.get("sliding_window")
-    if window and window < slot_cache.size:
-        raise NotImplementedError(f"its attention is limited to a sliding window of {window} tokens")
+    window: int | None = options.get("sliding_window")
     out = slot_attention(
         query[:, :, 0],
         key[:, :, 0],
@@ -320,6 +322,7 @@ def _attention(
         key_cache=keys,
         value_cache=values,
         lengths=slot_cache.lengths.to(keys.device),
+        window=window or slot_cache.size,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return out.unsqueeze(1), None

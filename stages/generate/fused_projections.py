@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from stages.model.probe import probe_ids
+from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids, reason_of
 from stages.model.shared_inputs import group_by_input, share_computation
 
 
@@ -20,6 +20,9 @@ def fuse_projections(model: Any) -> str:
     Returns:
         "" if the projections are fused, otherwise the reason why not.
     """
+    ids = probe_ids(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
     groups = [[layers[name] for name in names] for names in group_by_input(model, layers)]
     fused = [group for group in groups if len(group) > 1 and _same_bias(group)]
@@ -27,12 +30,14 @@ def fuse_projections(model: Any) -> str:
         share_computation(group, _fused_linear(group))
     try:
         with torch.no_grad():
-            model(input_ids=probe_ids(model), use_cache=False)
-    except RuntimeError as error:
+            logits = model(input_ids=ids, use_cache=False).logits
+        reason = "" if logits_match(logits, expected) else "its logits differ"
+    except TRIAL_ERRORS as error:
+        reason = reason_of(error)
+    if reason:
         for layer in (layer for group in fused for layer in group):
             del layer.forward  # set by share_computation; the class's own forward is in effect again
-        return str(error).partition("\n")[0]
-    return ""
+    return reason
 
 
 def _same_bias(layers: Sequence[torch.nn.Linear]) -> bool:

@@ -19,6 +19,7 @@ from stages.core.progress import ProgressBar
 from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import decode_answer
 from stages.generate.backend import Answer, Backend, GenerationSettings
+from stages.generate.checks import check_prompts
 from stages.generate.rows import PromptRows, Rows, read_rows
 from stages.generate.sampling import SamplingConfig
 from stages.generate.text_losses import count_labels, make_batches
@@ -115,6 +116,7 @@ def generate(
                 "with Transformers; set it to false",
             )
         )
+    check_prompts(model, rows.prompts, windows, max_new_tokens=params.max_new_tokens)
     if rows.test_count < rows.all_test_count:
         print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     with CheckpointFolder(f"generate-{model.name}", fingerprint(inputs)) as folder:

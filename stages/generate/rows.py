@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.core.tokens import PROMPTS, TokenRows, choose_rows, read_ids, read_tokens, stop_token_ids
+from stages.core.tokens import PROMPTS, TokenRows, choose_rows, largest_id, read_ids, read_tokens, stop_token_ids
 
 WINDOWS_PER_DOCUMENT = 4
 """Windows of raw text that are measured for each document that may be, on average. A book has thousands of them."""
@@ -44,6 +44,11 @@ class PromptRows(Sequence[dict[str, Any]]):
             return PromptRows(self._table, self._numbers[index])
         number = int(self._numbers[index])
         return {name: self._table[name][number].as_py() for name in PROMPTS.names}
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all prompts of the table; -1 without tokens."""
+        return largest_id(self._table["prompt_ids"])
 
     def select(self, indices: Numbers) -> "PromptRows":
         """The rows of these indices, in this order."""

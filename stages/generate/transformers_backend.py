@@ -19,6 +19,7 @@ from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
 from stages.model.placement import is_spread
+from stages.model.probe import logits_match, probe_rows
 
 
 class TransformersBackend:
@@ -49,7 +50,7 @@ class TransformersBackend:
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
         if self.uses_decoder is None:
-            self.uses_decoder = self._prepare_decoder()
+            self.uses_decoder = self._prepare_decoder(len(rows[-1]["prompt_ids"]))
         for group in self._decode(rows) if self.uses_decoder else self._generate(rows):
             yield [(index, self._to_answer(tokens)) for index, tokens in group]
 
@@ -57,15 +58,18 @@ class TransformersBackend:
         """See `Backend`."""
         return window_losses(self.model, windows)
 
-    def _prepare_decoder(self) -> bool:
+    def _prepare_decoder(self, longest_prompt: int) -> bool:
         """Optimizes the model for `Decoder` if it fits; otherwise says why not, and leaves the model as it was."""
         if self.model.device.type != "cuda":
             if distributed.is_main():
                 print("generate: no GPU: using Transformers' generate", flush=True)
             return False
-        reason = can_decode(self.model) if self.can_pad else "its adapter is not merged"
+        longest = longest_prompt + self.settings.max_new_tokens
+        reason = can_decode(self.model, longest) if self.can_pad else "its adapter is not merged"
         if reason:
-            self._report_slower(reason)
+            self._report(
+                f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}"
+            )
             return False
         if is_spread(self.model):
             self._report("the model is spread, so there is no CUDA graph, which is slower")
@@ -73,11 +77,9 @@ class TransformersBackend:
         reason = fuse_projections(self.model)
         if reason:
             self._report(f"projections are not fused, which is slower: {reason}")
-        compile_elementwise(self.model)
+        for reason in compile_elementwise(self.model).left_out:
+            self._report(f"{reason}; this is slower")
         return True
-
-    def _report_slower(self, reason: str) -> None:
-        self._report(f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}")
 
     @staticmethod
     def _report(message: str) -> None:
@@ -88,7 +90,6 @@ class TransformersBackend:
     def _decode(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With `Decoder`. If memory runs out, the rows without an answer get half as many slots."""
         left, slots = list(range(len(rows))), self.settings.batch_size
-        own_attention = self.model.config._attn_implementation
         while left:
             slots, finished = min(slots, len(left)), set()
             try:
@@ -100,11 +101,6 @@ class TransformersBackend:
                     raise Problem(_out_of_memory(rows[left[-1]])) from None
                 self._report_halving(slots)
                 slots //= 2
-            except NotImplementedError as error:  # these prompts and answers are longer than the trial's: a sliding window
-                self._report_slower(str(error))
-                self.model.set_attn_implementation(own_attention)
-                yield from self._generate(rows)
-                return
             torch.cuda.empty_cache()
             left = [index for index in left if index not in finished]
 
@@ -124,11 +120,38 @@ class TransformersBackend:
 
     def _generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
+        lengths = [len(rows[index]["prompt_ids"]) for index in (0, -1)]  # the shortest and the longest
+        would_pad = self.can_pad and self.settings.batch_size > 1 and lengths[0] < lengths[1]
+        if would_pad and not self._ignores_padding(lengths[1]):
+            self._report("only prompts of one length are in a batch, which is slower: padding changes the model's answers")
+            self.can_pad = False
         for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else len(rows[index]["prompt_ids"])):
             indices = list(group)
             for start in range(0, len(indices), self.settings.batch_size):
                 batch = indices[start : start + self.settings.batch_size]
                 yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
+
+    def _ignores_padding(self, longest_prompt: int) -> bool:
+        """Whether the model gives the same logits after prompts that are padded, as a recurrent model may not."""
+        rows = probe_rows(self.model, longest_prompt)
+        return logits_match(self._first_logits(rows), torch.cat([self._first_logits([row]) for row in rows]))
+
+    def _first_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The logits (rows, vocabulary) of the first new token of each prompt, in one batch."""
+        config = GenerationConfig(
+            max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        with torch.no_grad():
+            logits: torch.Tensor = self.model.generate(**self._pad(prompts), generation_config=config).logits[0]
+        return logits
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, padded on the left, so that every prompt ends in the last position."""
+        width = max(map(len, prompts))
+        ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = self.model.device
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
     def _generate_halving(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The new tokens of a batch. It is split in two if memory runs out."""
@@ -145,19 +168,15 @@ class TransformersBackend:
     def _generate_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The new tokens of each row, padded after a stop token."""
         prompts = [row["prompt_ids"] for row in rows]
-        width = max(map(len, prompts))
-        # Padded on the left, so that every prompt ends in the last position.
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        inputs = self._pad(prompts)
         sampler = RowSampler(self.settings.sampling, [row["id"] for row in rows], prompts=prompts, device=self.model.device)
         with torch.no_grad():
             output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **inputs,
                 generation_config=self.config,
                 logits_processor=LogitsProcessorList([sampler]),
             )
-        new_tokens: list[list[int]] = output[:, width:].tolist()
+        new_tokens: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return new_tokens
 
     def _report_halving(self, size: int) -> None:

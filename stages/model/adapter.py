@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.other import get_pattern_key
 from pydantic import Field
 from safetensors import safe_open
@@ -17,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+from stages.model.device import pick_device
 from stages.model.lora import lora_scaling, subtract_lora
+from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
 
 INITIAL = "initial.safetensors"
@@ -147,9 +150,78 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     return found
 
 
+def unsuitable_layers(model: Any) -> dict[str, str]:
+    """The names of the layers that look like linear layers and get no adapter, each with the reason.
+
+    Llama 4's router is a linear layer that chooses experts, and BitNet's layers quantize their input: what such a class
+    computes is tried. A trial run shows which layers the model does not call: Mamba reads the weight of its dt_proj, past
+    an adapter. PEFT knows more of Mamba's layers that some kernels pass by.
+
+    Args:
+        model: The base model.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)}
+    unused, found = _unused_layers(model, layers), {}
+    for name, layer in layers.items():
+        if not _is_linear(layer):
+            found[name] = f"{type(layer).__name__} computes something else than a linear layer"
+        elif _refused_by_peft(model, name):
+            found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
+        elif name in unused:
+            found[name] = "the model does not call it"
+    return found
+
+
+def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
+    """The layers that a trial run does not call, though it calls the module that they belong to.
+
+    Of a module that is not called nothing is known: a few tokens do not reach all experts.
+    """
+    if model.device.type != pick_device().type:  # in main memory, for FSDP, where a run would take long
+        return set()
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=probe_ids(model), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name in layers if name not in called and name.rpartition(".")[0] in called}
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer returns x Wᵀ + bias, as nn.Linear and Conv1D do."""
+    kind = type(layer)
+    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes."):
+        return True
+    weight = layer.weight
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        with torch.no_grad():
+            return logits_match(layer(x), torch.nn.functional.linear(x, weight, layer.bias))
+    except TRIAL_ERRORS:
+        return False
+
+
+def _refused_by_peft(model: Any, name: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
 def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
     head = model.get_output_embeddings()
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    unsuitable = unsuitable_layers(model)
+    linear = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and name not in unsuitable
+    ]
     if wanted == "all-linear":
         return [name for name in linear if model.get_submodule(name) is not head]
     names = f"linear layers here: {', '.join(ends_of(linear))}"
@@ -157,12 +229,22 @@ def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
         return _match_expression(linear, wanted, names)
     if not wanted:
         raise Problem(bad_param("train.target_modules", f"the list is empty; {names}"))
-    by_name = {name: [full for full in linear if full == name or full.endswith(f".{name}")] for name in wanted}
+    by_name = {name: _ending_with(name, linear) for name in wanted}
     missing = [name for name, found in by_name.items() if not found]
+    for name in missing:
+        refused = _ending_with(name, unsuitable)
+        if refused:
+            reason = f"{name} cannot have an adapter: {unsuitable[refused[0]]}; {names}"
+            raise Problem(bad_param("train.target_modules", reason))
     if missing:
         raise Problem(bad_param("train.target_modules", f"{', '.join(missing)} is not in the model; {names}"))
     chosen = {full for found in by_name.values() for full in found}
     return [name for name in linear if name in chosen]
+
+
+def _ending_with(name: str, layers: Iterable[str]) -> list[str]:
+    """The full names that are `name`, or end in it after a dot."""
+    return [full for full in layers if full == name or full.endswith(f".{name}")]
 
 
 def _match_expression(linear: Sequence[str], expression: str, names: str) -> list[str]:

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from stages.core.tokens import IGNORE
 from stages.model.collate import collate_padding_free
-from stages.model.probe import PROBE_ROWS
+from stages.model.probe import TRIAL_ERRORS, last_logits, logits_match, probe_rows, reason_of
 
 PADDING_FREE = "loratory_padding_free"
-"""The name of this attention function in Transformers' AttentionInterface."""
+"""The name of this attention function in Transformers' AttentionInterface. There is none in its AttentionMaskInterface, so
+that models make no masks: they would look for row boundaries in `position_ids`, and the CPU would wait for the GPU."""
+FLASH_HEAD_DIM = 256
+"""The largest head dimension of FlashAttention."""
 
 
 class RowLayout:
@@ -53,11 +56,16 @@ class RowLayout:
         return self._padded[device]
 
 
-def enable_padding_free(model: Any) -> str:
+def enable_padding_free(model: Any, longest_row: int = 0) -> str:
     """Switches the model, in evaluation mode, to padding-free attention, if it computes the same logits with it.
 
-    A trial run decides: some models have their own attention code, drop the keyword argument `row_layout`, or need more
-    than plain causal attention. The logits of two short rows in one padding-free batch must be those of each row by itself.
+    A trial run decides: some models have their own attention code, drop the keyword argument `row_layout`, need more than
+    plain causal attention, or have a sliding window that only their masks know. The logits of the rows of `probe_rows` in
+    one padding-free batch must be those of each row by itself.
+
+    Args:
+        model: A causal language model.
+        longest_row: Tokens of the longest row that it will compute.
 
     Returns:
         "" if padding-free attention is on. Otherwise the reason why not; the model is then unchanged.
@@ -65,37 +73,28 @@ def enable_padding_free(model: Any) -> str:
     if not getattr(model, "_supports_attention_backend", False):
         return "the model has its own attention code"
     before = model.config._attn_implementation
+    rows = probe_rows(model, longest_row)
     with torch.no_grad():
-        expected = torch.cat([model(input_ids=torch.tensor([ids], device=model.device)).logits[0] for ids in PROBE_ROWS])
-        reason = _try_padding_free(model, expected)
+        alone = [last_logits(model, [len(row)], input_ids=torch.tensor([row], device=model.device)) for row in rows]
+        reason = _try_padding_free(model, rows, torch.cat(alone))
     if reason:
         model.set_attn_implementation(before)
     return reason
 
 
-def _try_padding_free(model: Any, expected: torch.Tensor) -> str:
-    """The reason why the model cannot compute the logits `expected` of PROBE_ROWS (tokens, vocabulary) padding-free."""
-    batch = collate_padding_free([{"input_ids": ids, "labels": [IGNORE] * len(ids)} for ids in PROBE_ROWS])
-    ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+def _try_padding_free(model: Any, rows: Sequence[list[int]], expected: torch.Tensor) -> str:
+    """The reason why the model cannot compute the logits `expected`, as from `last_logits`, of padding-free rows."""
+    batch = collate_padding_free([{"input_ids": ids, "labels": [IGNORE] * len(ids)} for ids in rows])
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+    lengths = batch["row_lengths"]
     try:
         model.set_attn_implementation(PADDING_FREE)
-        layout = RowLayout(batch["row_lengths"])
-        logits = model(input_ids=ids, position_ids=positions, row_layout=layout, use_cache=False).logits[0]
-    except TypeError:
-        return "the model does not accept further keyword arguments"
-    except (ValueError, NotImplementedError) as error:
-        return str(error)
+        logits = last_logits(model, lengths, **inputs, row_layout=RowLayout(lengths))
+    except TRIAL_ERRORS as error:
+        if "unexpected keyword argument" in str(error):
+            return "the model does not accept further keyword arguments"
+        return reason_of(error)
     return "" if logits_match(logits, expected) else "its logits differ from those of single rows"
-
-
-def logits_match(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits differ by no more than rounding.
-
-    Their difference has 1 % of the logits' standard deviation after many layers in 16 bits, and about half of it if a row
-    attends to another row.
-    """
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-    return logits.shape == expected.shape and bool((logits - expected).float().std() < tolerance * expected.float().std())
 
 
 def require_plain_attention(attention_mask: torch.Tensor | None, options: dict[str, Any]) -> None:
@@ -144,7 +143,8 @@ def padding_free_attention(
     # Not tensor[0]: its gradient is a tensor of zeros with a copy in it.
     heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, head dim)
     half = query.is_cuda and query.dtype != torch.float32
-    flash = half and not dropout and not torch.are_deterministic_algorithms_enabled()
+    sizes_fit = query.shape[-1] == value.shape[-1] <= FLASH_HEAD_DIM
+    flash = half and sizes_fit and not dropout and not torch.are_deterministic_algorithms_enabled()
     if flash and (row_layout.ragged or window):
         q, k, v = (tensor.transpose(0, 1) for tensor in heads)  # (tokens, heads, head dim)
         return _ragged_attention(q, k, v, layout=row_layout, scaling=scaling, window=window).unsqueeze(0), None
@@ -167,8 +167,12 @@ def _causal_attention(
         positions = torch.arange(q.shape[2], device=q.device)
         distance = positions.unsqueeze(1) - positions
         mask = (distance >= 0) & (distance < window)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and (mask is not None or q.shape[-1] > FLASH_HEAD_DIM):
+        # Of PyTorch's kernels only FlashAttention takes fewer key heads; without a kernel all scores would be in memory.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     return scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
     ).transpose(1, 2)
 
 
@@ -189,4 +193,3 @@ def _ragged_attention(
 
 
 AttentionInterface.register(PADDING_FREE, padding_free_attention)
-AttentionMaskInterface.register(PADDING_FREE, lambda *_, **__: None)

@@ -19,8 +19,9 @@ def group_by_input(model: Any, layers: Mapping[str, torch.nn.Module]) -> list[li
 
     def record(name: str) -> Callable[..., None]:
         def hook(_: Any, arguments: Sequence[torch.Tensor]) -> None:
-            inputs.append(arguments[0])
-            groups.setdefault((name.rpartition(".")[0], id(arguments[0])), []).append(name)
+            if arguments:
+                inputs.append(arguments[0])
+                groups.setdefault((name.rpartition(".")[0], id(arguments[0])), []).append(name)
 
         return hook
 

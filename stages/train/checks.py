@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from stages.core.disk import Write, check_space, folder_size, merge_problems
 from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST
+from stages.core.tokens import TokenRows
 from stages.model import distributed
 from stages.model.device import pick_device, pick_dtype
+from stages.model.limits import read_limits
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
@@ -65,6 +67,33 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
     if distributed.is_main():
         problems += memory_problems(section, base, memory=total_memory())
     problems += merge_problems(base)  # before the training is paid for
+    if problems:
+        raise Problem(*problems)
+
+
+def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtual_tokens: int) -> None:
+    """Raises Problem if a row has a token or a position that the model does not have.
+
+    Args:
+        rows: The training rows.
+        validation_rows: The validation rows.
+        base: The folder of the base model.
+        virtual_tokens: Those that the adapter puts before each row.
+    """
+    limits, problems = read_limits(base), []
+    for name, table in (("training", rows), ("validation", validation_rows)):
+        if table.largest_id >= limits.vocabulary:
+            problems.append(
+                f"{base}: a {name} row has the token {table.largest_id:,}, and the model's vocabulary has "
+                f"{limits.vocabulary:,}; the tokenizer must be the model's own, without added tokens"
+            )
+        longest = int(table.lengths.max(initial=0)) + virtual_tokens
+        if limits.positions is not None and longest > limits.positions:
+            virtual = f" with {virtual_tokens} virtual ones" if virtual_tokens else ""
+            problems.append(
+                f"{base}: the longest {name} row has {longest:,} tokens{virtual}, and the model {limits.positions:,} "
+                "positions; lower encode.max_length"
+            )
     if problems:
         raise Problem(*problems)
 
@@ -168,11 +197,9 @@ def check_disk(trained: int, *, optim: str, checkpoints: Path, adapter: Path) ->
 
 def load_loss_of(section: Mapping[str, Any], base: Path, *, label_smoothing_factor: float) -> Loss:
     """The function that is minimized. Raises Problem if the file, the label weights or the smoothing cannot be used."""
-    trust = read_json(base / "manifest.json")["trust_remote_code"]
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust).get_text_config()
     return load_loss(
         Path(section["loss"]),
-        config.vocab_size,
+        read_limits(base).vocabulary,
         label_weights=section["label_weights"],
         label_smoothing_factor=label_smoothing_factor,
     )

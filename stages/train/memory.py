@@ -16,7 +16,7 @@ import torch
 from stages.core.problem import Problem
 
 PROBES = (2048, 4096)
-"""Tokens of the two trial batches, from which the memory of larger ones is extrapolated."""
+"""Tokens of the two trial batches, at most, from which the memory of larger ones is extrapolated."""
 RESERVE = 0.06
 """Share of the GPU's memory that is left free, for fragmentation and for what the trial batches did not show."""
 CHECKPOINTING = 0.30
@@ -56,10 +56,10 @@ class Need(NamedTuple):
     slope: float
 
     @classmethod
-    def of(cls, few: int, many: int) -> "Need":
-        """Extrapolates from the peak memory of the two trial batches, in bytes."""
-        slope = (many - few) / (PROBES[1] - PROBES[0])
-        return cls(max(0.0, few - slope * PROBES[0]), slope)
+    def of(cls, few: tuple[int, int], many: tuple[int, int]) -> "Need":
+        """Extrapolates from two trial batches, each given as its tokens and its peak memory in bytes."""
+        slope = (many[1] - few[1]) / (many[0] - few[0])
+        return cls(max(0.0, few[1] - slope * few[0]), slope)
 
 
 @dataclass(frozen=True, kw_only=True)

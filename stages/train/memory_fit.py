@@ -92,16 +92,30 @@ def _choose(trainer: AdapterTrainer, checkpointed_blocks: int | None, *, blocks:
 def _need(trainer: AdapterTrainer, checkpointed_blocks: int) -> Need | None:
     """What micro-batches need with this number of checkpointed blocks; None if even the trial batches do not fit."""
     checkpoint_blocks(trainer.unwrapped_model, checkpointed_blocks)
-    row = np.arange(memory.PROBES[1]) % 2 + 5
-    # The same number of labels in both trials, so that the memory of the logits does not count as memory of the tokens.
-    labels = np.where(np.arange(len(row)) < memory.PROBES[0], row, IGNORE)
-    labels[0] = IGNORE
-    trials = [{"id": "trial", "input_ids": row[:tokens], "labels": labels[:tokens]} for tokens in memory.PROBES]
+    few, many = _trial_batches(int(trainer.train_dataset.lengths.max()))
     try:
-        trainer.try_batch(trials[:1])  # compiles kernels, which takes memory too
-        return Need.of(*(_peak_bytes(trainer, [trial]) for trial in trials))
+        trainer.try_batch(few)  # compiles kernels, which takes memory too
+        return Need.of(*((_tokens(batch), _peak_bytes(trainer, batch)) for batch in (few, many)))
     except Problem:
         return None
+
+
+def _trial_batches(longest: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Two batches of about `memory.PROBES` tokens, in rows of one length that are no longer than those of the data.
+
+    The model may have no more positions, and attention to a longer row would take more memory. Both batches have the same
+    number of labels, so that the memory of the logits does not count as memory of the tokens.
+    """
+    length = min(longest, memory.PROBES[0])
+    ids = np.arange(length) % 2 + 5
+    labelled, unlabelled = np.where(np.arange(length) > 0, ids, IGNORE), np.full(length, IGNORE)
+    few, many = (tokens // length for tokens in memory.PROBES)
+    rows = [{"id": "trial", "input_ids": ids, "labels": labelled}] * few
+    return rows, rows + [{"id": "trial", "input_ids": ids, "labels": unlabelled}] * (many - few)
+
+
+def _tokens(batch: Sequence[dict[str, Any]]) -> int:
+    return sum(len(row["input_ids"]) for row in batch)
 
 
 def _peak_bytes(trainer: AdapterTrainer, rows: Sequence[dict[str, Any]]) -> int:

@@ -25,8 +25,9 @@ from stages.model.quantize import Quantization, Quantized, load_quantized, quant
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_disk, check_learning_rate, check_parameters, load_loss_of
+from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
+from stages.train.coverage import describe_gaps
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
@@ -169,6 +170,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     validation_rows, all_validation_rows = read_validation_rows(paths.validation_tokens, params.max_eval_samples)
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
+    virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
+    check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
     steps = count_steps(arguments, len(rows))
     set_intervals(arguments, steps)
     if distributed.is_main():
@@ -183,7 +186,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         check_disk(trained, optim=params.optim, checkpoints=checkpoints, adapter=paths.adapter)
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
-    padding_free = _enable_padding_free(params, arguments, model)
+    longest = int(max(each.lengths.max(initial=0) for each in (rows, validation_rows)))
+    padding_free = _enable_padding_free(params, arguments, model, longest)
     initial_weights = initial_lora(model, params)  # before they are trained
     lora_layers = _make_faster(params, model)
 
@@ -219,6 +223,9 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
 def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
+    if distributed.is_main():
+        for line in describe_gaps(quantized, params, params):
+            say(f"train: {line}")
     return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
 
 
@@ -244,14 +251,15 @@ def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
     return make_arguments(params.model_dump(), checkpoints=checkpoints, dtype=dtype, cpu=device.type == "cpu")
 
 
-def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any) -> bool:
+def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any, longest_row: int) -> bool:
     """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
+    model.eval()
     if params.method != "lora":
         reason = f"{params.method} puts virtual tokens before each row"
     elif arguments.neftune_noise_alpha:
         reason = "neftune_noise_alpha scales its noise by the length of a padded row"
     else:
-        reason = enable_padding_free(model.eval())
+        reason = enable_padding_free(model, longest_row)
     if reason and distributed.is_main():
         say(f"train: rows are padded, not padding-free: {reason}")
     return not reason
@@ -262,8 +270,11 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     recompute = Recompute()
     lora = params.method == "lora"
     compiled = compile_elementwise(model, recompute.remember if lora else None)  # only LoRA layers recompute
-    if compiled and distributed.is_main():
-        say(f"train: compiled: {', '.join(compiled)}")
+    if distributed.is_main():
+        if compiled.parts:
+            say(f"train: compiled: {', '.join(compiled.parts)}")
+        for reason in compiled.left_out:
+            say(f"train: {reason}; this is slower")
     if not lora:
         return None
     layers = LoraLayers(

@@ -35,8 +35,9 @@ def rounding_of(dtype: torch.dtype) -> float:
         (torch.float16, 2, 3, 64),
     ],
 )
+@pytest.mark.parametrize("window", [300, 70, 64, 1])
 def test_slots_attend_to_their_own_tokens(
-    device: torch.device, dtype: torch.dtype, key_heads: int, group: int, head_dim: int
+    device: torch.device, dtype: torch.dtype, key_heads: int, group: int, head_dim: int, window: int
 ) -> None:
     torch.manual_seed(0)
     size, lengths = 300, torch.tensor([0, 1, 63, 64, 65, 127, 128, 200, 299], device=device)
@@ -47,17 +48,21 @@ def test_slots_attend_to_their_own_tokens(
     keys, values = torch.randn(2, slots, size, key_heads, head_dim, device=device, dtype=dtype)
     for slot, length in enumerate(lengths.tolist()):
         keys[slot, length:] = values[slot, length:] = 1e4  # a cached token that is read too far is seen
+        first = max(0, length + 1 - window)
+        keys[slot, :first] = values[slot, :first] = 1e4
     expected_keys, expected_values = keys.clone(), values.clone()
     rows = torch.arange(slots, device=device)
     expected_keys[rows, lengths], expected_values[rows, lengths] = key, value
     scaling = head_dim**-0.5
-    found = slot_attention(query, key, value, key_cache=keys, value_cache=values, lengths=lengths, scaling=scaling)
+    caches = {"key_cache": keys, "value_cache": values}
+    found = slot_attention(query, key, value, **caches, lengths=lengths, window=window, scaling=scaling)
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
     assert found.dtype == dtype
     rounding = rounding_of(dtype)
     for slot, length in enumerate(lengths.tolist()):
-        k, v = (cache[slot, : length + 1].double().repeat_interleave(group, 1) for cache in (expected_keys, expected_values))
+        seen = slice(max(0, length + 1 - window), length + 1)
+        k, v = (cache[slot, seen].double().repeat_interleave(group, 1) for cache in (expected_keys, expected_values))
         scores = torch.einsum("hd,thd->ht", query[slot].double(), k) * scaling
         weights = scores.softmax(-1)
         wanted = torch.einsum("ht,thd->hd", weights, v)

@@ -94,7 +94,7 @@ def test_sampled_answers_are_those_of_transformers_generate(
 ) -> None:
     rows = sorted(random_project.prompts[:24], key=lambda row: len(row["prompt_ids"]))[:16]
     found = decode(random_project.base, rows, slots=5, **SAMPLING)
-    monkeypatch.setattr(TransformersBackend, "_prepare_decoder", lambda _: False)
+    monkeypatch.setattr(TransformersBackend, "_prepare_decoder", lambda *_: False)
     settings = GenerationSettings(SamplingConfig(**SAMPLING), MAX_NEW_TOKENS, 1, "float32", 1)
     backend = TransformersBackend(random_project.base, settings, template_stops=list(STOPS))
     wanted = {index: answer.tokens for group in backend.generate(rows) for index, answer in group}
