@@ -42,7 +42,7 @@ def test_two_gpus_answer_like_one(project: Project, scratch: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_sharded_weights_train_like_unsharded_ones(project: Project, scratch: Path, quantization: str) -> None:
-    given = GIVEN | {"dtype": "bfloat16", "num_processes": 2, "per_device_train_batch_size": 8, "quantization": quantization}
+    given = GIVEN | {"num_processes": 2, "per_device_train_batch_size": 8, "quantization": quantization}
     plain, sharded = (run(project, scratch / str(fsdp), fsdp=fsdp, **given) for fsdp in (False, True))
-    # Weights are the same to the bit, but micro-batches are not, so that sums in bfloat16 differ.
-    assert_same_training(plain, sharded, rel=0.03)
+    # Weights are the same to the bit, but micro-batches are not, so that gradients are summed in another order.
+    assert_same_training(plain, sharded, rel=2e-3)
