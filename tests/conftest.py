@@ -13,6 +13,7 @@ os.environ.update(
     DVC_NO_ANALYTICS="true",
     HF_HUB_OFFLINE="1",
     HF_MODULES_CACHE=tempfile.mkdtemp(prefix="loratory-modules-"),
+    OMP_NUM_THREADS="1",  # threads only wait for each other in models as small as these
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 )
 

@@ -102,6 +102,14 @@ def test_the_copy_that_dvc_makes_is_counted(
     assert all("or set dvc config cache.type hardlink,symlink" in problem.replace("; or", " or") for problem in problems)
 
 
+def test_trying_links_makes_no_folder_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").touch()
+    monkeypatch.chdir(tmp_path)
+    disk.copying_cache(Path("models/merged"))
+    assert [path.name for path in tmp_path.iterdir()] == [".dvc"]
+
+
 @pytest.mark.usefixtures("project")
 def test_a_stage_that_dvc_did_not_start_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_ROOT")

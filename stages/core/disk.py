@@ -140,7 +140,8 @@ def copying_cache(output: Path) -> Path | None:
     folder, kinds = cache_folder()
     tried = ["reflink", "hardlink"] if kinds[0] == "hardlink" else ["reflink"]
     objects = (folder / "files" / "md5").absolute()
-    return None if generic.test_links(tried, localfs, str(objects), localfs, str(output.absolute())) else folder
+    place = _existing(output.parent) / output.name  # DVC makes the file beside it, and would make folders for that
+    return None if generic.test_links(tried, localfs, str(objects), localfs, str(place)) else folder
 
 
 def _by_file_system(writes: Sequence[Write]) -> tuple[list[_FileSystem], bool]:
