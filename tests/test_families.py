@@ -231,4 +231,5 @@ def test_answers_are_those_of_transformers_generate(
         decoder = Decoder(
             model, GREEDY, stop_tokens=[2], slots=2, max_prompt_tokens=50, max_new_tokens=NEW_TOKENS, cuda_graph=False
         )
-        assert dict(pair for group in decoder.decode(TOKENS, ["0", "1", "2"]) for pair in group) == wanted
+        prompts = [{"id": str(index), "prompt_ids": ids} for index, ids in enumerate(TOKENS)]
+        assert dict(pair for group in decoder.decode(prompts, range(len(prompts))) for pair in group) == wanted
