@@ -8,8 +8,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from stages.core.problem import Problem
 
-MAX_LOGITS = 1 << 24
-"""Logits of a model that are in memory at a time: 64 MiB in float32. Comparing two models takes about six times that."""
+MAX_LOGITS = 1 << 23
+"""Logits of a model that are in memory at a time: 32 MiB in float32. Comparing two models takes about six times that."""
 
 
 class LabelChunks:
