@@ -129,7 +129,7 @@ def test_a_cache_on_another_disk_is_compared_with_that_disk(
     monkeypatch.setattr(
         shutil,
         "disk_usage",
-        lambda path: shutil._ntuple_diskusage(0, 0, free[Path(path).stat().st_dev]),  # type: ignore[attr-defined]
+        lambda path: shutil._ntuple_diskusage(20 * GB, 0, free[Path(path).stat().st_dev]),  # type: ignore[attr-defined]
     )
     write = Write(Path("models/merged"), 16 * GB, cached=16 * GB)
     disk.say_space("merge", write)
@@ -138,6 +138,15 @@ def test_a_cache_on_another_disk_is_compared_with_that_disk(
     )
     (problem,) = space_problems("the merged model", write)
     assert "16.0 GB for /dev/shm (DVC's copy) are needed, 10.0 GB are free" in problem
+
+
+@pytest.mark.usefixtures("project")
+def test_a_file_system_that_does_not_report_its_size_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
+    check_space("merge", "the merged model", Write(Path("models/merged"), 16 * GB))
+    assert capsys.readouterr().out == "merge: will write 16.0 GB to models/merged; an unknown number of GB are free\n"
 
 
 @pytest.mark.usefixtures("project")

@@ -233,3 +233,9 @@ def test_answers_are_those_of_transformers_generate(
         )
         prompts = [{"id": str(index), "prompt_ids": ids} for index, ids in enumerate(TOKENS)]
         assert dict(pair for group in decoder.decode(prompts, range(len(prompts))) for pair in group) == wanted
+
+
+def test_padding_is_tried_in_the_models_own_dtype() -> None:
+    backend = TransformersBackend.__new__(TransformersBackend)  # without a folder
+    backend.__dict__.update(model=build("mistral").to(torch.bfloat16))
+    assert backend._why_not_pad(50) == ""

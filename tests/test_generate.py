@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from stages.generate.rows import WINDOWS_PER_DOCUMENT, choose_windows, document_
 from stages.generate.sampling import RowSampler, SamplingConfig, draw, gumbel_noise, row_seed
 from stages.generate.transformers_backend import TransformersBackend
 from stages.generate.vllm_backend import VllmBackend
-from stages.model.limits import _positions
+from stages.model import limits
 from tests.tiny import Workspace
 
 PARAMS: dict[str, Any] = {
@@ -49,7 +50,13 @@ GREEDY = SamplingConfig(do_sample=False, temperature=1.0, top_p=1.0, repetition_
 
 
 def answer(
-    workspace: Workspace, out: Path, rows: list[dict[str, Any]] | None = None, *, stops: Sequence[int] = (2,), **given: Any
+    workspace: Workspace,
+    out: Path,
+    rows: list[dict[str, Any]] | None = None,
+    *,
+    stops: Sequence[int] = (2,),
+    model: Path | None = None,
+    **given: Any,
 ) -> list[dict[str, Any]]:
     tokens = workspace.root / "data" / "tokens"
     prompts = tokens / "test.arrow"
@@ -60,7 +67,7 @@ def answer(
     extra = out.with_suffix(".extra.jsonl")
     generate(
         Params(**PARAMS | given),
-        model=workspace.root / "models" / "merged",
+        model=model or workspace.root / "models" / "merged",
         test_prompts=prompts,
         extra_prompts=tokens / "prompts.arrow",
         test_text=tokens / "text.arrow",
@@ -271,7 +278,10 @@ def test_the_tutorials_values_are_ordinary_parameters(workspace: Workspace, tmp_
     assert greedy["answer"] != found["answer"]
 
 
-def test_prompts_that_the_model_has_no_tokens_or_positions_for_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+def test_prompts_that_the_model_has_no_tokens_or_positions_for_are_refused(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(limits, "_has_position_table", lambda *_, **__: True)
     rows = read_tokens(workspace.root / "data" / "tokens" / "test.arrow").to_pylist()[:3]
     rows[0]["prompt_ids"], rows[1]["prompt_ids"], rows[2]["prompt_ids"] = [400] * 40, [5] * 20, [5] * 60
     with pytest.raises(Problem) as problem:
@@ -283,11 +293,23 @@ def test_prompts_that_the_model_has_no_tokens_or_positions_for_are_refused(works
     )
     assert positions.startswith("params.yaml: generate.max_new_tokens: with 2,009 new tokens, ")
     assert f"than the 2,048 positions of {model}; the longest prompt has " in positions
-    limits = ("linear", 512), ("dynamic", 512), ("yarn", 512), ("llama3", 128), ("longrope", 128), ("default", 128)
-    for kind, positions_of in limits:
-        rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
-        assert _positions(SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)) == positions_of
-    assert _positions(SimpleNamespace()) is None
+    monkeypatch.undo()  # rotary positions go on
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 64}
+    short = Path(shutil.copytree(model, tmp_path / "short"))
+    (short / "config.json").write_text(json.dumps(config))
+    answer(workspace, tmp_path / "b.jsonl", rows[1:], model=short, max_new_tokens=8)
+    said = rf"generate: with 8 new tokens, \d of 5 answers could need more than the 64 positions of {short}, and what is "
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"),
+    [("linear", 512), ("dynamic", 512), ("yarn", 512), ("llama3", 128), ("longrope", 128), ("default", 128)],
+)
+def test_scaled_rotary_positions_count(kind: str, positions: int) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+    assert limits._positions(SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)) == positions
+    assert limits._positions(SimpleNamespace()) is None
 
 
 def test_the_removed_preset_names_the_values_to_write() -> None:
@@ -540,11 +562,15 @@ def test_the_losses_include_what_a_model_does_after_its_head_and_need_few_logits
     windows = make_windows([9, 30, 12])
     expected = plain_losses(model, windows)
     rows: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(logits.shape[1]))
+    passes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(logits.shape[-2]))
+    model.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(text_losses, "MAX_LOGITS", 7 * 400)
     assert text_losses.window_losses(model, windows) == pytest.approx(expected, rel=1e-5)
     assert max(rows) == 7
-    assert len(rows) == 1 + math.ceil((8 + 29 + 11) / 7)
+    chunks = math.ceil((8 + 29 + 11) / 7)
+    assert len(rows) == 1 + 2 + chunks  # the windows, the trial whether the head is last, the chunks
+    assert len(passes) == {"gemma2": 2 + chunks, "gpt2": 2}[kind]  # what follows Gemma's head needs the whole model
 
 
 def test_an_adapter_of_virtual_tokens_gives_losses_too() -> None:

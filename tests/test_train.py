@@ -12,17 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from stages.core.problem import Problem
-from stages.core.tokens import IGNORE, TRAINING, choose_rows, open_tokens, read_ids, read_tokens
+from stages.core.tokens import IGNORE, TRAINING, TokenRows, choose_rows, open_tokens, read_ids, read_tokens
+from stages.model import limits
 from stages.model.adapter import find_targets
 from stages.model.collate import collate_padded, collate_padding_free
+from stages.model.limits import read_limits
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
 from stages.model.quantize import Quantization, Quantized, load_quantized, round_trip
 from stages.train.batches import Shuffled, validation_batches
 from stages.train.callbacks import Progress
+from stages.train.checks import check_rows
 from stages.train.coverage import describe_gaps
 from stages.train.loss import next_token_loss
 from stages.train.train import train
@@ -353,7 +357,10 @@ def test_an_unknown_layer_or_optimizer_is_refused(workspace: Workspace, scratch:
     assert not (scratch / "out").exists()
 
 
-def test_rows_that_the_model_has_no_tokens_or_positions_for_are_refused(workspace: Workspace, scratch: Path) -> None:
+def test_rows_that_the_model_has_no_tokens_or_positions_for_are_refused(
+    workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_has_position_table", lambda *_, **__: True)
     base = Path(shutil.copytree(workspace.root / "models" / "base", scratch / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 90, "max_position_embeddings": 20}))
@@ -364,6 +371,34 @@ def test_rows_that_the_model_has_no_tokens_or_positions_for_are_refused(workspac
     assert re.match(rf"{base}: a training row has the token \d+, and the model's vocabulary has 90; ", token)
     message = rf"{base}: the longest training row has \d+ tokens with 20 virtual ones, and the model 20 positions; "
     assert re.match(message, positions)
+
+
+def test_rows_beyond_rotary_positions_are_described(workspace: Workspace, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(workspace.root / "models" / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 20}
+    (base / "config.json").write_text(json.dumps(config))
+    tokens = workspace.root / "data" / "tokens"
+    rows = [TokenRows(read_tokens(tokens / f"{split}.arrow")) for split in ("train", "validation")]
+    lines = check_rows(*rows, base, virtual_tokens=0)
+    assert re.match(r"the longest training row has \d+ tokens, and the model 20 positions: what is beyond", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "has_table"),
+    [
+        ("GPT2", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48}, True),
+        ("OPT", {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 48}, True),
+        ("GPTJ", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8, "n_positions": 48}, True),
+        # Nothing but the number of positions is 48, and then everything is.
+        ("Llama", {"hidden_size": 32, "intermediate_size": 40, "max_position_embeddings": 48}, False),
+        ("Llama", {"hidden_size": 48, "intermediate_size": 48, "max_position_embeddings": 48, "vocab_size": 48}, False),
+    ],
+)
+def test_a_table_of_positions_is_found(tmp_path: Path, kind: str, given: dict[str, Any], has_table: bool) -> None:
+    small = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    getattr(transformers, f"{kind}Config")(**small | given, architectures=[f"{kind}ForCausalLM"]).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"trust_remote_code": false}')
+    assert read_limits(tmp_path) == (given.get("vocab_size", 40), 48, has_table)
 
 
 def test_what_is_not_quantized_or_not_adapted_is_described() -> None:

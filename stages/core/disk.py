@@ -6,7 +6,9 @@ A quota is not seen here. A stage that meets one ends with a message of its own 
 import math
 import os
 import shutil
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ SAID_FROM = 10**9
 """Bytes from which a line says what will be written."""
 PARITY_BYTES = 10**9
 """The most that `merge` needs, beside the merged model, while it compares it with the trained one."""
+UNKNOWN = 1 << 62
+"""Free bytes of a file system that does not report its size."""
 LINK_TYPES = "hardlink,symlink"
 """The value of DVC's cache.type with which it copies nothing, on any local file system."""
 
@@ -104,7 +108,13 @@ def merge_problems(base: Path) -> list[str]:
 
 def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder, without those that are symlinks; 0 if there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # a training that runs removes its old checkpoints
+                status = (Path(path) / name).lstat()
+                size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
 
 
 def size_text(size: float) -> str:
@@ -113,8 +123,9 @@ def size_text(size: float) -> str:
 
 
 def free_space(path: Path) -> int:
-    """Bytes that are free on the file system of a path, which need not exist."""
-    return shutil.disk_usage(_existing(path)).free
+    """Bytes that are free on the file system of a path, which need not exist; UNKNOWN if it does not say."""
+    usage = shutil.disk_usage(_existing(path))
+    return usage.free if usage.total else UNKNOWN  # some FUSE mounts answer with zeros
 
 
 def cache_folder() -> tuple[Path, list[str]]:
@@ -173,6 +184,8 @@ def _shown(path: Path) -> Path:
 
 
 def _free_text(size: int) -> str:
+    if size >= UNKNOWN:
+        return "an unknown number of GB"
     return size_text(size) if size >= 1e9 else f"{size // 10**6:,} MB"
 
 

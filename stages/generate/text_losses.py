@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE
 from stages.model.collate import collate_padded
-from stages.model.logits import label_hidden_states, logits_of
+from stages.model.logits import is_head_last, label_hidden_states, logits_of
 
 MAX_LOGITS = 1 << 27
 """Logits that are in memory at a time: 512 MiB in float32."""
@@ -88,7 +88,11 @@ def _token_losses(model: Any, batch: dict[str, Any]) -> Iterator[torch.Tensor]:
     """
     with torch.no_grad():
         hidden, targets = label_hidden_states(model, batch), batch["targets"]
-        size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
+        head = model.get_output_embeddings()
+        size = max(1, MAX_LOGITS // head.weight.shape[0])
+        several = len(targets) > size  # to look what follows the head takes a pass through the model, as each chunk may
+        after_head = not several or is_head_last(model, head)
         for start in range(0, len(targets), size):
-            logits = logits_of(model, hidden[start : start + size])
-            yield cross_entropy(logits.float(), targets[start : start + size], reduction="none")
+            part = hidden[start : start + size]
+            logits = head(part) if several and after_head else logits_of(model, part)
+            yield cross_entropy(logits.float(), targets[start : start + size].to(logits.device), reduction="none")

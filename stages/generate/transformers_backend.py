@@ -19,7 +19,7 @@ from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
 from stages.model.placement import is_spread
-from stages.model.probe import logits_match, probe_rows
+from stages.model.probe import TRIAL_ERRORS, logits_match, probe_rows, reason_of
 
 
 class TransformersBackend:
@@ -122,8 +122,9 @@ class TransformersBackend:
         """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
         lengths = [len(rows[index]["prompt_ids"]) for index in (0, -1)]  # the shortest and the longest
         would_pad = self.can_pad and self.settings.batch_size > 1 and lengths[0] < lengths[1]
-        if would_pad and not self._ignores_padding(lengths[1]):
-            self._report("only prompts of one length are in a batch, which is slower: padding changes the model's answers")
+        reason = self._why_not_pad(lengths[1]) if would_pad else ""
+        if reason:
+            self._report(f"only prompts of one length are in a batch, which is slower: {reason}")
             self.can_pad = False
         for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else len(rows[index]["prompt_ids"])):
             indices = list(group)
@@ -131,10 +132,14 @@ class TransformersBackend:
                 batch = indices[start : start + self.settings.batch_size]
                 yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
 
-    def _ignores_padding(self, longest_prompt: int) -> bool:
-        """Whether the model gives the same logits after prompts that are padded, as a recurrent model may not."""
+    def _why_not_pad(self, longest_prompt: int) -> str:
+        """Why prompts cannot be padded; "" if the model gives the same logits then, as a recurrent model may not."""
         rows = probe_rows(self.model, longest_prompt)
-        return logits_match(self._first_logits(rows), torch.cat([self._first_logits([row]) for row in rows]))
+        try:
+            same = logits_match(self._first_logits(rows), torch.cat([self._first_logits([row]) for row in rows]))
+        except TRIAL_ERRORS as error:
+            return reason_of(error)
+        return "" if same else "padding changes the model's answers"
 
     def _first_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """The logits (rows, vocabulary) of the first new token of each prompt, in one batch."""
@@ -143,7 +148,7 @@ class TransformersBackend:
         )
         with torch.no_grad():
             logits: torch.Tensor = self.model.generate(**self._pad(prompts), generation_config=config).logits[0]
-        return logits
+        return logits.to(self.model.dtype)  # generate makes float32 of them; they are rounded as the model computes
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask, padded on the left, so that every prompt ends in the last position."""

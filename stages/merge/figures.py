@@ -62,9 +62,9 @@ def summarize(tokens: TokenFigures) -> dict[str, Any]:
     drawn = _means(resamples @ sums)
     order = np.argsort(tokens.kl, kind="stable")
     sorted_kl, sorted_rows = tokens.kl[order], tokens.row[order]
-    for name, share in QUANTILES.items():
-        found[name] = float(_quantile(sorted_kl, np.arange(1, len(order) + 1), share))
-        drawn[name] = np.array([_quantile(sorted_kl, np.cumsum(counts[sorted_rows]), share) for counts in resamples])
+    found |= {name: float(value) for name, value in _quantiles(sorted_kl, np.ones(len(order), int)).items()}
+    quantiles = [_quantiles(sorted_kl, counts[sorted_rows]) for counts in resamples]
+    drawn |= {name: np.array([each[name] for each in quantiles]) for name in QUANTILES}
     errors = {name: float(drawn[name].std(ddof=1)) if rows > 1 else None for name in drawn}
     gain_error = errors["gain"]
     if gain_error is None or not found["gain"] > MIN_GAIN_ERRORS * gain_error:
@@ -101,6 +101,7 @@ def _means(totals: Any) -> dict[str, Floats]:
     }
 
 
-def _quantile(values: Floats, counts: Any, share: float) -> Any:
-    """The smallest of the sorted values up to which a share of all counts lies; `counts` are cumulative."""
-    return values[np.searchsorted(counts, share * counts[-1])]
+def _quantiles(values: Floats, counts: Any) -> dict[str, Any]:
+    """For each of QUANTILES the smallest of the sorted values up to which its share of all counts lies."""
+    cumulative = np.cumsum(counts)
+    return {name: values[np.searchsorted(cumulative, share * cumulative[-1])] for name, share in QUANTILES.items()}

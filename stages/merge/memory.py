@@ -60,7 +60,7 @@ def explain_out_of_memory(doing: str) -> Iterator[None]:
         memory, remedy = ("the GPU's", "a GPU") if of_gpu else ("main", "a machine")
         raise Problem(
             f"out of {memory} memory while {doing}; close other programs that use it, use {remedy} with more of it, or "
-            "lower encode.max_length; the adapter is kept, and dvc repro continues with this stage"
+            "lower encode.max_length, which trains again; the adapter is kept, and dvc repro continues with this stage"
         ) from None
 
 

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.core.params import bad_param
 from stages.core.problem import Problem
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others: with train.fsdp they may load a large model one after the other."""
 
 
 def world_size() -> int:
@@ -59,7 +63,7 @@ def select_gpu() -> None:
 def init_processes(*, cpu: bool) -> None:
     """Initializes the process group, with gloo if `cpu`, and makes the GPU of this process the current CUDA device."""
     if world_size() > 1:
-        PartialState(cpu=cpu)
+        PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
 def require_gpus(processes: int, name: str) -> None:

@@ -1,12 +1,14 @@
-"""What a model can take, from its config: token ids and positions. Beyond them it fails, on a GPU without a message."""
+"""What a model can take: token ids and positions. Beyond a table of embeddings it fails, on a GPU without a message."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoConfig
 
 from stages.core.jsonl import read_json
 from stages.core.provenance import MANIFEST
+from stages.model.placement import skeleton
 
 
 class Limits(NamedTuple):
@@ -16,13 +18,34 @@ class Limits(NamedTuple):
     """The number of token ids, which are below it."""
     positions: int | None
     """The most tokens of a row, with its answer; None if the config gives no limit."""
+    has_position_table: bool
+    """Whether each position has an embedding of its own, so that the model fails beyond them. Rotary positions go on, but
+    the model was not trained on them."""
 
 
 def read_limits(folder: Path) -> Limits:
     """The limits of the model in `folder`."""
     trust = read_json(folder / MANIFEST)["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust).get_text_config()
-    return Limits(config.vocab_size, _positions(config))
+    positions = _positions(config)
+    table = positions is not None and _has_position_table(folder, positions, trust_remote_code=trust)
+    return Limits(config.vocab_size, positions, table)
+
+
+def _has_position_table(folder: Path, positions: int, *, trust_remote_code: bool) -> bool:
+    """Whether the model has an embedding (GPT-2, OPT) or a buffer (GPT-J) with a row for each position.
+
+    OPT's has two rows more.
+    """
+    model = skeleton(folder, torch.float32, trust_remote_code=trust_remote_code)
+    sizes = (positions, positions + 2)
+    tables = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
+    return any(table.shape[0] in sizes for table in tables)
 
 
 def _positions(config: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def load_model(folder: Path, dtype: DtypeName) -> Any:
     device = pick_device()
     trust = read_json(folder / MANIFEST)["trust_remote_code"]
     placement = _place(folder, pick_dtype(dtype, device), trust_remote_code=trust)
+    # Of some models, as those with experts, Transformers writes the weights on the disk anew, in its own layout.
+    offloaded = TemporaryDirectory(dir=folder.parent) if placement and "disk" in placement.sizes else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -46,9 +49,12 @@ def load_model(folder: Path, dtype: DtypeName) -> Any:
             device_map=placement.device_map if placement else {"": device},
             trust_remote_code=trust,
             use_safetensors=True,
+            **({"offload_folder": offloaded.name} if offloaded else {}),
         )
     except torch.OutOfMemoryError:
         raise Problem(f"{folder}: the model does not fit into the memory of {device}; use a GPU with more memory") from None
+    if offloaded:
+        model.offload_folder = offloaded  # it is removed with the model
     if not placement:
         assert_on(model, device)
     if (folder / ADAPTER).is_dir():

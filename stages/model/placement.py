@@ -123,7 +123,9 @@ def free_memory() -> Memory:
     """What this process may still allocate: on all visible GPUs, or on its own if it is one of several processes."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     numbers = [torch.cuda.current_device()] if count and is_one_of_several() else range(count)
-    return Memory({number: _free_on(number) for number in numbers}, min(psutil.virtual_memory().available, _limit()))
+    return Memory(
+        {number: _free_on(number) for number in numbers}, min(psutil.virtual_memory().available, _limit() - _used())
+    )
 
 
 def total_memory() -> Memory:
@@ -141,12 +143,24 @@ def _free_on(gpu: int) -> int:
 
 def _limit() -> int:
     """The limit of this process's main memory, as containers set it (cgroup v2 or v1)."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(file)
-        if path.exists():
-            text = path.read_text(encoding="ascii").strip()
-            return int(text) if text.isdigit() else 1 << 62
-    return 1 << 62
+    return _cgroup("memory.max", "memory/memory.limit_in_bytes") or 1 << 62
+
+
+def _used() -> int:
+    """Main memory that the container's processes use, without cached files; 0 outside containers."""
+    statistics = _CGROUP / "memory.stat"
+    lines = statistics.read_text(encoding="ascii").splitlines() if statistics.exists() else []
+    cached = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))
+    return max(0, _cgroup("memory.current", "memory/memory.usage_in_bytes") - cached)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _cgroup(*names: str) -> int:
+    """The number in the first of these files that exists; 0 if none does, or if it holds a word."""
+    texts = [(_CGROUP / name).read_text(encoding="ascii").strip() for name in names if (_CGROUP / name).exists()]
+    return int(texts[0]) if texts and texts[0].isdigit() else 0
 
 
 def require_input_on_device(placement: Placement, name: str) -> None:

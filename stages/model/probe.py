@@ -30,13 +30,18 @@ def probe_rows(model: Any, longest_row: int) -> list[list[int]]:
         longest_row: Tokens of the longest row that the model will compute.
     """
     config = model.config.get_text_config().to_dict()
-    windows = [value for name, value in config.items() if re.search("window|chunk", name) and type(value) is int]
+    windows = [value for name, value in config.items() if _is_window(name) and type(value) is int]
     too_small = [window for window in windows if 1 < window < longest_row]
     rows = [list(row) for row in PROBE_ROWS]
     if too_small:
         length = min(longest_row, 2 * max(too_small))
         rows.append([5 + 5 * position // length for position in range(length)])
     return rows
+
+
+def _is_window(name: str) -> bool:
+    """Whether a config's field gives a number of tokens; Qwen's max_window_layers counts layers."""
+    return re.search("window|chunk", name) is not None and not name.endswith("layers")
 
 
 def last_logits(model: Any, rows: Sequence[int], **inputs: Any) -> torch.Tensor:

@@ -66,13 +66,15 @@ def check_parameters(section: Mapping[str, Any], base: Path) -> None:
         attempt(lambda: distributed.require_gpus(section["num_processes"], "train.num_processes"))
     if distributed.is_main():
         problems += memory_problems(section, base, memory=total_memory())
-    problems += merge_problems(base)  # before the training is paid for
+        problems += merge_problems(base)  # before the training is paid for
     if problems:
         raise Problem(*problems)
 
 
-def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtual_tokens: int) -> None:
+def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtual_tokens: int) -> list[str]:
     """Raises Problem if a row has a token or a position that the model does not have.
+
+    Returns lines on rows that are longer than those that the model was made for, which it computes nevertheless.
 
     Args:
         rows: The training rows.
@@ -80,7 +82,7 @@ def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtu
         base: The folder of the base model.
         virtual_tokens: Those that the adapter puts before each row.
     """
-    limits, problems = read_limits(base), []
+    limits, problems, lines = read_limits(base), [], []
     for name, table in (("training", rows), ("validation", validation_rows)):
         if table.largest_id >= limits.vocabulary:
             problems.append(
@@ -90,12 +92,14 @@ def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtu
         longest = int(table.lengths.max(initial=0)) + virtual_tokens
         if limits.positions is not None and longest > limits.positions:
             virtual = f" with {virtual_tokens} virtual ones" if virtual_tokens else ""
-            problems.append(
-                f"{base}: the longest {name} row has {longest:,} tokens{virtual}, and the model {limits.positions:,} "
-                "positions; lower encode.max_length"
-            )
+            text = f"the longest {name} row has {longest:,} tokens{virtual}, and the model {limits.positions:,} positions"
+            if limits.has_position_table:
+                problems.append(f"{base}: {text}; lower encode.max_length")
+            else:
+                lines.append(f"{text}: what is beyond them is new to it")
     if problems:
         raise Problem(*problems)
+    return lines
 
 
 def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -> list[str]:
@@ -123,14 +127,19 @@ def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -
     if "disk" in merged.sizes:
         problems.append(
             f"{base}: merge and generate could not load the merged model, {gigabytes(merged.total_bytes)} of weights in "
-            f"{str(dtype).removeprefix('torch.')}: {machine}; use a machine with more of either, or a smaller base"
+            f"{str(dtype).removeprefix('torch.')}: {machine}; use a machine with more of either, a smaller base"
+            + (", or set train.dtype and generate.dtype to bfloat16" if dtype == torch.float32 else "")
         )
     elif memory.gpus and "cpu" in merged.sizes:
         say(f"train: merge and generate will be slow on this machine: the merged model has {merged.describe()}")
-    if memory.gpus and trained.gpu_bytes < trained.total_bytes:
+    fits_one = trained.total_bytes <= ONE_GPU * one
+    if memory.gpus and not fits_one and (not section["fsdp"] or trained.gpu_bytes < trained.total_bytes):
+        holder = "the GPUs together must hold" if section["fsdp"] else "one GPU must hold"
+        remedy = "use more GPUs" if section["fsdp"] else "use train.fsdp with several GPUs, a GPU with more memory"
+        smaller = "" if settings.quantization in ("nf4", "fp4") else ", nf4"
         problems.append(
             f"{base}: with train.quantization {settings.quantization} the model has {gigabytes(trained.total_bytes)} of "
-            f"weights, which the GPUs together must hold in train and in merge: {machine}; use more GPUs, or a smaller base"
+            f"weights, which {holder} in train: {machine}; {remedy}{smaller}, or a smaller base"
         )
     if section["fsdp"] and trained.total_bytes > SPREAD * memory.main:
         problems.append(

@@ -171,7 +171,10 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
     virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
-    check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
+    lines = check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
+    if distributed.is_main():
+        for line in lines:
+            say(f"train: {line}")
     steps = count_steps(arguments, len(rows))
     set_intervals(arguments, steps)
     if distributed.is_main():
