@@ -1,6 +1,8 @@
 """Disk space: what a stage writes is said and checked before it runs, and one command names what killed runs have left."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,12 @@ def line_of(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(name))
 
 
+def age(folder: Path, days: float) -> None:
+    """Makes a folder as old as that, with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
@@ -284,21 +292,95 @@ def test_checkpoints_that_the_next_run_resumes_from_are_named_and_stay(
     assert all((folder / "kept").exists() for folder in interrupted.values())
 
 
-def test_checkpoints_of_other_parameters_are_removed(
+def test_checkpoints_of_other_parameters_are_removed_after_7_days(
     here: Workspace, interrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = interrupted["train"]
+    for each in interrupted.values():
+        age(each, 8)
     with here.edited("params.yaml"):
         params = here.params()
         params["train"]["seed"] += 1
         here.write(params)
+        age(folder, 6.9)  # of an experiment with other parameters, which may have been killed
         text = listed(capsys)
-        assert "only a run with those again resumes from it" in line_of(text, str(interrupted["train"]))
+        assert f"resumes from it; kept until it is 7 days old; to delete it now: rm -r {folder}" in line_of(
+            text, str(folder)
+        )
+        assert "--remove" not in text
+        listed(capsys, "--remove")
+        assert folder.exists()
+        age(folder, 7.1)
+        text = listed(capsys)
+        assert "only a run with those again resumes from it" in line_of(text, str(folder))
         assert "kept: stages before generate are out of date" in line_of(text, str(interrupted["generate-base"]))
         assert "disk: 1 MB can be deleted with: python -m stages disk --remove" in text
         text = listed(capsys, "--remove")
-    assert f"disk: removed {interrupted['train']}, 1 MB\n" in text
+    assert f"disk: removed {folder}, 1 MB\n" in text
     assert [folder.exists() for folder in interrupted.values()].count(False) == 1
-    assert not interrupted["train"].exists()
+    assert not folder.exists()
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_files_that_vanish_while_they_are_listed_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = command._found
+    monkeypatch.setattr(command, "_found", lambda *given: [*found(*given), Path("models/gone"), Path("gone/gone")])
+    walk = os.walk
+    monkeypatch.setattr(
+        os,
+        "walk",
+        lambda *given, **named: ((top, folders, [*names, "gone"]) for top, folders, names in walk(*given, **named)),
+    )
+    text = listed(capsys)
+    assert "gone" not in text
+    assert text.count("resumes from it") == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_without_permission_is_one_line_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [Path("models/.fetch-a"), Path("models/.fetch-b"), Path("models/.fetch-c")]
+    size, rmtree = command._size, shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if path == folders[denied]:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(command, "_size", lambda path: refuse(path) or size(path))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *given, **named: refuse(path) or rmtree(path, *given, **named))
+    for folder in folders:
+        folder.mkdir()
+    try:
+        denied = 0
+        text = listed(capsys)
+        assert f"disk: {folders[0]}: you may not read it; left out\n" in text
+        assert "no parameter names it any more" in line_of(text, str(folders[1]))
+        monkeypatch.setattr(command, "_size", size)
+        text = listed(capsys, "--remove")
+        assert f"disk: {folders[0]}: cannot be deleted: Permission denied; delete it yourself\n" in text
+        assert [folder.exists() for folder in folders] == [True, False, False]
+    finally:
+        rmtree(folders[0])
+
+
+@pytest.mark.usefixtures("here")
+def test_listing_makes_no_lock_and_needs_no_right_to_make_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(".checkpoints/train-0123456789abcdef")
+    folder.mkdir(parents=True)
+    listed(capsys)
+    assert [*folder.parent.iterdir()] == [folder]
+
+    def refuse(_: FileLock) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "less than 2 hours old; kept: you may not write there" in line_of(listed(capsys), str(folder))
 
 
 def test_nothing_is_removed_that_a_process_uses(
@@ -309,6 +391,7 @@ def test_nothing_is_removed_that_a_process_uses(
     other.with_suffix(".pid").write_text("1234")
     with FileLock(other.with_suffix(".lock")):
         assert "process 1234 uses it" in line_of(listed(capsys), str(other))
+        age(other, 8)
         listed(capsys, "--remove")
         assert other.exists()
     listed(capsys, "--remove")
@@ -320,6 +403,7 @@ def test_nothing_outside_the_project_is_removed(here: Workspace, tmp_path: Path,
     Path(".checkpoints").mkdir(exist_ok=True)
     link = Path(".checkpoints/train-0123456789abcdef")
     link.symlink_to(tmp_path / "elsewhere")
+    os.utime(link, (0, 0), follow_symlinks=False)
     assert "outside the project, so delete it yourself" in line_of(listed(capsys), str(link))
     listed(capsys, "--remove")
     assert link.is_symlink()
@@ -360,20 +444,36 @@ def test_downloads_that_no_parameter_names_are_removed(here: Workspace, capsys: 
 def test_the_output_of_a_killed_run_is_removed_and_that_of_a_live_one_is_not(
     here: Workspace, capsys: pytest.CaptureFixture[str], writing: Callable[[Path], Any]
 ) -> None:
-    with writing(Path("models/x")) as partial:
+    output, name = Path("reports/machine/train.json"), "reports/machine/train.json.partial"
+    with writing(output) as partial:
         if writing is fresh_file:
             partial.touch()
-        assert "a process writes in models" in line_of(listed(capsys), "models/x.partial")
+        assert "a process writes in reports/machine" in line_of(listed(capsys), name)
         listed(capsys, "--remove")
         assert partial.exists()
-    if Path("models/x").is_dir():
-        Path("models/x").rmdir()
+    if output.is_dir():
+        output.rmdir()
     else:
-        Path("models/x").unlink()
-    Path("models/y.partial").mkdir()
-    assert "left by a run that was killed" in line_of(listed(capsys), "models/y.partial")
-    assert "disk: removed models/y.partial, 0 MB\n" in listed(capsys, "--remove")
-    assert not Path("models/y.partial").exists()
+        output.unlink()
+    for left in ("models/merged.partial", name):
+        Path(left).mkdir()
+        assert "left by a run that was killed" in line_of(listed(capsys), left)
+        assert f"disk: removed {left}, 0 MB\n" in listed(capsys, "--remove")
+        assert not Path(left).exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_other_files_of_such_a_name_are_not_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    own = [Path("data/my.jsonl.partial"), Path("data/raw.partial"), Path("reports.partial")]
+    for path in own:
+        path.touch()
+    try:
+        assert ".partial" not in listed(capsys)
+        listed(capsys, "--remove")
+        assert all(path.exists() for path in own)
+    finally:
+        for path in own:
+            path.unlink(missing_ok=True)
 
 
 def test_the_cache_that_no_output_uses_is_named_with_its_command(
@@ -384,9 +484,32 @@ def test_the_cache_that_no_output_uses_is_named_with_its_command(
     unused.parent.mkdir(exist_ok=True)
     unused.write_bytes(bytes(2_000_000))
     try:
-        assert "2 MB belong to no output of dvc.lock: dvc gc -w deletes them" in line_of(listed(capsys), ".dvc/cache")
+        assert "2 MB belong to nothing in dvc.lock and *.dvc files: dvc gc -w deletes them" in line_of(
+            listed(capsys), ".dvc/cache"
+        )
+        Path("data/own.jsonl.dvc").write_text("outs:\n- md5: 00unused\n  size: 2000000\n  path: own.jsonl\n")
+        assert "dvc gc" not in line_of(listed(capsys), ".dvc/cache")
     finally:
         unused.unlink()
+        Path("data/own.jsonl.dvc").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("lock", ["", "schema: '2.0'\nstages:\n  fetch:\n    cmd: [", "stages:\n  fetch:\n"])
+def test_a_lock_file_that_dvc_has_not_written_whole_counts_as_none(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lock: str
+) -> None:
+    monkeypatch.setattr(command, "LISTED_FROM", 1)
+    with here.edited("dvc.lock"):
+        Path("dvc.lock").write_text(lock)
+        assert "belong to nothing in dvc.lock" in line_of(listed(capsys), ".dvc/cache")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_cache_that_is_not_there_is_not_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "cache_folder", lambda: (Path("no/cache"), ["copy"]))
+    assert "no/cache" not in listed(capsys)
 
 
 def test_a_copy_of_the_project_that_dvc_left_is_named(here: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

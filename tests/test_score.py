@@ -157,7 +157,7 @@ def test_tasks_in_other_processes_give_the_same_in_the_same_order(monkeypatch: p
     wanted = [5 * number for number in range(40)]
     assert [*run_tasks(int.__mul__, range(40), shared=5, alone=True)] == wanted
     assert [*run_tasks(int.__mul__, range(40), shared=5, alone=False)] == wanted
-    with pytest.raises(Problem, match=r"a worker process was killed, probably because memory ran out"):
+    with pytest.raises(Problem, match=r"a worker process was killed, .* without worker processes: taskset -c 0 dvc repro$"):
         [*run_tasks(os_exit, range(40), shared=5, alone=False)]
 
 
@@ -369,14 +369,29 @@ def test_fewer_answers_than_test_rows_are_counted(inputs: Inputs, capsys: pytest
     assert f"<h2>Scores on {count}, in percent" in page
     with (inputs.root / "rows.csv").open(encoding="utf-8-sig", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(row["id"], row["reference"], row["fine_tuned"]) for row in table] == [
-        (row["id"], row["reference"], row["answer"]) for row in inputs.rows["merged"]
+    assert [(row["id"], row["reference"], row["fine_tuned"].removeprefix("'")) for row in table] == [
+        (row["id"], row["reference"], row["answer"].removeprefix("'")) for row in inputs.rows["merged"]
     ]
     for row in table:
         assert float(row["fine_tuned_exact_match"]) == (row["fine_tuned"].strip() == row["reference"].strip())
-        chrf = score_answer(row["reference"], row["base"], finish_reason="stop")["chrf"]
+        chrf = score_answer(row["reference"], row["base"].removeprefix("'"), finish_reason="stop")["chrf"]
         assert float(row["base_chrf"]) == pytest.approx(chrf, abs=1e-3)
         assert row["base_call_exact"] == ""
+
+
+def test_any_text_is_one_cell_of_the_table_and_no_formula(inputs: Inputs) -> None:
+    texts = ["a\rb", "c\r", 'd"\r\n"e', "f,\ng", "", "é 😀", *(f"{start}1" for start in "=+-@\t\r"), "1=1", "'=1"]
+    assert len(texts) <= len(inputs.rows["merged"])
+    for row, text in zip(inputs.rows["merged"], texts, strict=False):
+        row["answer"] = text
+    inputs.score()
+    with (inputs.root / "rows.csv").open(encoding="utf-8-sig", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(inputs.rows["merged"])
+    found = [row["fine_tuned"] for row in table]
+    assert found[: len(texts)] == [f"'{text}" if text[:1] in {*"=+-@\t\r"} else text for text in texts]
+    assert b"\r" not in re.sub(rb'"(?:[^"]|"")*"', b"", (inputs.root / "rows.csv").read_bytes())
+    assert '<pre dir="auto">d&#34;' in (inputs.root / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_text_of_which_a_part_was_read_is_counted(inputs: Inputs, tmp_path: Path) -> None:
@@ -430,8 +445,11 @@ def test_the_report_of_many_rows_stays_small(inputs: Inputs, monkeypatch: pytest
     assert kinds[-1] == "best right"
     assert sorted(kinds) == ["best right", *["random wrong"] * 3, *["worst wrong"] * 2]
     assert f"The 2 worst, 1 best and 3 random rows of {count}, by exact match and chrF of the fine-tuned model." in page
-    assert f"in {inputs.root}/rows.csv, whole answers in {inputs.root}/merged.jsonl." in page
-    assert f"The first 1 of 3,000; all answers are in {inputs.root}/merged.prompts.jsonl." in page
+    root = inputs.root
+    assert f"All rows with their scores are in {root}/rows.csv, where a text that begins with = + - @, a tab" in page
+    assert f"as a formula; whole answers in {root}/base.jsonl and {root}/merged.jsonl." in page
+    extra = f"{root}/base.prompts.jsonl and {root}/merged.prompts.jsonl"
+    assert f"The first 1 of 3,000; all answers are in {extra}." in page
     assert page.count('<section class="extra row">') == 1
     assert "more characters</span></pre>" in page
     assert len("".join(re.findall("&amp;", page))) < 2000
@@ -588,6 +606,14 @@ def test_good_files_are_read(files: Files) -> None:
             lambda data: data.replace(b'"row 2"', b"2").replace(b'{"id": 2, "prompt": "p"', b'{"id": 2, "prompt": null'),
             "merged.jsonl: line 3: wanted text in id, prompt, found 2, null",
         ),
+        (
+            lambda data: data.replace(b'"row 2", "prompt": "p"', b'"row 2", "prompt": "\\ud83d\\ude00 \\uDe00"'),
+            "merged.jsonl: line 3: has a lone surrogate, which is no character, in prompt",
+        ),
+        (
+            lambda data: data.replace(b'"row 2"', b'"row 1"'),
+            "merged.jsonl: line 3: the id row 1 is in an earlier line too",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_sentence_with_the_line(files: Files, change: Callable[[bytes], bytes], message: str) -> None:
@@ -615,6 +641,11 @@ def test_extra_answers_to_other_prompts_are_reported_with_the_rest(files: Files)
         "base.jsonl and merged.jsonl: 1 rows are in only one of the files, the first is row 0",
         "base.prompts.jsonl and merged.prompts.jsonl: 2 rows are in only one of the files, the first is row 7",
     ]
+
+
+def test_a_whole_character_outside_the_bmp_is_read(files: Files) -> None:
+    files.edit("merged.jsonl", lambda data: data.replace(b'"answer": "a"', b'"answer": "\\ud83d\\ude00"'))
+    assert {row.merged.answer for row in files.read().rows} == {"😀"}
 
 
 def test_a_damaged_file_writes_no_report(inputs: Inputs) -> None:
@@ -778,7 +809,7 @@ def test_thinking_is_shown_and_not_scored(inputs: Inputs) -> None:
     assert "before 100.0 % of the reference answers, 100.0 % of the base" in page
     assert share.replace("&#39;", "'") in page
     assert page.count("<summary>thinking, which never ends</summary><") == page.count("<details") - 2 * count + 1 == count
-    assert "<pre>why 1</pre></details>" in page
+    assert '<pre dir="auto">why 1</pre></details>' in page
     assert "<td>thinking cut" in page
     assert "thinking" not in (inputs.root / "scores.csv").read_text()
 

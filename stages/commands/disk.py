@@ -1,27 +1,32 @@
 """python -m stages disk: what the project takes on the disk, and what runs that no longer exist have left there.
 
     python -m stages disk             lists it
-    python -m stages disk --remove    deletes what no run of the current data, code and parameters can use
+    python -m stages disk --remove    deletes what killed runs have left and no run is expected to use
 
-Nothing is deleted that a live process uses, that the next run would resume from, or that is outside the project. No stage
+Nothing is deleted that a live process uses, that the next run would resume from, or that is outside the project.
+Checkpoints of other data, code or parameters stay for KEPT_DAYS, since an experiment (`dvc exp run --temp -S ...`) that
+was killed resumes from them. Other processes may write and remove files meanwhile: what has vanished is skipped. No stage
 imports this file: an edit of it reruns nothing.
 """
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, folder_size, free_space, size_text
+from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, free_space, size_text
 from stages.core.output import without_writers
 from stages.core.params import parse_section, read_section, read_stages, read_yaml
 from stages.core.problem import Problem
@@ -30,8 +35,11 @@ from stages.core.snapshot import is_code
 from stages.model.checkpoints import checkpoint_root, owner_of
 
 ROOT = Path()
+NOT_WRITABLE = "kept: you may not write there"
 LISTED_FROM = 10**6
 """Bytes from which an output is listed; leftovers are listed at any size."""
+KEPT_DAYS = 7
+"""Days without a change after which checkpoints of other data, code or parameters are deleted."""
 TEMPORARY = Path(".dvc/tmp/exps")
 """Where DVC puts the copies of the project for `dvc exp run --temp`."""
 
@@ -47,7 +55,7 @@ class Item(NamedTuple):
 
 
 def disk(*, remove: bool) -> None:
-    """Lists what the project takes on the disk; with `remove`, deletes the leftovers that no run can use."""
+    """Lists what the project takes on the disk; with `remove`, deletes the leftovers that no run is expected to use."""
     leftovers = [*_checkpoints(), *_downloads(), *_partial_outputs()]
     if remove:
         _remove(item for item in leftovers if item.lock)
@@ -67,14 +75,20 @@ def _remove(items: Iterable[Item]) -> None:
     removed = 0
     for item in items:
         assert item.lock is not None
-        with item.lock() as unused:
-            if not unused:
-                print(f"disk: {item.path}: a process uses it now; kept")
-                continue
-            if item.path.is_dir():
-                shutil.rmtree(item.path)
-            else:
-                item.path.unlink(missing_ok=True)
+        try:
+            with item.lock() as unused:
+                if not unused:
+                    print(f"disk: {item.path}: a process uses it now; kept")
+                    continue
+                if item.path.is_dir():
+                    shutil.rmtree(item.path)
+                else:
+                    item.path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            print(f"disk: {item.path}: cannot be deleted: {error.strerror}; delete it yourself")
+            continue
         removed += item.size
         print(f"disk: removed {item.path}, {size_text(item.size)}")
     print(f"disk: {size_text(removed)} removed; {size_text(free_space(ROOT))} are free")
@@ -91,10 +105,12 @@ def _outputs() -> Iterator[Item]:
 
 
 def _dvc_cache() -> Iterator[Item]:
-    """DVC's cache, and how much of it `dvc gc -w` would delete."""
+    """DVC's cache, and how much of it `dvc gc -w` would delete. Nothing before DVC has made it."""
     folder, _ = cache_folder()
     folder = _shown(folder)
-    sizes = {file: file.lstat().st_size for file in (folder / "files").rglob("*") if file.is_file()}
+    if not folder.is_dir():
+        return
+    sizes = {file: status.st_size for file, status in _walk(folder / "files") if stat.S_ISREG(status.st_mode)}
     used = _used_objects(folder / "files" / "md5")
     unused = sum(size for file, size in sizes.items() if file not in used)
     notes = []
@@ -103,29 +119,48 @@ def _dvc_cache() -> Iterator[Item]:
         notes.append(copies if copying_cache(ROOT / "dvc.yaml") else "shares its blocks with the outputs")
     if unused >= LISTED_FROM:
         notes.append(
-            f"{size_text(unused)} belong to no output of dvc.lock: dvc gc -w deletes them, and with them the results of "
-            "other commits and experiments"
+            f"{size_text(unused)} belong to nothing in dvc.lock and *.dvc files: dvc gc -w deletes them, and with them the "
+            "results of other commits and experiments"
         )
     yield Item(folder, sum(sizes.values()), "; ".join(notes))
 
 
 def _used_objects(objects: Path) -> set[Path]:
-    """The files of the cache that the outputs of dvc.lock consist of."""
-    lock = read_yaml(ROOT / "dvc.lock") if (ROOT / "dvc.lock").exists() else {}
+    """The files of the cache that the outputs of the workspace consist of."""
     used = set()
-    for entry in lock.get("stages", {}).values():
-        for md5 in (out.get("md5", "") for out in entry.get("outs", [])):
-            used.add(objects / md5[:2] / md5[2:])
-            if md5.endswith(".dir"):  # a list of the files of a folder
-                with suppress(OSError, ValueError):
-                    listed = json.loads((objects / md5[:2] / md5[2:]).read_bytes())
-                    used |= {objects / file["md5"][:2] / file["md5"][2:] for file in listed}
+    for md5 in (str(out.get("md5") or "") for out in _tracked()):
+        used.add(objects / md5[:2] / md5[2:])
+        if md5.endswith(".dir"):  # a list of the files of a folder
+            with suppress(OSError, ValueError):
+                listed = json.loads((objects / md5[:2] / md5[2:]).read_bytes())
+                used |= {objects / file["md5"][:2] / file["md5"][2:] for file in listed}
     return used
+
+
+def _tracked() -> Iterator[dict[str, Any]]:
+    """The outputs in dvc.lock, and the data that `dvc add` and `dvc import` track with a file of their own."""
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name == "dvc.lock" or name.endswith(".dvc"):
+                with suppress(Problem, OSError):  # DVC is writing it
+                    yield from _outs_of(read_yaml(Path(folder, name)))
+
+
+def _outs_of(document: Any) -> Iterator[dict[str, Any]]:
+    match document:
+        case {"stages": dict(stages)}:
+            for entry in stages.values():
+                yield from _outs_of(entry)
+        case {"outs": list(outs)}:
+            yield from (out for out in outs if isinstance(out, dict))
 
 
 def _temporary_copies() -> Iterator[Item]:
     """Copies of the project. DVC removes them when an experiment ends, but not when it is killed."""
-    for file in sorted([*(ROOT / TEMPORARY).glob("*/dvc.yaml"), *(ROOT / TEMPORARY).glob("*/*/dvc.yaml")]):
+    for file in [*_found(ROOT / TEMPORARY, "*/dvc.yaml"), *_found(ROOT / TEMPORARY, "*/*/dvc.yaml")]:
+        if not file.exists():
+            continue
         note = f"a copy of the project for dvc exp run; if no experiment is running: rm -r {file.parent}"
         yield Item(file.parent, _size(file.parent), note)
 
@@ -134,23 +169,32 @@ def _temporary_copies() -> Iterator[Item]:
 
 
 def _checkpoints() -> Iterator[Item]:
-    root = checkpoint_root()
-    for folder in sorted(path for path in root.glob("*-*") if path.is_dir()):
-        shown, size, age = _shown(folder), _size(folder), _age(folder)
-        stage = folder.name.partition("-")[0]
-        lock = partial(_unlocked, folder.with_suffix(".lock"))
-        with lock() as unused:
-            if not unused:
-                yield Item(shown, size, f"{owner_of(folder)} uses it")
-            elif folder.suffix == ".removed":
-                yield _leftover(shown, size, f"{age}; half removed by a run that was killed", lock)
-            elif (current := _current_checkpoints(stage)) is None:
-                unknown = "so it is not known whether the next run resumes from it"
-                yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
-            elif folder.name in current:
-                yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
+    yield from _each(_found(checkpoint_root(), "*-*"), _checkpoint)
+
+
+def _checkpoint(folder: Path) -> Iterator[Item]:
+    if not folder.is_dir():
+        return
+    shown, size, hours = _shown(folder), _size(folder), _hours(folder)
+    age = _age(hours)
+    stage = folder.name.partition("-")[0]
+    lock = partial(_unlocked, folder.with_suffix(".lock"))
+    with lock() as unused:
+        if not unused:
+            writable = _writable(folder.parent, folder.with_suffix(".lock"))
+            yield Item(shown, size, f"{owner_of(folder)} uses it" if writable else f"{age}; {NOT_WRITABLE}")
+        elif folder.suffix == ".removed":
+            yield _leftover(shown, size, f"{age}; half removed by a run that was killed", lock)
+        elif (current := _current_checkpoints(stage)) is None:
+            unknown = "so it is not known whether the next run resumes from it"
+            yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
+        elif folder.name in current:
+            yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
+        else:
+            note = f"{age}; made from other data, code or parameters: only a run with those again resumes from it"
+            if hours < 24 * KEPT_DAYS:
+                yield Item(shown, size, f"{note}; kept until it is {KEPT_DAYS} days old; to delete it now: rm -r {shown}")
             else:
-                note = f"{age}; made from other data, code or parameters: only a run with those again resumes from it"
                 yield _leftover(shown, size, note, lock)
 
 
@@ -188,18 +232,21 @@ def _stale_stages() -> list[str] | None:
 
 def _downloads() -> Iterator[Item]:
     """The download folders of fetch and fetch_data."""
-    wanted = _wanted_downloads()
-    for folder in sorted(path for parent in _parents() for path in parent.glob(".fetch-*") if path.is_dir()):
-        lock = partial(_unused_download, folder)
-        with lock() as unused:
-            if not unused:
-                note = "a process uses it"
-            elif folder.name in wanted:
-                note = f"{_age(folder)}; {wanted[folder.name]}"
-            else:
-                yield _leftover(folder, _size(folder), f"{_age(folder)}; no parameter names it any more", lock)
-                continue
-        yield Item(folder, _size(folder), note)
+    yield from _each((path for parent in _parents() for path in _found(parent, ".fetch-*")), _download)
+
+
+def _download(folder: Path) -> Iterator[Item]:
+    if not folder.is_dir():
+        return
+    wanted, size, age = _wanted_downloads(), _size(folder), _age(_hours(folder))
+    lock = partial(_unused_download, folder)
+    with lock() as unused:
+        if not unused:
+            yield Item(folder, size, "a process uses it" if _writable(*_locks_of(folder)) else f"{age}; {NOT_WRITABLE}")
+        elif folder.name in wanted:
+            yield Item(folder, size, f"{age}; {wanted[folder.name]}")
+        else:
+            yield _leftover(folder, size, f"{age}; no parameter names it any more", lock)
 
 
 def _wanted_downloads() -> dict[str, str]:
@@ -217,13 +264,30 @@ def _wanted_downloads() -> dict[str, str]:
 
 
 def _partial_outputs() -> Iterator[Item]:
-    for path in sorted(path for parent in _parents() for path in parent.glob("*.partial")):
-        lock = partial(without_writers, path.parent)
-        with lock() as unused:
-            if unused:
-                yield _leftover(path, _size(path), f"{_age(path)}; left by a run that was killed", lock)
-            else:
-                yield Item(path, _size(path), f"a process writes in {path.parent}")
+    """What a killed stage has left of an output that it was writing. Other files of such a name are not Loratory's."""
+    outputs = {ROOT / path for name in _stages() for path in _paths_of(name) if not _is_input(name, path)}
+    paths = sorted(path.with_name(f"{path.name}.partial") for path in outputs)
+    yield from _each((path for path in paths if os.path.lexists(path)), _partial_output)
+
+
+def _partial_output(path: Path) -> Iterator[Item]:
+    lock = partial(without_writers, path.parent)
+    with lock() as unused:
+        if unused:
+            yield _leftover(path, _size(path), f"{_age(_hours(path))}; left by a run that was killed", lock)
+        else:
+            yield Item(path, _size(path), f"a process writes in {path.parent}")
+
+
+def _each(paths: Iterable[Path], items_of: Callable[[Path], Iterator[Item]]) -> Iterator[Item]:
+    """The items of each path, without what vanishes meanwhile. What may not be read is one line, and not the end."""
+    for path in paths:
+        try:
+            yield from items_of(path)
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            _say_unreadable(path)
 
 
 def _leftover(path: Path, size: int, note: str, lock: Callable[[], AbstractContextManager[bool]]) -> Item:
@@ -235,23 +299,32 @@ def _leftover(path: Path, size: int, note: str, lock: Callable[[], AbstractConte
 
 @contextmanager
 def _unlocked(file: Path) -> Iterator[bool]:
-    """Holds the lock of a file. Yields False if another process holds it."""
-    lock = FileLock(file, timeout=0)
+    """Holds the lock of a file. Yields False if another process holds it, or if this one may not.
+
+    A file that was not there is not left behind.
+    """
+    lock, new = FileLock(file, timeout=0), not file.exists()
     try:
         lock.acquire()
-    except Timeout:
+    except (Timeout, OSError):
         yield False
         return
     try:
         yield True
     finally:
+        if new:
+            file.unlink(missing_ok=True)
         lock.release()
+
+
+def _locks_of(download: Path) -> tuple[Path, Path]:
+    return download.with_name(f"{download.name}.lock"), download / "lock"
 
 
 @contextmanager
 def _unused_download(folder: Path) -> Iterator[bool]:
     """As `_unlocked`, for a download folder: fetch locks it with a file beside it, fetch_data with one inside it."""
-    beside, inside = folder.with_name(f"{folder.name}.lock"), folder / "lock"
+    beside, inside = _locks_of(folder)
     # The libraries' cache has no lock: it is used while data/hub is being written.
     with (
         _unlocked(beside) if beside.exists() else nullcontext(True) as first,
@@ -288,9 +361,12 @@ def _paths_of(name: str) -> list[str]:
 
 
 def _is_input(name: str, path: str) -> bool:
-    """Whether a path on a stage's command line is read and not written."""
+    """Whether a path on a stage's command line is read and not written: a dependency, or the folder of one."""
     deps = [dep for dep in _stages()[name].get("deps", []) if not is_code(dep) and not dep.startswith("${")]
-    return any(re.fullmatch(".+".join(map(re.escape, re.split(r"\$\{[^}]*\}", dep))), path) for dep in deps)
+    patterns = (".+".join(map(re.escape, re.split(r"\$\{[^}]*\}", dep))) for dep in deps)
+    return any(
+        re.fullmatch(pattern, path) or dep.startswith(f"{path}/") for pattern, dep in zip(patterns, deps, strict=True)
+    )
 
 
 def _parents() -> list[Path]:
@@ -308,14 +384,53 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def _found(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:  # it vanished meanwhile
+        return []
+
+
+def _walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A path and everything below it, each with its status. Links are not followed; what vanishes meanwhile is skipped."""
+    folders = () if path.is_symlink() else os.walk(path, onerror=_note_unreadable)
+    for each in chain([path], (Path(folder, name) for folder, *names in folders for name in chain(*names))):
+        try:
+            yield each, each.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            _say_unreadable(each)
+
+
+def _note_unreadable(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        _say_unreadable(Path(error.filename))
+
+
+@cache
+def _say_unreadable(path: Path) -> None:
+    """Says once that something is left out."""
+    print(f"disk: {_shown(path)}: you may not read it; left out")
+
+
+def _writable(*paths: Path) -> bool:
+    return all(os.access(path, os.W_OK) for path in paths if path.exists())
+
+
 def _size(path: Path) -> int:
-    return path.lstat().st_size if path.is_symlink() or path.is_file() else folder_size(path)
+    """Bytes of a file, or of all files in a folder, without those that are symlinks."""
+    return sum(status.st_size for _, status in _walk(path) if stat.S_ISREG(status.st_mode))
 
 
-def _age(path: Path) -> str:
-    """How long ago something in a folder was written last: "3 days old"."""
-    newest = max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
-    hours = max(0.0, time.time() - newest) / 3600
+def _hours(path: Path) -> float:
+    """Hours since something in a folder was written last."""
+    newest = max((status.st_mtime for _, status in _walk(path)), default=time.time())
+    return max(0.0, time.time() - newest) / 3600
+
+
+def _age(hours: float) -> str:
+    """How old that is, to read: "3 days old"."""
     return (
         f"{hours / 24:.0f} days old" if hours >= 48 else f"{hours:.0f} hours old" if hours >= 2 else "less than 2 hours old"
     )

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from stages.score.perplexity import TextLoss
 from stages.score.systems import MODELS
 from stages.score.thinking import SplitAnswer, split_thinking
 
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A character outside the BMP, or one half of it, as JSON may write it."""
 LISTED_LINES = 5
 """Damaged lines that are listed for each file; the rest are counted."""
 
@@ -230,7 +233,7 @@ class _Place(NamedTuple):
 
 
 def _place_of(row: Prediction, at: int) -> _Place:
-    return _Place(at, hashlib.blake2b(row.reference.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return _Place(at, hashlib.blake2b(row.reference.encode(), digest_size=8).digest())
 
 
 def _find_examples(path: Path, answers: Mapping[str, Mapping[str, _Place]]) -> tuple[dict[str, int], int]:
@@ -276,6 +279,8 @@ def _read_file(
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             result = parse(line.removesuffix(b"\n")) if line != b"\n" else None
+            if result is not None and not isinstance(result, str) and result.id in found:
+                result = f"the id {result.id} is in an earlier line too"
             if isinstance(result, str):
                 cut = "" if line.endswith(b"\n") else " (cut off: the file does not end with a line break)"
                 damaged.append(f"{path}: line {number}: {result}{cut}; {_remedy(model)}")
@@ -318,7 +323,18 @@ def _parse_fields(line: bytes, fields: Sequence[str]) -> dict[str, Any] | str:
     if not isinstance(row, dict):
         return "not a JSON object"
     missing = [field for field in fields if field not in row]
-    return f"lacks {', '.join(missing)}" if missing else row
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    halves = [field for field in fields if _has_lone_surrogate(row[field])] if SURROGATE.search(line) else []
+    return f"has a lone surrogate, which is no character, in {', '.join(halves)}" if halves else row
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _find_differences(paths: Mapping[str, Path], answers: Mapping[str, Mapping[str, _Place | Prediction]]) -> list[str]:

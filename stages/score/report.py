@@ -58,7 +58,7 @@ def render_report(
     judged: JudgeResult | None,
     perplexity: Perplexity | None,
     counts: Counts,
-    files: Mapping[str, Path],
+    files: Mapping[str, str],
 ) -> str:
     """The report as HTML; the rows with the worst answers of the fine-tuned model come first.
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,8 @@ MIN_ROWS = 1000
 """With fewer rows, starting worker processes takes longer than it saves."""
 TABLE_CHARACTERS = 2000
 """Longer texts are cut in the table of all rows; data/predictions has them whole."""
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes a text that begins so for a formula, also one in quotes."""
 TABLE_COLUMNS = (
     *("id", "source", "question", "reference", "base", "fine_tuned"),
     *(f"{name}_{metric}" for name in ("base", "fine_tuned") for metric in METRICS),
@@ -99,7 +101,8 @@ def score_rows(rows: PredictedRows, baselines: Baselines | None, *, train: Path,
         rows: What both models answered.
         baselines: Where the answers of the baselines stand; None if there are none.
         train: data/examples/train.jsonl.
-        table: Gets each row with the scores of both models, as CSV.
+        table: Gets each row with the scores of both models, as CSV. Texts that begin as a formula does (FORMULA_STARTS)
+            get an apostrophe before them.
     """
     most_frequent = None
     if baselines:
@@ -111,7 +114,7 @@ def score_rows(rows: PredictedRows, baselines: Baselines | None, *, train: Path,
     tasks = _tasks(rows, baselines, train)
     chunks = run_tasks(_score_chunk, tasks, shared=most_frequent, alone=len(rows) < MIN_ROWS)
     with table.open("w", encoding="utf-8-sig", newline="") as out, ProgressBar("score", len(rows)) as bar:
-        csv.writer(out, lineterminator="\n").writerow(TABLE_COLUMNS)
+        _table_writer(out).writerow(TABLE_COLUMNS)
         for chunk in chunks:
             values[done : done + len(chunk.values)] = chunk.values
             for facts in chunk.facts:
@@ -166,7 +169,7 @@ def _tasks(rows: PredictedRows, baselines: Baselines | None, train: Path) -> Ite
 def _score_chunk(most_frequent: TrainingAnswer | None, task: ChunkTask) -> Chunk:
     values = np.empty((len(task.rows), len(SYSTEMS), len(METRICS)))
     facts, table = [], io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    writer = _table_writer(table)
     for number, lines in enumerate(task.rows):
         row = lines.parse()
         scores = {"base": score_prediction(row, row.base), "merged": score_prediction(row, row.merged)}
@@ -179,7 +182,7 @@ def _score_chunk(most_frequent: TrainingAnswer | None, task: ChunkTask) -> Chunk
         facts.append(_facts_of(row))
         texts = (row.question, row.reference.answer, row.base.split.answer, row.merged.split.answer)
         figures = ("" if value is None else f"{value:.4g}" for model in MODELS for value in scores[model].values())
-        writer.writerow([lines.id, row.source, *map(_cut, texts), *figures])
+        writer.writerow([*map(_no_formula, (lines.id, row.source, *map(_cut, texts))), *figures])
     forget_texts()
     return Chunk(values, facts, table.getvalue())
 
@@ -194,6 +197,15 @@ def _facts_of(row: PredictedRow) -> RowFacts:
         thinking_cut=any(part.cut for part in parts),
         unread_calls=row.has_tools and row.wanted_calls is None,
     )
+
+
+def _table_writer(file: IO[str]) -> Any:
+    # A lone "\r" ends a line for readers, and csv does not quote a text for it unless the line terminator has it.
+    return csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def _cut(text: str) -> str:

@@ -70,7 +70,7 @@ def score(
         metrics: Gets the few figures that `dvc exp show` compares runs by.
         bars: Gets the headline scores for DVC's plot.
         page: Gets the report.
-        rows: Gets every test row with its scores, as CSV.
+        rows: Gets every test row with its scores, as CSV for a spreadsheet.
 
     Raises Problem if a file of predictions is damaged, or if the files do not answer the same prompts.
     """
@@ -111,7 +111,11 @@ def score(
             judged=judged,
             perplexity=perplexity,
             counts=counts,
-            files={"rows": rows, "answers": merged_predictions, "extra": merged_extra},
+            files={
+                "rows": f"{rows}",
+                "answers": f"{base_predictions} and {merged_predictions}",
+                "extra": f"{base_extra} and {merged_extra}",
+            },
         )
         page_file.write_text(report, encoding="utf-8", newline="\n")
     print_table(summary, differences, counts=counts, perplexity=perplexity)

@@ -51,7 +51,7 @@ def run_tasks(function: Callable[[S, T], R], tasks: Iterable[T], *, shared: S, a
     except BrokenProcessPool:
         raise Problem(
             "a worker process was killed, probably because memory ran out; free some memory and run dvc repro again, or "
-            "use fewer cores: taskset -c 0-3 dvc repro"
+            "use one core, without worker processes: taskset -c 0 dvc repro"
         ) from None
     finally:
         gc.unfreeze()
