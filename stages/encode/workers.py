@@ -46,7 +46,7 @@ def encode_chunks(maker: RowMaker, tasks: Iterator[ChunkTask], *, rows: int) -> 
     except BrokenProcessPool:
         raise Problem(
             "a worker process was killed, probably because memory ran out; free some memory and run dvc repro again, or "
-            "use fewer cores: taskset -c 0-3 dvc repro"
+            "use fewer cores: taskset -c 0 dvc repro"
         ) from None
 
 
