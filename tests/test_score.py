@@ -415,6 +415,14 @@ def test_the_report_says_how_many_validation_rows_were_used(inputs: Inputs) -> N
     assert "after, on 1,000 of 25,549 validation rows.</p>" in page
 
 
+def test_numbers_of_rows_fit_the_chart(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "_read_histogram", lambda _: [(128.0, 15_200.0), (256.0, 31.0)])
+    inputs.score()
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert ">15.2k</text>" in page
+    assert ">7.6k</text>" in page
+
+
 def test_processes_give_the_same_files_as_one(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for least in (10_000, 1):
