@@ -1,5 +1,6 @@
 """The parts of benchmarks/full_size.py that would waste an hour on a GPU if they were wrong."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_watch_gives_memory_to_the_stage_that_uses_it(tmp_path: Path) -> None:
     (tmp_path / "stages.py").write_text("import sys, time; x = bytearray(b'x' * int(sys.argv[-1])); time.sleep(1)")
     code = (
         f"import subprocess\nfor words in ('ingest 1000', 'generate --model m/base 100000000'):\n"
-        f"    subprocess.run({sys.executable!r} + ' -m stages ' + words, shell=True)"
+        f"    subprocess.run({shlex.quote(sys.executable)!r} + ' -m stages ' + words, shell=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     found: list[Usage] = []

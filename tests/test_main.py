@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -354,7 +355,7 @@ def test_the_death_of_dvc_is_seen_through_the_shell_in_which_it_runs_a_stage(tmp
         "for _ in range(200):\n    time.sleep(0.05)\n    if launcher.started_by() != before:\n        break\n"
         "open('seen', 'w').write(str(launcher.started_by() != before))\n"
     )
-    command = f"import subprocess; subprocess.run([{shell!r}, '-c', {sys.executable + ' -m stages'!r}])"
+    command = f"import subprocess; subprocess.run([{shell!r}, '-c', {shlex.quote(sys.executable) + ' -m stages'!r}])"
     dvc = subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path)
     wait_for(tmp_path / "up")
     dvc.kill()

@@ -273,7 +273,7 @@ def test_the_merged_weights_are_those_of_the_layers_in_training(merging: Merge, 
     """Bit for bit. With `on_cpu` the layers keep their 4-bit weights, as on a GPU."""
     settings = merging.training()["quantization"] | {"quantization": quantization}
     trained = load_quantized(merging.base, Quantization.model_validate(settings), on_cpu=on_cpu)
-    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter))
+    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter), is_trainable=True)
     layers = LoraLayers(adapted, fp8=False, keep_dequantized=False, recompute=Recompute())
     assert len(layers.summed_in_float32) == (14 if on_cpu or (torch.cuda.is_available() and quantization == "nf4") else 0)
     merging.edit(
@@ -307,7 +307,7 @@ def test_training_and_merging_call_the_same_function(merging: Merge, monkeypatch
     weights.read(name)
     assert calls == [lora.scaling[name]]
     trained = load_quantized(merging.base, training.settings, on_cpu=True)
-    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter))
+    adapted = PeftModel.from_pretrained(trained.model, str(merging.adapter), is_trainable=True)
     fast = LoraLayers(adapted, fp8=False, keep_dequantized=False, recompute=Recompute())
     calls.clear()
     fast.layers[PEFT_PREFIX + layers[0]].weight()
