@@ -65,6 +65,13 @@ class Words:
         return self.join(language, self.draw(language, characters), characters)
 
 
+MERGE_FIGURES = (
+    "mean_kl", "median_kl", "p99_kl", "p99_9_kl", "max_kl", "rms_delta_p", "mean_delta_p", "top1_agreement",
+    "max_abs_logit_difference", "base_loss", "trained_loss", "merged_loss", "loss_difference", "gain", "recovery",
+)  # fmt: skip
+"""Of reports/merge.json, for the report."""
+
+
 def make_inputs(folder: Path, *, test_rows: int, train_rows: int, characters: int) -> None:
     """Writes what score reads."""
     words = Words()
@@ -121,9 +128,9 @@ def write_reports(folder: Path, *, test_rows: int, train_rows: int) -> None:
         | {"rejected_by_reason": {}},
         "train": dict.fromkeys(("rows", "tokens", "label_tokens", "steps", "trainable_parameters"), train_rows)
         | {"validation_loss_before": 3.0, "validation_loss": 1.0},
-        "merge": {"model": "a model", "base": "dequantized", "tokens": 1, "rows": 1, "greedy_rows": 1}
-        | dict.fromkeys(("mean_kl", "max_kl", "max_abs_logit_difference", "trained_loss", "merged_loss"), 0.001)
-        | {"top1_agreement": 1.0, "greedy_agreement": 1.0},
+        "merge": {"model": "a model", "base": "dequantized", "tokens": 1, "rows": 1, "validation_rows": 1, "greedy_rows": 1}
+        | dict.fromkeys(MERGE_FIGURES, 0.001)
+        | {"top1_agreement": 1.0, "greedy_agreement": 1.0, "standard_errors": dict.fromkeys(MERGE_FIGURES, 0.001)},
     }
     for stage, report in stages.items():
         (folder / f"{stage}.json").write_text(json.dumps(report))
