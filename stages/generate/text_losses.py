@@ -90,9 +90,9 @@ def _token_losses(model: Any, batch: dict[str, Any]) -> Iterator[torch.Tensor]:
         hidden, targets = label_hidden_states(model, batch), batch["targets"]
         head = model.get_output_embeddings()
         size = max(1, MAX_LOGITS // head.weight.shape[0])
-        several = len(targets) > size  # to look what follows the head takes a pass through the model, as each chunk may
-        after_head = not several or is_head_last(model, head)
+        # To find out takes a pass through the model, as a chunk does if its logits are not the head's alone.
+        head_is_last = len(targets) > size and is_head_last(model, head)
         for start in range(0, len(targets), size):
             part = hidden[start : start + size]
-            logits = head(part) if several and after_head else logits_of(model, part)
+            logits = head(part) if head_is_last else logits_of(model, part)
             yield cross_entropy(logits.float(), targets[start : start + size].to(logits.device), reduction="none")
