@@ -8,7 +8,7 @@ The same rules are used here, in both directions.
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -147,8 +147,8 @@ class BaseWeights:
                 same = False
             if not same:
                 raise Problem(
-                    f"{self.folder}: Transformers makes {conversion.names[0]} of {conversion.keys[0]}{_others(conversion.keys)} "
-                    f"in a way that cannot be reversed, and it is needed {purpose}"
+                    f"{self.folder}: Transformers makes {conversion.names[0]} of "
+                    f"{conversion.keys[0]}{_others(conversion.keys)} in a way that cannot be reversed, {purpose}"
                 )
 
     def _find_conversions(self) -> None:

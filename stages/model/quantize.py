@@ -130,7 +130,8 @@ def _make_config(base: Path, settings: Quantization, *, dtype: torch.dtype, on_c
 
 @contextmanager
 def _own_linear_classes_quantized() -> Iterator[None]:
-    """Within the block, Transformers quantizes linear layers of a model's own class too, if they compute what nn.Linear does.
+    """Within the block, Transformers quantizes linear layers of a model's own classes too, if they compute what nn.Linear
+    does.
 
     It replaces layers whose class is exactly nn.Linear, and leaves Falcon's FalconLinear in 16 bits without a word.
     """

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stages.model.adapter import Adapter, unsuitable_layers
+from stages.model.architecture import outside_language_model
 from stages.model.quantize import Quantization, Quantized
 
 FEW = 0.5
@@ -28,6 +29,9 @@ def describe_gaps(quantized: Quantized, settings: Quantization, wanted: Adapter)
         if share < FEW:
             largest = ", ".join(name for name, _ in sizes.most_common(3))
             yield f"{share:.0%} of the weights of the layers are quantized; not quantized: {largest}"
+    outside = sorted({name.removeprefix("model.").partition(".")[0] for name in outside_language_model(quantized.model)})
+    if outside:
+        yield f"only the language model is quantized and adapted, not {', '.join(outside)}"
     if wanted.method == "lora" and wanted.target_modules == "all-linear":
         reasons = {(name.rpartition(".")[2], reason) for name, reason in unsuitable_layers(quantized.model).items()}
         for name, reason in sorted(reasons):

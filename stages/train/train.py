@@ -16,6 +16,7 @@ from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model import distributed
 from stages.model.adapter import Adapter, add_adapter, initial_lora
+from stages.model.base_weights import BaseWeights
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
@@ -226,6 +227,9 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
 def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
+    BaseWeights(base).require(
+        [f"{layer}.weight" for layer in quantized.layers], "into which merge would write the quantized weight"
+    )
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
