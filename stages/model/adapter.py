@@ -206,9 +206,7 @@ def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
     unsuitable = unsuitable_layers(model)
     left_out = {*unsuitable, *outside_language_model(model)}
     linear = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear | Conv1D) and name not in left_out
+        name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D) and name not in left_out
     ]
     if wanted == "all-linear":
         return [name for name in linear if model.get_submodule(name) is not head]

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.model.architecture import computes_linear, load_pretrained, outside_language_model, skeleton
+from stages.model.base_weights import BaseWeights
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
 from stages.model.placement import (
     ONE_GPU,
@@ -74,6 +75,7 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
+    BaseWeights(base).check_shapes()
     placement = None if on_cpu or one_gpu else _spread(base, settings)
     try:
         with _quantized_on(device), _own_linear_classes_quantized():

@@ -26,7 +26,7 @@ from stages.model.quantize import Quantization, Quantized, load_quantized, quant
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
+from stages.train.checks import check_causal, check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
@@ -230,6 +230,7 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     BaseWeights(base).require(
         [f"{layer}.weight" for layer in quantized.layers], "into which merge would write the quantized weight"
     )
+    check_causal(quantized.model, base)
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
