@@ -1,7 +1,7 @@
 """Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,8 @@ from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.core.provenance import MANIFEST
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.expert_quantizer import quantized_experts
+from stages.model.experts import PackedExperts, expert_parameters, find_experts, install, is_packed, pack, write_sum
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
@@ -33,7 +35,8 @@ class Quantization(Section):
     """How the frozen weights are stored. The names are those of Transformers' BitsAndBytesConfig."""
 
     quantization: Literal["nf4", "fp4", "int8", "none"]
-    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is."""
+    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is. The
+    experts of mixture-of-experts layers are quantized too; with int8 their weights alone, not the inputs."""
     bnb_4bit_use_double_quant: bool
     """4 bits: quantize the scales too, which saves 0.4 bits per weight at hardly any error."""
     llm_int8_threshold: float
@@ -52,6 +55,8 @@ class Quantized(NamedTuple):
     """The names of the quantized linear layers, sorted."""
     transposed: list[str]
     """The names of all layers, quantized or not, whose weights the base's files store as (in, out): GPT-2's Conv1D."""
+    experts: list[str]
+    """The full names of the quantized parameters with the weights of experts, in the model's order."""
 
 
 class DequantizedLinear(torch.nn.Linear):
@@ -79,7 +84,7 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     skipped = _find_skipped(base, settings, trust_remote_code=trust)
     placement = None if on_cpu or one_gpu else _spread(base, settings, trust_remote_code=trust)
     try:
-        with _quantized_on(device):
+        with _quantized_on(device), _experts_quantized_on(device, settings, dtype if on_cpu else torch.uint8):
             model = AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=dtype,
@@ -104,8 +109,28 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
         assert_on(model, device)
     if device.type == "cpu" and not on_cpu:
         _dequantize_4bit_layers(model)
+    install(model)
     model.requires_grad_(False)
-    return Quantized(model.eval(), layers, sorted(name for name, layer in model.named_modules() if is_transposed(layer)))
+    transposed = sorted(name for name, layer in model.named_modules() if is_transposed(layer))
+    return Quantized(model.eval(), layers, transposed, _packed_experts(model))
+
+
+def _packed_experts(model: Any) -> list[str]:
+    return [
+        f"{experts.name}.{name}"
+        for experts in find_experts(model)
+        for name in experts.shapes
+        if is_packed(experts.module, name)
+    ]
+
+
+def _experts_quantized_on(
+    device: torch.device, settings: Quantization, storage: torch.dtype
+) -> AbstractContextManager[None]:
+    """As `_quantized_on`, for experts."""
+    return quantized_experts(
+        settings.quantization, double_quant=settings.bnb_4bit_use_double_quant, device=device, storage=storage
+    )
 
 
 def _make_config(
@@ -180,11 +205,12 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
     # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
     bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
     skipped = {*(get_keys_to_not_convert(model) or ()), *settings.llm_int8_skip_modules}
-    return {
+    weights = {
         f"{name}.weight": bits
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear | Conv1D) and not any(f".{name}".endswith(f".{skip}") for skip in skipped)
     }
+    return weights | dict.fromkeys(expert_parameters(model), bits)
 
 
 def quantized_bytes(base: Path, settings: Quantization) -> int:
@@ -261,14 +287,17 @@ def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
     """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as a quantized layer does.
 
     Args:
-        weight: (out, in)
+        weight: (out, in). For experts, (experts, out, in) or (experts, in, out), see `pack_experts`.
         settings: How the model is quantized.
 
     Returns:
-        (out, in) in float32, with values of settings.dtype, on this process's device.
+        The same shape in float32, on this process's device; of linear layers with values of settings.dtype.
     """
     if settings.quantization == "none":
         return _rounded(weight, settings).float()
+    if weight.dim() == 3:
+        data, packed = pack_experts(weight, settings)
+        return write_sum(packed.chunks(data), None, out=torch.empty(weight.shape, device=data.device))
     if settings.quantization == "int8":
         quantized, scales, _ = bnb.functional.int8_vectorwise_quant(_rounded(weight, settings).half())
         product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
@@ -285,6 +314,17 @@ def quantize_4bit(weight: torch.Tensor, settings: Quantization) -> tuple[torch.T
         compress_statistics=settings.bnb_4bit_use_double_quant,
     )
     return packed, state
+
+
+def pack_experts(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, PackedExperts]:
+    """The weights (experts, ...) of a parameter quantized on this process's device, as the loaded model has them.
+
+    Returns:
+        The bytes, and how to read them.
+    """
+    weight = _rounded(weight, settings)
+    double_quant = settings.bnb_4bit_use_double_quant
+    return pack(weight, settings.quantization, double_quant=double_quant, device=weight.device)
 
 
 def _rounded(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
