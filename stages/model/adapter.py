@@ -11,16 +11,17 @@ from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEn
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.other import get_pattern_key
 from pydantic import Field
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+from stages.model.architecture import computes_linear, outside_language_model
+from stages.model.base_weights import BaseWeights
 from stages.model.device import pick_device
 from stages.model.lora import lora_scaling, subtract_lora
-from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids
+from stages.model.probe import probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
 
 INITIAL = "initial.safetensors"
@@ -99,12 +100,7 @@ def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapt
         **_full_name_patterns(wanted, targets),
     )
     adapted, weights = get_peft_model(model, config), BaseWeights(base)
-    absent = [name for name in targets if f"{name}.weight" not in weights]
-    if absent:
-        raise Problem(
-            f"{base}: has no tensor {absent[0]}.weight, into which merge would merge the adapter; choose other layers in "
-            "train.target_modules"
-        )
+    weights.require([f"{name}.weight" for name in targets], "into which merge would merge the adapter")
     if computed:
         _initialize(adapted, weights, settings=settings, how=str(wanted.init_lora_weights))
     config.init_lora_weights = True  # otherwise PEFT would initialize and subtract again when it loads the adapter
@@ -160,10 +156,15 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
     Args:
         model: The base model.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)}
-    unused, found = _unused_layers(model, layers), {}
+    outside = set(outside_language_model(model))
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and name not in outside
+    }
+    unused, found = _unused_layers(model, layers), dict.fromkeys(outside, "it is not part of the language model")
     for name, layer in layers.items():
-        if not _is_linear(layer):
+        if not computes_linear(layer):
             found[name] = f"{type(layer).__name__} computes something else than a linear layer"
         elif _refused_by_peft(model, name):
             found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
@@ -190,20 +191,6 @@ def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
         for hook in hooks:
             hook.remove()
     return {name for name in layers if name not in called and name.rpartition(".")[0] in called}
-
-
-def _is_linear(layer: Any) -> bool:
-    """Whether a layer returns x Wᵀ + bias, as nn.Linear and Conv1D do."""
-    kind = type(layer)
-    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes."):
-        return True
-    weight = layer.weight
-    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
-    try:
-        with torch.no_grad():
-            return logits_match(layer(x), torch.nn.functional.linear(x, weight, layer.bias))
-    except TRIAL_ERRORS:
-        return False
 
 
 def _refused_by_peft(model: Any, name: str) -> bool:
@@ -296,35 +283,6 @@ def _full_name_patterns(wanted: Adapter, targets: Sequence[str]) -> dict[str, di
     return found
 
 
-class BaseWeights:
-    """The base's tensors by name, read from its safetensors files one at a time."""
-
-    def __init__(self, base: Path) -> None:
-        self._shards: dict[str, Path] = {}
-        for shard in sorted(base.glob("*.safetensors")):
-            with safe_open(shard, framework="pt") as file:
-                self._shards |= dict.fromkeys(file.keys(), shard)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._shards[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-    def read_linear(self, name: str, *, layer: Any, device: torch.device) -> torch.Tensor:
-        """The weight (out, in) of a linear layer in float32.
-
-        Args:
-            name: The layer's full name.
-            layer: The layer in the loaded base model, which may be a Conv1D.
-            device: Where to put the weight.
-        """
-        weight = self[f"{name}.weight"].to(device, torch.float32)
-        return weight.T if is_transposed(layer) else weight
-
-
 def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, how: str) -> None:
     """Sets lora_A and lora_B of every layer from the base's weights; PiSSA and OLoRA subtract them from the base."""
     model = adapted.get_base_model()
@@ -340,7 +298,7 @@ def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, h
                     "train.init_lora_weights to true",
                 )
             )
-        weight = weights.read_linear(name, layer=layer.get_base_layer(), device=lora_a.device)
+        weight = weights.read_linear(name, transposed=is_transposed(layer.get_base_layer()), device=lora_a.device)
         scaling = layer.scaling["default"]
         initial_a, initial_b = initial_lora_from(weight, r, scaling=scaling, how=how, settings=settings)
         lora_a.data, lora_b.data = initial_a.contiguous(), initial_b.contiguous()
@@ -440,7 +398,8 @@ def load_adapter(model: Any, adapter: Path, *, base: Path, settings: Quantizatio
                 stem = key.removesuffix(".lora_A.weight")
                 name = stem.removeprefix(PEFT_PREFIX)
                 lora_a, lora_b = (tensors[f"{stem}.{matrix}.weight"].to(model.device) for matrix in ("lora_A", "lora_B"))
-                weight = weights.read_linear(name, layer=model.get_submodule(name), device=model.device)
+                transposed = is_transposed(model.get_submodule(name))
+                weight = weights.read_linear(name, transposed=transposed, device=model.device)
                 rest = subtract_lora(weight, lora_a, lora_b, lora_scaling(config, name))
                 set_weight(model, name, weight=rest, settings=settings)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
