@@ -90,12 +90,6 @@ def expert_parameters(model: Any) -> dict[str, torch.Size]:
     return {f"{each.name}.{name}": shape for each in find_experts(model) for name, shape in each.shapes.items()}
 
 
-def split_name(parameter: str) -> tuple[str, str]:
-    """The names of the module and of the parameter in it."""
-    module, _, name = parameter.rpartition(".")
-    return module, name
-
-
 # Quantization
 
 
@@ -187,6 +181,23 @@ def put_packed(module: Any, name: str, *, data: torch.Tensor, packed: PackedExpe
 def is_packed(module: Any, name: str) -> bool:
     """Whether a module's parameter is quantized."""
     return name in getattr(module, PACKED, {})
+
+
+def describe_experts(model: Any) -> list[dict[str, Any]]:
+    """What `merge` must know of each parameter of experts, in the model's order, for training.json.
+
+    "name", its full name; "transposed", whether it is (experts, in, out); "quantized"; "adapted".
+    """
+    return [
+        {
+            "name": f"{experts.name}.{name}",
+            "transposed": experts.transposed,
+            "quantized": is_packed(experts.module, name),
+            "adapted": name in experts.wrappers,
+        }
+        for experts in find_experts(model)
+        for name in experts.shapes
+    ]
 
 
 # LoRA

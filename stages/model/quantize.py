@@ -17,7 +17,7 @@ from stages.core.problem import Problem
 from stages.model.architecture import computes_linear, load_pretrained, outside_language_model, skeleton
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
 from stages.model.expert_quantizer import quantized_experts
-from stages.model.experts import PackedExperts, expert_parameters, find_experts, install, is_packed, pack, write_sum
+from stages.model.experts import PackedExperts, describe_experts, expert_parameters, find_experts, install, pack, write_sum
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
@@ -109,16 +109,8 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     install(model)
     model.requires_grad_(False)
     transposed = sorted(name for name, layer in model.named_modules() if is_transposed(layer))
-    return Quantized(model.eval(), layers, transposed, _packed_experts(model))
-
-
-def _packed_experts(model: Any) -> list[str]:
-    return [
-        f"{experts.name}.{name}"
-        for experts in find_experts(model)
-        for name in experts.shapes
-        if is_packed(experts.module, name)
-    ]
+    experts = [each["name"] for each in describe_experts(model) if each["quantized"]]
+    return Quantized(model.eval(), layers, transposed, experts)
 
 
 def _experts_quantized_on(
