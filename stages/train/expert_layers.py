@@ -15,13 +15,14 @@ expert the rows that it gets:
 so y is not needed. W' is the sum that merging computes (`write_sum`). For weights that are in 16 bits and not quantized the
 delta weight would be lost in a sum: then the product of B A is computed by itself and added, as in lora_layers.py.
 """
-# ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
+# ruff: noqa: N806 (lora_A and lora_B are PEFT's names)
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import grouped_mm, pad
+from torch.utils.checkpoint import checkpoint
 
 from stages.model.experts import (
     Experts,
@@ -33,8 +34,10 @@ from stages.model.experts import (
     read_chunks,
     write_sum,
 )
-from stages.train.trial import try_training, why_different
+from stages.model.probe import TRIAL_ERRORS, logits_match, reason_of
 
+TRIAL_TOKENS = 5
+"""Tokens of a trial run, each of which goes to two experts."""
 ALIGNED = 8
 """A GPU's grouped products need rows of a multiple of 16 bytes: so many values of 16 bits."""
 
@@ -42,35 +45,37 @@ ALIGNED = 8
 class ExpertLayers:
     """The fast experts of one model, and the memory that they share."""
 
-    def __init__(self, adapted: Any) -> None:
-        """Replaces the forward method of every module of experts that is supported here; the others keep their own.
+    def __init__(self, model: Any) -> None:
+        """Replaces the forward method of every module of experts that are quantized or adapted.
 
-        If the model then computes other logits or gradients in a trial run, all keep their own.
+        A module that is not supported here, or that then computes something else for a few tokens, keeps its own forward
+        method, but computes it again in the backward pass: what autograd would keep are the weights of all experts.
 
         Args:
-            adapted: A model with an adapter, which need not be on its experts.
+            model: With or without an adapter, which need not be on its experts.
         """
         self._scratch: torch.Tensor | None = None
-        used = [each for each in find_experts(adapted) if isinstance(vars(each.outer).get("forward"), ExpertsForward)]
-        reasons = {each.name: _why_unsupported(each) for each in used}
-        self.skipped = sorted({reason for reason in reasons.values() if reason})
-        """Why experts keep their slower forward method; empty if none does."""
-        supported = [each for each in used if not reasons[each.name]]
-        self.names: list[str] = []
-        """Of the modules that are computed here."""
-        if not supported:
-            return
-        expected = try_training(adapted)
-        before = [each.outer.forward for each in supported]
-        for each in supported:
-            each.outer.forward = _FastExperts(each, self)
-        reason = why_different(adapted, expected)
-        if reason:
-            for each, forward in zip(supported, before, strict=True):
-                each.outer.forward = forward
-            self.skipped = [*self.skipped, f"all of this model, because {reason}"]
-        else:
-            self.names = [each.name for each in supported]
+        self.layers: dict[str, _FastExperts] = {}
+        """By the name of the module in the base model."""
+        reasons, tried = set(), dict[tuple[Any, ...], str]()
+        for experts in find_experts(model):
+            slow = vars(experts.outer).get("forward")
+            if not isinstance(slow, ExpertsForward):
+                continue
+            kind = (type(experts.module), *experts.shapes.items(), *experts.wrappers)
+            reason = _why_unsupported(experts)
+            if not reason:
+                fast = _FastExperts(experts, self)
+                if kind not in tried:
+                    tried[kind] = _why_different(fast, slow)
+                reason = tried[kind]
+            if reason:
+                reasons.add(f"{type(experts.module).__name__}, {reason}")
+                experts.outer.forward = _RecomputedForward(slow)
+            else:
+                experts.outer.forward = self.layers[experts.name] = fast
+        self.skipped = sorted(reasons)
+        """Which experts keep a slower forward method, and why; empty if none does."""
 
     def scratch(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for the weights of a layer's experts that are used once. On one stream, layers run one after the other."""
@@ -81,13 +86,54 @@ class ExpertLayers:
         return self._scratch[:size].view(shape)
 
 
-def _why_unsupported(experts: Experts) -> str | None:
+class _RecomputedForward:
+    """A forward method of experts that keeps nothing but its inputs for the backward pass."""
+
+    def __init__(self, forward: ExpertsForward) -> None:
+        self.forward = forward
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*inputs, **named)
+        return checkpoint(self.forward, *inputs, use_reentrant=False, **named)
+
+
+def _why_unsupported(experts: Experts) -> str:
+    """Why the class of a module of experts is not supported; "" if it is."""
     module = experts.module
-    if not hasattr(module, "_apply_gate") or len(experts.shapes) != 2 or "down_proj" not in experts.shapes:
-        return f"{type(module).__name__} has forward code of its own"
-    if module.has_post_expert_norm:
-        return f"{type(module).__name__} has a norm after each expert"
-    return None
+    if not hasattr(module, "_apply_gate") or len(experts.shapes) != 2 or list(experts.shapes)[1] != "down_proj":
+        return "which have code of their own"
+    return "which have a norm after each expert" if module.has_post_expert_norm else ""
+
+
+def _why_different(fast: "_FastExperts", slow: ExpertsForward) -> str:
+    """Why fast experts do not compute what the module's own code does, in a trial run of a few tokens; "" if they do."""
+    try:
+        found, expected = _try_experts(fast, slow.experts), _try_experts(slow, slow.experts)
+    except TRIAL_ERRORS as error:
+        return reason_of(error)
+    return "" if all(map(logits_match, found, expected)) else "which compute something else than their config says"
+
+
+def _try_experts(forward: Callable[..., torch.Tensor], experts: Experts) -> list[torch.Tensor]:
+    """The output of a module of experts for a few tokens, and the gradients of its inputs and of its adapter."""
+    first, second = experts.shapes
+    width, count = experts.shapes[second][2 if experts.transposed else 1], experts.shapes[second][0]
+    device, dtype = experts.module._parameters[first].device, product_dtype(experts, first)
+    tokens = torch.arange(TRIAL_TOKENS, device=device)
+    x = torch.sin(torch.arange(TRIAL_TOKENS * width, device=device).view(-1, width) ** 2 % 1009).to(dtype).requires_grad_()
+    chosen = torch.stack([tokens % count, (tokens + 1) % count], 1)
+    p = torch.tensor([0.7, 0.3], device=device).repeat(TRIAL_TOKENS, 1).requires_grad_()
+    trained = [parameter for wrapper in experts.wrappers.values() for parameter in _lora_of(wrapper)]
+    with torch.enable_grad():
+        out = forward(x, chosen, p)
+        gradients = torch.autograd.grad(out.float().square().sum(), [x, p, *trained])
+    return [out.detach(), *gradients]
+
+
+def _lora_of(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B as PEFT has them."""
+    return wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
 
 
 # Weights
@@ -109,7 +155,7 @@ class _Weight:
         """lora_A and lora_B as PEFT has them; empty without an adapter, or if it is turned off."""
         if self.wrapper is None or self.wrapper.disable_adapters:
             return ()
-        return self.wrapper.lora_A["default"].weight, self.wrapper.lora_B["default"].weight
+        return _lora_of(self.wrapper)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -281,9 +327,7 @@ def _multiply(weight: _Weight, x: torch.Tensor, order: _Order, lora: Sequence[to
     return out
 
 
-def _multiply_transposed(
-    weight: _Weight, grad: torch.Tensor, order: _Order, lora: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def _multiply_transposed(weight: _Weight, grad: torch.Tensor, order: _Order, lora: Sequence[torch.Tensor]) -> torch.Tensor:
     """dy W' of the rows of each expert, (rows, in)."""
     out = _grouped(grad, weight.full(lora), order.ends)
     matrices = None if weight.summed else weight.matrices(lora)

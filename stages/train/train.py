@@ -29,6 +29,7 @@ from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps
+from stages.train.expert_layers import ExpertLayers
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
@@ -279,6 +280,9 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
             say(f"train: compiled: {', '.join(compiled.parts)}")
         for reason in compiled.left_out:
             say(f"train: {reason}; this is slower")
+    experts = ExpertLayers(model)
+    if experts.skipped and distributed.is_main():
+        say(f"train: experts are computed twice, which is slower: {'; '.join(experts.skipped)}")
     if not lora:
         return None
     layers = LoraLayers(
