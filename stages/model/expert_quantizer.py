@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -47,7 +48,8 @@ def quantized_experts(
                 module, own = get_module_from_name(model, name)
                 data, packed = pack(weight, quantization, double_quant=double_quant, device=device)
                 vars(module).setdefault(PACKED, {})[own] = packed
-                done[name] = torch.nn.Parameter(data.view(storage), requires_grad=False)
+                data = pad(data.view(-1), (0, -len(data) % storage.itemsize))
+                done[name] = torch.nn.Parameter(data.view(storage).view(-1, 1), requires_grad=False)
             return done | (self.other.convert(others, model=model, **named) if others else {})
 
     def with_experts(kind: Any) -> Any:

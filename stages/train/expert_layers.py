@@ -35,6 +35,7 @@ from stages.model.experts import (
     write_sum,
 )
 from stages.model.probe import TRIAL_ERRORS, logits_match, reason_of
+from stages.train.fsdp import gathered
 
 TRIAL_TOKENS = 5
 """Tokens of a trial run, each of which goes to two experts."""
@@ -67,7 +68,8 @@ class ExpertLayers:
             if not reason:
                 fast = _FastExperts(experts, self)
                 if kind not in tried:
-                    tried[kind] = _why_different(fast, slow)
+                    with gathered(model, experts.name):
+                        tried[kind] = _why_different(fast, slow)
                 reason = tried[kind]
             if reason:
                 reasons.add(f"{type(experts.module).__name__}, {reason}")
