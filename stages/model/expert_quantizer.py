@@ -32,7 +32,7 @@ def quantized_experts(
         storage: The dtype of the parameters that hold the bytes.
     """
 
-    class Quantize(ConversionOps):
+    class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes what it is given: experts here, anything else by the operation of Transformers."""
 
         def __init__(self, other: ConversionOps) -> None:
@@ -56,7 +56,7 @@ def quantized_experts(
         class WithExperts(kind):  # type: ignore[misc]
             def param_needs_quantization(self, model: Any, param_name: str, **named: Any) -> bool:
                 if _is_experts(model, param_name):
-                    return should_convert_module(param_name.rpartition(".")[0], self.modules_to_not_convert)
+                    return bool(should_convert_module(param_name.rpartition(".")[0], self.modules_to_not_convert))
                 return bool(super().param_needs_quantization(model, param_name, **named))
 
             def get_quantize_ops(self) -> ConversionOps:

@@ -42,7 +42,7 @@ def describe_weights(quantized: Quantized, adapted: Any, *, settings: Quantizati
         kinds = f": {', '.join(kind for kind, _ in rest.most_common(NAMED))}" if done else ""
         parts.append(f"{_count(rest.total())} in {dtype} ({gigabytes(memory)}{kinds})")
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    how = wanted.method
+    how: str = wanted.method
     if wanted.method == "lora":
         experts = len(adapted_parameters(adapted))
         layers = sum(hasattr(module, "lora_A") for module in adapted.modules()) - experts

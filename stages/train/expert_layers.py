@@ -278,7 +278,7 @@ class _Products(torch.autograd.Function):
         return _sum_rows(y, order, p).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         layer, (x, p, h, *rest) = ctx.layer, ctx.saved_tensors
         first, second = layer.first, layer.second
         order, lora = _Order(*rest[:5]), rest[5:]
