@@ -11,7 +11,8 @@ from stages.merge.shards import DTYPES, copy_shards, read_header
 from stages.merge.training import Training
 from stages.model.base_weights import BaseWeights
 from stages.model.device import pick_device
-from stages.model.quantize import quantize_4bit, round_trip
+from stages.model.experts import weight_chunks, write_sum
+from stages.model.quantize import pack_experts, quantize_4bit, round_trip
 
 
 class MergedWeights:
@@ -85,6 +86,8 @@ class MergedWeights:
         weight and rounded the sum once. For all other quantized layers it multiplied with the dequantized weight in its own
         dtype, so the delta weight is added to that.
         """
+        if name in self.training.experts:
+            return self._compute_experts(name, original)
         weight = original.to(pick_device()).float()
         weight = weight.T if name in self.training.transposed else weight
         weight = self.lora.subtract_initial(weight, name)
@@ -97,3 +100,13 @@ class MergedWeights:
             weight = round_trip(weight, self.training.settings) if name in self._dequantized else weight
             weight = self.lora.add_delta(weight, name) if name in self.lora.pairs else weight
         return weight.T if name in self.training.transposed else weight
+
+    def _compute_experts(self, name: str, original: torch.Tensor) -> torch.Tensor:
+        """As `_compute`, for the weights (experts, ...) of all experts: the function that training called."""
+        device = pick_device()
+        chunks = weight_chunks(original.to(device))
+        if name in self._dequantized:
+            data, packed = pack_experts(original, self.training.settings)
+            chunks = packed.chunks(data)
+        factors = self.lora.expert_factors(name, experts=len(original), device=device)
+        return write_sum(chunks, factors, out=torch.empty(original.shape, device=device))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.other import get_pattern_key
 from pydantic import Field
@@ -20,9 +22,12 @@ from stages.core.problem import Problem
 from stages.model.architecture import computes_linear, outside_language_model
 from stages.model.base_weights import BaseWeights
 from stages.model.device import pick_device
+from stages.model.experts import as_float32, expert_parameters, find_experts, install
 from stages.model.lora import lora_scaling, subtract_lora
+from stages.model.peft_targets import PATTERNS, portable_config, read_lora_config, targets_as_given
 from stages.model.probe import probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
+from stages.model.routers import find_routers
 
 INITIAL = "initial.safetensors"
 """In an adapter's folder, for PiSSA and OLoRA: the initial lora_A and lora_B, which were subtracted from the base."""
@@ -56,8 +61,11 @@ class Adapter(Section):
     normal; pissa, olora: with the principal part of the weights, which is subtracted from the base; loftq: with the
     quantization error. pissa_niter_16: a fast approximate SVD with 16 iterations."""
     target_modules: str | list[str]
-    """lora: all-linear (all linear layers except the output head), a list of names, or a regular expression that matches
-    full names."""
+    """lora: all-linear (all linear layers except the output head and routers), a list of names, or a regular expression
+    that matches full names. For the experts of most mixture-of-experts models, which are no layers: target_parameters."""
+    target_parameters: Literal["all-experts"] | list[str]
+    """lora: the parameters of experts that get an adapter, by name or its end, as mlp.experts.down_proj; all-experts: all;
+    []: none. Each expert has matrices of its own, so they have many weights: r x experts x (in + out) for each parameter."""
     num_virtual_tokens: int = Field(gt=0)
     """p_tuning, prefix_tuning: number of virtual tokens; they take up part of the model's context."""
     encoder_hidden_size: int = Field(gt=0)
@@ -87,7 +95,8 @@ def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapt
             bad_param("train.use_dora", "must be false with int8 on the CPU, where PEFT loses the scales; nf4 works")
         )
     computed = isinstance(wanted.init_lora_weights, str) and wanted.init_lora_weights != "gaussian"
-    targets = find_targets(model, wanted.target_modules)
+    parameters = find_target_parameters(model, wanted.target_parameters)
+    targets = [] if parameters and wanted.target_modules == [] else find_targets(model, wanted.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=wanted.r,
@@ -97,14 +106,36 @@ def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapt
         use_dora=wanted.use_dora,
         init_lora_weights=True if computed else wanted.init_lora_weights,
         target_modules=targets,
-        **_full_name_patterns(wanted, targets),
+        target_parameters=parameters or None,
+        **_full_name_patterns(wanted, [*targets, *parameters]),
     )
-    adapted, weights = get_peft_model(model, config), BaseWeights(base)
-    weights.require([f"{name}.weight" for name in targets], "into which merge would merge the adapter")
+    weights = BaseWeights(base)
+    weights.require([*(f"{name}.weight" for name in targets), *parameters], "into which merge would merge the adapter")
+    with targets_as_given(), as_float32(model):
+        adapted = get_peft_model(model, config)
+    install(adapted)
+    _require_targets(adapted, {*targets, *parameters})
     if computed:
         _initialize(adapted, weights, settings=settings, how=str(wanted.init_lora_weights))
     config.init_lora_weights = True  # otherwise PEFT would initialize and subtract again when it loads the adapter
     return adapted
+
+
+def _require_targets(adapted: Any, wanted: set[str]) -> None:
+    """Raises Problem if PEFT has adapted other layers or parameters than `wanted`."""
+    found = {*_adapted_layers(adapted.get_base_model()), *adapted_parameters(adapted)}
+    different = sorted(found ^ wanted)
+    if different:
+        has = "has no adapter" if different[0] in wanted else "has an adapter that was not asked for"
+        raise Problem(
+            f"PEFT {peft.__version__}: {different[0]} {has} ({len(different)} such layers); name other layers in "
+            "train.target_modules, or use another version of PEFT"
+        )
+
+
+def adapted_parameters(adapted: Any) -> list[str]:
+    """The full names of the parameters of experts that have an adapter, in the model's order."""
+    return [f"{each.name}.{name}" for each in find_experts(adapted) for name in each.shapes if name in each.wrappers]
 
 
 def _prompt_config(wanted: Adapter) -> PeftConfig:
@@ -144,6 +175,41 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
             )
         )
     return found
+
+
+def find_target_parameters(model: Any, wanted: str | Sequence[str]) -> list[str]:
+    """The full names of the parameters of experts that get an adapter.
+
+    Args:
+        model: The base model.
+        wanted: As in `Adapter.target_parameters`.
+
+    Raises Problem with the names of the model's parameters of experts if a name matches none.
+    """
+    parameters = list(expert_parameters(model))
+    if wanted != "all-experts" and not wanted:
+        return []
+    if not parameters:
+        raise Problem(
+            bad_param(
+                "train.target_parameters",
+                f"must be []: {type(model).__name__} keeps no experts in parameters of their own; name linear layers in "
+                "train.target_modules",
+            )
+        )
+    if wanted == "all-experts":
+        return parameters
+    by_name = {name: _ending_with(name, parameters) for name in wanted}
+    missing = [name for name, found in by_name.items() if not found]
+    if missing:
+        raise Problem(
+            bad_param(
+                "train.target_parameters",
+                f"{', '.join(missing)} is no parameter of experts; those here: {', '.join(ends_of(parameters))}",
+            )
+        )
+    chosen = {full for found in by_name.values() for full in found}
+    return [name for name in parameters if name in chosen]
 
 
 def unsuitable_layers(model: Any) -> dict[str, str]:
@@ -209,7 +275,8 @@ def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
         name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D) and name not in left_out
     ]
     if wanted == "all-linear":
-        return [name for name in linear if model.get_submodule(name) is not head]
+        routers = find_routers(model)
+        return [name for name in linear if model.get_submodule(name) is not head and name not in routers]
     names = f"linear layers here: {', '.join(ends_of(linear))}"
     if isinstance(wanted, str):
         return _match_expression(linear, wanted, names)
@@ -349,7 +416,10 @@ def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]
     """
     adapted.save_pretrained(folder, save_embedding_layers=False)  # otherwise PEFT saves the output head with its adapter
     (folder / "README.md").unlink(missing_ok=True)
+    base = adapted.get_base_model()
     config = read_json(folder / "adapter_config.json")
+    if config["peft_type"] == "LORA":
+        config = portable_config(config, base, _adapted_layers(base))
     for key, value in config.items():
         if isinstance(value, list):
             config[key] = sorted(value)  # PEFT writes sets, whose order differs from run to run
@@ -359,7 +429,12 @@ def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]
 
 
 def _adapted_layers(model: Any) -> dict[str, Any]:
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    """The linear layers with an adapter, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A") and not isinstance(layer, ParamWrapper)
+    }
 
 
 def initial_lora(adapted: Any, wanted: Adapter) -> dict[str, torch.Tensor]:
@@ -390,7 +465,7 @@ def load_adapter(model: Any, adapter: Path, *, base: Path, settings: Quantizatio
         The PEFT model in evaluation mode.
     """
     if (adapter / INITIAL).exists():
-        config, tensors = read_json(adapter / "adapter_config.json"), load_file(adapter / INITIAL)
+        config, tensors = read_lora_config(adapter), load_file(adapter / INITIAL)
         weights = BaseWeights(base)
         for key in tensors:
             if key.endswith(".lora_A.weight"):
@@ -401,4 +476,12 @@ def load_adapter(model: Any, adapter: Path, *, base: Path, settings: Quantizatio
                 weight = weights.read_linear(name, transposed=transposed, device=model.device)
                 rest = subtract_lora(weight, lora_a, lora_b, lora_scaling(config, name))
                 set_weight(model, name, weight=rest, settings=settings)
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
+    config = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type == PeftType.LORA:
+        for key, value in read_lora_config(adapter).items():
+            if key in ("target_modules", "target_parameters", *PATTERNS):
+                setattr(config, key, value)
+    with targets_as_given(), as_float32(model):
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
+    install(adapted)
+    return adapted.eval()

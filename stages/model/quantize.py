@@ -1,7 +1,7 @@
 """Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,8 @@ from stages.core.problem import Problem
 from stages.model.architecture import computes_linear, load_pretrained, outside_language_model, skeleton
 from stages.model.base_weights import BaseWeights
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.expert_quantizer import quantized_experts
+from stages.model.experts import PackedExperts, describe_experts, expert_parameters, find_experts, install, pack, write_sum
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
@@ -27,19 +29,22 @@ from stages.model.placement import (
     plan_placement,
     weight_bytes,
 )
+from stages.model.routers import find_routers
 
 
 class Quantization(Section):
     """How the frozen weights are stored. The names are those of Transformers' BitsAndBytesConfig."""
 
     quantization: Literal["nf4", "fp4", "int8", "none"]
-    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is."""
+    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is. The
+    experts of mixture-of-experts layers are quantized too; with int8 their weights alone, not the inputs."""
     bnb_4bit_use_double_quant: bool
     """4 bits: quantize the scales too, which saves 0.4 bits per weight at hardly any error."""
     llm_int8_threshold: float
     """int8: input values above this are multiplied in 16 bits."""
     llm_int8_skip_modules: list[str]
-    """Linear layers that are not quantized, by name or last part of the name, with 4 bits too. The output head never is."""
+    """Linear layers, or modules of experts, that are not quantized, by name or last part of the name, with 4 bits too. The
+    output head never is."""
     dtype: DtypeName
     """The dtype of matrix products and of all weights that are not quantized."""
 
@@ -52,6 +57,8 @@ class Quantized(NamedTuple):
     """The names of the quantized linear layers, sorted."""
     transposed: list[str]
     """The names of all layers, quantized or not, whose weights the base's files store as (in, out): GPT-2's Conv1D."""
+    experts: list[str]
+    """The full names of the quantized parameters with the weights of experts, in the model's order."""
 
 
 class DequantizedLinear(torch.nn.Linear):
@@ -78,7 +85,8 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     BaseWeights(base).check_shapes()
     placement = None if on_cpu or one_gpu else _spread(base, settings)
     try:
-        with _quantized_on(device), _own_linear_classes_quantized():
+        storage = dtype if on_cpu else torch.uint8
+        with _quantized_on(device), _own_linear_classes_quantized(), _experts_quantized_on(device, settings, storage):
             model = load_pretrained(
                 base,
                 dtype=dtype,
@@ -101,8 +109,20 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
         assert_on(model, device)
     if device.type == "cpu" and not on_cpu:
         _dequantize_4bit_layers(model)
+    install(model)
     model.requires_grad_(False)
-    return Quantized(model.eval(), layers, sorted(name for name, layer in model.named_modules() if is_transposed(layer)))
+    transposed = sorted(name for name, layer in model.named_modules() if is_transposed(layer))
+    experts = [each["name"] for each in describe_experts(model) if each["quantized"]]
+    return Quantized(model.eval(), layers, transposed, experts)
+
+
+def _experts_quantized_on(
+    device: torch.device, settings: Quantization, storage: torch.dtype
+) -> AbstractContextManager[None]:
+    """As `_quantized_on`, for experts."""
+    return quantized_experts(
+        settings.quantization, double_quant=settings.bnb_4bit_use_double_quant, device=device, storage=storage
+    )
 
 
 def _make_config(base: Path, settings: Quantization, *, dtype: torch.dtype, on_cpu: bool) -> dict[str, BitsAndBytesConfig]:
@@ -205,14 +225,23 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
     """
     if settings.quantization == "none":
         return {}
-    # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
-    bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
+    bits = bits_per_weight(settings)
     skipped = _skipped_modules(model, settings)
-    return {
+    weights = {
         f"{name}.weight": bits
         for name, layer in model.named_modules()
         if _is_quantizable(layer) and should_convert_module(name, skipped)
     }
+    experts = [name for name in expert_parameters(model) if should_convert_module(name.rpartition(".")[0], skipped)]
+    return weights | dict.fromkeys(experts, bits)
+
+
+def bits_per_weight(settings: Quantization) -> float:
+    """The bits of a quantized weight, with its part of the scales.
+
+    bitsandbytes has a scale in float32 for 64 weights of 4 bits; double quantization stores it in 8 bits.
+    """
+    return 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
 
 
 def quantized_bytes(base: Path, settings: Quantization) -> int:
@@ -229,11 +258,12 @@ def is_transposed(layer: Any) -> bool:
 
 def _skipped_modules(model: Any, settings: Quantization) -> list[str]:
     """The modules that are not quantized, sorted: those of llm_int8_skip_modules, the output head and weights that are tied,
-    as Transformers has it, and all that is not part of the language model.
+    as Transformers has it, all that is not part of the language model, and routers.
 
     Raises Problem with all names of llm_int8_skip_modules that the model does not have.
     """
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    linear += [each.name for each in find_experts(model)]
     problems = [
         bad_param(
             "train.llm_int8_skip_modules",
@@ -245,7 +275,7 @@ def _skipped_modules(model: Any, settings: Quantization) -> list[str]:
     if problems:
         raise Problem(*problems)
     kept = get_keys_to_not_convert(model) or ()
-    return sorted({*kept, *settings.llm_int8_skip_modules, *outside_language_model(model)})
+    return sorted({*kept, *settings.llm_int8_skip_modules, *outside_language_model(model), *find_routers(model)})
 
 
 def ends_of(names: Iterable[str]) -> list[str]:
@@ -288,14 +318,17 @@ def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
     """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as a quantized layer does.
 
     Args:
-        weight: (out, in)
+        weight: (out, in). For experts, (experts, out, in) or (experts, in, out), see `pack_experts`.
         settings: How the model is quantized.
 
     Returns:
-        (out, in) in float32, with values of settings.dtype, on this process's device.
+        The same shape in float32, on this process's device; of linear layers with values of settings.dtype.
     """
     if settings.quantization == "none":
         return _rounded(weight, settings).float()
+    if weight.dim() == 3:
+        data, packed = pack_experts(weight, settings)
+        return write_sum(packed.chunks(data), None, out=torch.empty(weight.shape, device=data.device))
     if settings.quantization == "int8":
         quantized, scales, _ = bnb.functional.int8_vectorwise_quant(_rounded(weight, settings).half())
         product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
@@ -312,6 +345,17 @@ def quantize_4bit(weight: torch.Tensor, settings: Quantization) -> tuple[torch.T
         compress_statistics=settings.bnb_4bit_use_double_quant,
     )
     return packed, state
+
+
+def pack_experts(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, PackedExperts]:
+    """The weights (experts, ...) of a parameter quantized on this process's device, as the loaded model has them.
+
+    Returns:
+        The bytes, and how to read them.
+    """
+    weight = _rounded(weight, settings)
+    double_quant = settings.bnb_4bit_use_double_quant
+    return pack(weight, settings.quantization, double_quant=double_quant, device=weight.device)
 
 
 def _rounded(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:

@@ -249,8 +249,21 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fsdp", "must be false: train.num_processes is 1"
     if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
         yield "fsdp", f"must be false: train.quantization is {section['quantization']}; nf4 or none can be sharded"
+    if section["method"] == "lora" and section["target_parameters"]:
+        yield from _why_not_experts(section)
     if section["compute"] == "fp8":
         yield from (("compute", f"{reason}; set it to dtype") for reason in _why_not_fp8(section))
+
+
+def _why_not_experts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters that PEFT has for linear layers alone."""
+    if section["use_dora"]:
+        yield "use_dora", "must be false with train.target_parameters: PEFT has DoRA for linear layers alone"
+    if section["lora_dropout"] > 0:
+        yield "lora_dropout", "must be 0 with train.target_parameters: PEFT has dropout for linear layers alone"
+    how = section["init_lora_weights"]
+    if isinstance(how, str) and how != "gaussian":
+        yield "init_lora_weights", f"must be true, false or gaussian with train.target_parameters, found {how}"
 
 
 def _why_not_fp8(section: Mapping[str, Any]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from stages.model.base_weights import BaseWeights
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
+from stages.model.experts import describe_experts
 from stages.model.padding_free import enable_padding_free
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
@@ -28,7 +29,8 @@ from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_causal, check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
-from stages.train.coverage import describe_gaps
+from stages.train.coverage import describe_gaps, describe_weights
+from stages.train.expert_layers import ExpertLayers
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
@@ -228,13 +230,17 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
     BaseWeights(base).require(
-        [f"{layer}.weight" for layer in quantized.layers], "into which merge would write the quantized weight"
+        [*(f"{layer}.weight" for layer in quantized.layers), *quantized.experts],
+        "into which merge would write the quantized weight",
     )
     check_causal(quantized.model, base)
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
-    return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
+    model = add_adapter(quantized.model, base, settings=params, wanted=params)
+    if distributed.is_main():
+        say(f"train: {describe_weights(quantized, model, settings=params, wanted=params)}")
+    return quantized, model
 
 
 def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
@@ -283,6 +289,9 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
             say(f"train: compiled: {', '.join(compiled.parts)}")
         for reason in compiled.left_out:
             say(f"train: {reason}; this is slower")
+    experts = ExpertLayers(model)
+    if experts.skipped and distributed.is_main():
+        say(f"train: experts are computed twice, which is slower: {'; '.join(experts.skipped)}")
     if not lora:
         return None
     layers = LoraLayers(
@@ -331,6 +340,7 @@ def _describe_training(
         "quantization": settings,
         "quantized_layers": quantized.layers,
         "transposed_layers": quantized.transposed,
+        "experts": describe_experts(model),
         # Layers that were trained with round(W + scaling * B A), summed in float32 from 4-bit weights.
         "summed_in_float32": lora_layers.summed_in_float32 if lora_layers else [],
         "data": count_rows(rows),
