@@ -157,7 +157,11 @@ FAMILIES = {
         decodes=False,
     ),
     # State spaces, beside attention or in turns with it.
-    "falcon_h1": Family({"head_dim": 16, **STATE_SPACE, "mamba_d_ssm": 64, "mamba_expand": 1, "mamba_n_heads": 4}, left_out=("out_proj",), decodes=False),
+    "falcon_h1": Family(
+        {"head_dim": 16, **STATE_SPACE, "mamba_d_ssm": 64, "mamba_expand": 1, "mamba_n_heads": 4},
+        left_out=("out_proj",),
+        decodes=False,
+    ),
     "granitemoehybrid": Family(
         {**STATE_SPACE, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},
         decodes=False,

@@ -21,7 +21,6 @@ from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
 from stages.model.placement import is_spread
 
-
 OWN_CACHE = "Transformers' generate gives other logits than the model without a cache"
 
 

@@ -26,9 +26,11 @@ def check_causal(model: Any) -> None:
             alone = last_logits(model, [SEEN], input_ids=ids[:, :SEEN])
             within = last_logits(model, [ids.shape[1]], input_ids=ids)[:SEEN]
     except TRIAL_ERRORS as error:
-        raise Problem(f"the base model fails on a row of {ids.shape[1]} tokens: {reason_of(error)}; fetch another base") from error
+        raise Problem(
+            f"the base model fails on a row of {ids.shape[1]} tokens: {reason_of(error)}; fetch another base"
+        ) from error
     if not logits_match(within, alone):
         raise Problem(
             "the base model is not causal: later tokens of a row change the logits of earlier ones, so it cannot learn to "
-            "predict them; fetch a causal language model, or a copy whose config.json has is_decoder true if it is an encoder"
+            "predict them; fetch a causal language model, or set is_decoder in its config.json if it is an encoder"
         )

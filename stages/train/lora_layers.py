@@ -63,7 +63,9 @@ class LoraLayers:
         try:
             expected = _try_training(adapted) if supported else None
         except TRIAL_ERRORS as error:
-            raise Problem(f"the base model cannot be trained: its own code fails: {reason_of(error)}; fetch another base") from error
+            raise Problem(
+                f"the base model cannot be trained: its own code fails: {reason_of(error)}; fetch another base"
+            ) from error
         for names in group_by_input(adapted, supported):
             group = _make_fast([supported[name] for name in names], self, in_fp8=fp8)
             share_computation([layer.module for layer in group], partial(_forward, group, recompute))

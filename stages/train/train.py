@@ -20,9 +20,9 @@ from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.padding_free import enable_padding_free
-from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
+from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.causality import check_causal
