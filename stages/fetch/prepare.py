@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.fetch.checks import is_config, is_weights
-from stages.fetch.dequantization import Headers, Plan, plan_dequantization
 from stages.fetch.files import ModelFiles
 from stages.fetch.quantization import find_quantization, without_quantization
+from stages.fetch.quantized_tensors import Headers, Plan, plan_dequantization
 from stages.fetch.remote_code import (
     AUTO_MAP,
     find_code,
