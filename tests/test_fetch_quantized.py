@@ -453,8 +453,9 @@ def test_the_hub_is_asked_for_the_headers_alone_before_the_download(hub: Hub, tm
     no_space = "shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 8, 1)"
     message = refused_by_hub(hub, tmp_path, before=no_space)
     assert "too little disk space for downloading owner/tiny and dequantizing it: 1 MB for" in message
+    shutil.rmtree(tmp_path / f".fetch-{COMMIT}")
     hub.edit_config(quantization_config=FP8 | {"weight_block_size": [128, 128]})
-    lines = refused_by_hub(hub, tmp_path, commit=COMMIT).splitlines()
+    lines = refused_by_hub(hub, tmp_path).splitlines()
     assert ["which does not fit weight_block_size [128, 128]" in line for line in lines] == [True, True, True, False]
     assert lines[-1] == "owner/tiny: and 11 more tensors like these"
     assert hub.ranges("model.safetensors") == ["bytes=0-100000"] * 2

@@ -1,6 +1,5 @@
 """From the checked files of a model to what is done with each of them."""
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,5 +61,5 @@ def read_headers(folder: Path, names: Sequence[str]) -> Headers:
     """The headers of the weights; none if one of them is damaged, which other checks report."""
     try:
         return {name: read_header(folder / name) for name in names if is_weights(name)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
