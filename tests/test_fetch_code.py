@@ -145,7 +145,7 @@ REFUSED_TYPES = {
     "t5": ({}, "its model type t5 is an encoder-decoder"),
     "bart": ({}, "its model type bart is an encoder-decoder"),
     "whisper": ({"is_encoder_decoder": True}, "its model type whisper is an encoder-decoder"),
-    "clip": ({}, "its model type clip generates no text in Transformers "),
+    "clip": ({}, " has no causal language model of its model type clip; only causal language models are"),
     "zephyrus": ({}, "knows no model type 'zephyrus', and the model comes without Python code of its own"),
 }
 
