@@ -120,7 +120,9 @@ def write_tokens(folder: Path) -> None:
     for name, rows in (("test", PROMPT_ROWS[:3]), ("prompts", PROMPT_ROWS[3:])):
         ids = [f"{name}-{index}" for index in range(len(rows))]
         _write(
-            folder / f"{name}.arrow", PROMPTS, [ids, [" ".join(f"w{token}" for token in row) for row in rows], rows, ["w11 w12"] * len(rows)]
+            folder / f"{name}.arrow",
+            PROMPTS,
+            [ids, [" ".join(f"w{token}" for token in row) for row in rows], rows, ["w11 w12"] * len(rows)],
         )
 
 
@@ -144,27 +146,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def stage(name: str, facts: dict[str, Any]) -> Iterator[None]:
     """Makes Refused of a Problem before the first training step, and Failed of one after it."""
     facts["stage"] = name
-    counted = _count_steps() if name == "train" else None
-    try:
-        yield
-    except Problem as problem:
-        if name == "fetch" or (counted is not None and counted["steps"] == 0):
-            raise Refused(name, problem.messages) from None
-        raise Failed(f"{name}: {' | '.join(problem.messages)}") from None
+    with _counted_steps() as steps:
+        try:
+            yield
+        except Problem as problem:
+            if name == "fetch" or (name == "train" and not steps):
+                raise Refused(name, problem.messages) from None
+            raise Failed(f"{name}, after the training had begun: {' | '.join(problem.messages)}") from None
 
 
-def _count_steps() -> dict[str, int]:
-    """Counts the training steps of this process from now on."""
+@contextmanager
+def _counted_steps() -> Iterator[list[Any]]:
+    """Yields a list that gets an entry for each training step."""
     from stages.train.trainer import AdapterTrainer
 
-    counted, step = {"steps": 0}, AdapterTrainer.training_step
+    steps: list[Any] = []
+    plain = AdapterTrainer.training_step
 
     def training_step(self: Any, *arguments: Any, **named: Any) -> Any:
-        counted["steps"] += 1
-        return step(self, *arguments, **named)
+        steps.append(self.state.global_step)
+        return plain(self, *arguments, **named)
 
     AdapterTrainer.training_step = training_step  # type: ignore[method-assign]
-    return counted
+    try:
+        yield steps
+    finally:
+        AdapterTrainer.training_step = plain  # type: ignore[method-assign]
 
 
 def _params(name: str, kind: Any, **changed: Any) -> Any:

@@ -163,7 +163,7 @@ def _small_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any]
             number += name not in TOKENS
             fields[name] = TOKENS.get(name, number)
     for name, value in default.items():
-        if isinstance(value, PreTrainedConfig) or isinstance(given.get(name), Mapping) and name.endswith("config"):
+        if isinstance(value, PreTrainedConfig) or (isinstance(given.get(name), Mapping) and name.endswith("config")):
             inner = dict(given.get(name) or {})
             kind = type(value) if isinstance(value, PreTrainedConfig) else None
             if "model_type" in inner:
@@ -478,9 +478,7 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family("mamba2", "Mamba 2, Codestral Mamba", {"num_heads": 8}),
     "falcon_mamba": Family("falcon_mamba", "Falcon Mamba 7B"),
     "rwkv": Family("rwkv", "RWKV-4"),
-    "zamba2": Family(
-        "zamba2", "Zamba 2", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
-    ),
+    "zamba2": Family("zamba2", "Zamba 2", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}),
     # A language model inside another one.
     "qwen3_5": Family(
         "qwen3_5",
@@ -557,7 +555,9 @@ FAMILIES: dict[str, Family] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "num_hidden_layers": 2,
-        "rope_parameters": dict.fromkeys(LOCAL_GLOBAL, {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}),
+        "rope_parameters": {
+            kind: {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4} for kind in LOCAL_GLOBAL
+        },
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -589,6 +589,7 @@ def other_types() -> Sequence[str]:
     """The model types with a causal model that FAMILIES does not have."""
     known = {entry.model_type for entry in FAMILIES.values()}
     return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]
+
 
 NOT_BUILT = {
     "musicgen": "its causal model takes a part of the config that no checkpoint has by itself; it continues sounds",

@@ -5,12 +5,13 @@
     python tools/sweep.py --only popular            those of tests/families.py; --only others: the rest
     python tools/sweep.py --quantization int8 ...
 
-Each runs on the CPU in a process of its own. A family passes if all checks of tests/chain.py hold, or if the pipeline refuses
-it with a sentence before the first training step. Anything else is a failure: a traceback, a refusal after the training, a
-wrong result. The table is printed, and written as Markdown to --out. Exit status 1 if any family fails.
+Each runs on the CPU in a process of its own. A family passes if all checks of tests/chain.py hold, or if the pipeline ends with
+a sentence before the first training step. Anything else is a failure: a traceback, a refusal after the training, a wrong
+result. The table is printed, and written to a folder together with the log of each family. Exit status 1 if any fails.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -137,11 +138,8 @@ def main() -> int:
     from stages.__main__ import quiet_libraries
 
     quiet_libraries()
-    import stages.fetch.fetch
-    import stages.generate.generate
-    import stages.merge.merge
-    import stages.train.train
-    import tests.chain  # noqa: F401 (all of them are loaded once, for all processes)
+    for module in ("stages.train.train", "stages.merge.merge", "stages.generate.generate", "tests.chain"):
+        importlib.import_module(module)  # once, for all processes
     from tests.families import FAMILIES, other_types
 
     names = arguments.names or [
