@@ -427,11 +427,17 @@ def check_merged(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
     for class_name in classes:
         keys = load_plain(merged, class_name)[1]
         require(not keys, f"merge: loaded as {class_name or 'usual'}: {keys}")
-    experts = [name for name in before if re.search(r"experts?\.", name) and before[name][1].dim() > 1]
+    experts = [name for name, (_, tensor) in before.items() if is_expert(name, tensor)]
     matrices = [
         name for name, (_, tensor) in before.items() if tensor.dim() > 1 and not re.search("emb|lm_head|wte|wpe", name)
     ]
     return {"changed": _share(changed, matrices, before), "experts": _share(changed, experts, before) if experts else None}
+
+
+def is_expert(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the files is the weight of one expert, or of all that a layer has."""
+    stacked = tensor.dim() == 3 and not re.search("conv|patch|position", name)
+    return tensor.dim() > 1 and (stacked or re.search(r"(?<!shared_)experts\.", name) is not None)
 
 
 def _share(changed: Sequence[str], names: Sequence[str], tensors: Mapping[str, tuple[str, torch.Tensor]]) -> float:
