@@ -5,9 +5,9 @@
     python tools/sweep.py --only popular            those of tests/families.py; --only others: the rest
     python tools/sweep.py --quantization int8 ...
 
-Each runs on the CPU in a process of its own. A family passes if all checks of tests/chain.py hold, or if the pipeline ends
-with a sentence before the first training step. Anything else is a failure: a traceback, a refusal after the training, a wrong
-result. The table is printed, and written to a folder together with the log of each family. Exit status 1 if any fails.
+Each runs on the CPU, in a process of its own. A family passes if all checks of tests/chain.py hold, or if the pipeline ends
+with a sentence before the first training step. Anything else is a failure: a traceback, a refusal after the training, a
+wrong result. The table is printed, and written to a folder together with each family's log. Exit status 1 if any fails.
 """
 
 import argparse
