@@ -17,7 +17,8 @@ from stages.generate.transformers_backend import TransformersBackend
 from stages.model import load, quantize
 from stages.model.adapter import add_adapter
 from stages.model.load import load_model
-from stages.model.placement import Memory, is_spread, plan_placement, skeleton, weight_bytes
+from stages.model.architecture import skeleton
+from stages.model.placement import Memory, is_spread, plan_placement, weight_bytes
 from stages.model.quantize import Quantization, load_quantized, quantized_bits
 from stages.train import fsdp
 from stages.train.checks import memory_problems
@@ -108,7 +109,7 @@ def test_quantized_weights_count_with_their_scales(model: Any) -> None:
 
 def test_the_size_of_a_folder_is_that_of_its_model(workspace: Workspace) -> None:
     base = workspace.root / "models" / "base"
-    model = skeleton(base, torch.float32, trust_remote_code=False)
+    model = skeleton(base, torch.float32)
     assert weight_bytes(base, torch.float32) == total(model) == 2 * weight_bytes(base, torch.bfloat16)
 
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
 from stages.merge.devices import move_to
+from stages.merge.expert_deltas import ExpertDeltas
 
 LAYER_INPUTS = 16
 """The number of input vectors on which each layer is compared."""
@@ -31,8 +33,9 @@ class LayerDeltas:
         self._layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         """By layer: inputs (inputs, in), outputs (inputs, out), both in the model's dtype, and the part of the outputs that
         training added, in float32."""
+        self._experts = ExpertDeltas(adapted)
         for name, layer in adapted.get_base_model().named_modules():
-            if not hasattr(layer, "lora_A"):
+            if not hasattr(layer, "lora_A") or isinstance(layer, ParamWrapper):
                 continue
             matrix = layer.lora_A["default"].weight
             with torch.no_grad():
@@ -58,4 +61,4 @@ class LayerDeltas:
             projection = (error * delta).sum() / delta.norm()
             noise = error.norm() / error.numel() ** 0.5
             shares[name] = 1 + (projection / delta.norm()).item() if projection.abs() > NOISE_SIGMAS * noise else 1.0
-        return shares
+        return shares | self._experts.shares_in(model)

@@ -4,9 +4,9 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from stages.core.problem import Problem
 from stages.core.progress import progress
 
 WORKERS = 6
-"""Threads: while one computes, others read and write. Each holds one tensor on the device."""
+"""Threads: while one computes, others read and write. Each holds one tensor, or one group, on the device."""
+LARGE_BYTES = 1 << 28
+"""Groups of more bytes, as all experts of a layer, are computed one after the other."""
 BUFFER_BYTES = 1 << 26
 """Bytes that a thread reads or writes in one call."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -40,8 +42,8 @@ def copy_shards(
     shards: Sequence[Path],
     folder: Path,
     *,
-    replaced: Collection[str],
-    compute: Callable[[str, torch.Tensor], torch.Tensor],
+    replaced: Collection[Sequence[str]],
+    compute: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]],
     device: torch.device,
 ) -> None:
     """Copies safetensors files into a folder; names, headers and all other tensors stay as they are.
@@ -49,16 +51,17 @@ def copy_shards(
     Args:
         shards: The files to copy.
         folder: An existing folder.
-        replaced: The names of the tensors to replace.
-        compute: (name, tensor on `device`) to the new tensor, of the same shape. It is rounded to the old dtype. Called in
-            several threads.
+        replaced: The names of the tensors to replace; those of one group are computed together.
+        compute: A group's tensors on `device`, by name, to the new ones, of the same shapes. They are rounded to the old
+            dtypes. Called in several threads.
         device: Where to compute.
 
     Raises Problem if a file ends too soon.
     """
     copier = _Copier(device)
     with ExitStack() as stack, ThreadPoolExecutor(WORKERS) as pool:
-        jobs = []
+        jobs, found = [], {}
+        together = {name for group in replaced for name in group}
         for shard in shards:
             header, raw = read_header(shard)
             reader = stack.enter_context(shard.open("rb")).fileno()
@@ -77,10 +80,11 @@ def copy_shards(
                     start=start,
                     end=end,
                 )
-                if name in replaced:
-                    jobs.append(pool.submit(copier.replace, tensor, compute))
+                if name in together:
+                    found[name] = tensor
                 else:
                     jobs.append(pool.submit(copier.copy, tensor))
+        jobs += [pool.submit(copier.replace, [found[name] for name in group], compute) for group in replaced]
         try:
             for job in progress(as_completed(jobs), "merge", total=len(jobs), unit="tensors"):
                 job.result()
@@ -110,6 +114,8 @@ class _Copier:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers = threading.local()
+        self._large = threading.Lock()
+        """Held while a group of more than LARGE_BYTES is in memory."""
 
     def copy(self, tensor: _Tensor) -> None:
         """Copies a tensor's bytes."""
@@ -118,13 +124,22 @@ class _Copier:
             _read(tensor, data, at)
             _write(tensor, data, at)
 
-    def replace(self, tensor: _Tensor, compute: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        """Reads a tensor, computes the new one on the device, and writes it."""
+    def replace(
+        self, group: Sequence[_Tensor], compute: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Reads tensors, computes the new ones on the device, and writes them."""
+        with self._large if sum(each.end - each.start for each in group) > LARGE_BYTES else nullcontext():
+            new = compute({tensor.name: self._read(tensor) for tensor in group})
+            for tensor in group:
+                assert new[tensor.name].shape == torch.Size(tensor.shape), tensor.name
+                data = new[tensor.name].to(tensor.dtype).contiguous()
+                self._write_from(tensor, data.view(-1).view(torch.uint8))
+
+    def _read(self, tensor: _Tensor) -> torch.Tensor:
         assert tensor.dtype is not None
         data = torch.empty(tensor.end - tensor.start, dtype=torch.uint8, device=self._device)
         self._read_into(tensor, data)
-        new = compute(tensor.name, data.view(tensor.dtype).view(tensor.shape)).to(tensor.dtype)
-        self._write_from(tensor, new.contiguous().view(-1).view(torch.uint8))
+        return data.view(tensor.dtype).view(tensor.shape)
 
     def _read_into(self, tensor: _Tensor, data: torch.Tensor) -> None:
         at = tensor.start

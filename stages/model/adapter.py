@@ -6,22 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.other import get_pattern_key
 from pydantic import Field
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
+from stages.model.architecture import computes_linear, outside_language_model
+from stages.model.base_weights import BaseWeights
 from stages.model.device import pick_device
+from stages.model.experts import as_float32, expert_parameters, find_experts, install
 from stages.model.lora import lora_scaling, subtract_lora
-from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids
+from stages.model.peft_targets import PATTERNS, portable_config, read_lora_config, targets_as_given
+from stages.model.probe import probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
+from stages.model.routers import find_routers
 
 INITIAL = "initial.safetensors"
 """In an adapter's folder, for PiSSA and OLoRA: the initial lora_A and lora_B, which were subtracted from the base."""
@@ -55,8 +61,11 @@ class Adapter(Section):
     normal; pissa, olora: with the principal part of the weights, which is subtracted from the base; loftq: with the
     quantization error. pissa_niter_16: a fast approximate SVD with 16 iterations."""
     target_modules: str | list[str]
-    """lora: all-linear (all linear layers except the output head), a list of names, or a regular expression that matches
-    full names."""
+    """lora: all-linear (all linear layers except the output head and routers), a list of names, or a regular expression
+    that matches full names. For the experts of most mixture-of-experts models, which are no layers: target_parameters."""
+    target_parameters: Literal["all-experts"] | list[str]
+    """lora: the parameters of experts that get an adapter, by name or its end, as mlp.experts.down_proj; all-experts: all;
+    []: none. Each expert has matrices of its own, so they have many weights: r x experts x (in + out) for each parameter."""
     num_virtual_tokens: int = Field(gt=0)
     """p_tuning, prefix_tuning: number of virtual tokens; they take up part of the model's context."""
     encoder_hidden_size: int = Field(gt=0)
@@ -86,7 +95,8 @@ def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapt
             bad_param("train.use_dora", "must be false with int8 on the CPU, where PEFT loses the scales; nf4 works")
         )
     computed = isinstance(wanted.init_lora_weights, str) and wanted.init_lora_weights != "gaussian"
-    targets = find_targets(model, wanted.target_modules)
+    parameters = find_target_parameters(model, wanted.target_parameters)
+    targets = [] if parameters and wanted.target_modules == [] else find_targets(model, wanted.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=wanted.r,
@@ -96,19 +106,36 @@ def add_adapter(model: Any, base: Path, *, settings: Quantization, wanted: Adapt
         use_dora=wanted.use_dora,
         init_lora_weights=True if computed else wanted.init_lora_weights,
         target_modules=targets,
-        **_full_name_patterns(wanted, targets),
+        target_parameters=parameters or None,
+        **_full_name_patterns(wanted, [*targets, *parameters]),
     )
-    adapted, weights = get_peft_model(model, config), BaseWeights(base)
-    absent = [name for name in targets if f"{name}.weight" not in weights]
-    if absent:
-        raise Problem(
-            f"{base}: has no tensor {absent[0]}.weight, into which merge would merge the adapter; choose other layers in "
-            "train.target_modules"
-        )
+    weights = BaseWeights(base)
+    weights.require([*(f"{name}.weight" for name in targets), *parameters], "into which merge would merge the adapter")
+    with targets_as_given(), as_float32(model):
+        adapted = get_peft_model(model, config)
+    install(adapted)
+    _require_targets(adapted, {*targets, *parameters})
     if computed:
         _initialize(adapted, weights, settings=settings, how=str(wanted.init_lora_weights))
     config.init_lora_weights = True  # otherwise PEFT would initialize and subtract again when it loads the adapter
     return adapted
+
+
+def _require_targets(adapted: Any, wanted: set[str]) -> None:
+    """Raises Problem if PEFT has adapted other layers or parameters than `wanted`."""
+    found = {*_adapted_layers(adapted.get_base_model()), *adapted_parameters(adapted)}
+    different = sorted(found ^ wanted)
+    if different:
+        has = "has no adapter" if different[0] in wanted else "has an adapter that was not asked for"
+        raise Problem(
+            f"PEFT {peft.__version__}: {different[0]} {has} ({len(different)} such layers); name other layers in "
+            "train.target_modules, or use another version of PEFT"
+        )
+
+
+def adapted_parameters(adapted: Any) -> list[str]:
+    """The full names of the parameters of experts that have an adapter, in the model's order."""
+    return [f"{each.name}.{name}" for each in find_experts(adapted) for name in each.shapes if name in each.wrappers]
 
 
 def _prompt_config(wanted: Adapter) -> PeftConfig:
@@ -150,6 +177,41 @@ def find_targets(model: Any, wanted: str | Sequence[str]) -> list[str]:
     return found
 
 
+def find_target_parameters(model: Any, wanted: str | Sequence[str]) -> list[str]:
+    """The full names of the parameters of experts that get an adapter.
+
+    Args:
+        model: The base model.
+        wanted: As in `Adapter.target_parameters`.
+
+    Raises Problem with the names of the model's parameters of experts if a name matches none.
+    """
+    parameters = list(expert_parameters(model))
+    if wanted != "all-experts" and not wanted:
+        return []
+    if not parameters:
+        raise Problem(
+            bad_param(
+                "train.target_parameters",
+                f"must be []: {type(model).__name__} keeps no experts in parameters of their own; name linear layers in "
+                "train.target_modules",
+            )
+        )
+    if wanted == "all-experts":
+        return parameters
+    by_name = {name: _ending_with(name, parameters) for name in wanted}
+    missing = [name for name, found in by_name.items() if not found]
+    if missing:
+        raise Problem(
+            bad_param(
+                "train.target_parameters",
+                f"{', '.join(missing)} is no parameter of experts; those here: {', '.join(ends_of(parameters))}",
+            )
+        )
+    chosen = {full for found in by_name.values() for full in found}
+    return [name for name in parameters if name in chosen]
+
+
 def unsuitable_layers(model: Any) -> dict[str, str]:
     """The names of the layers that look like linear layers and get no adapter, each with the reason.
 
@@ -160,10 +222,15 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
     Args:
         model: The base model.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)}
-    unused, found = _unused_layers(model, layers), {}
+    outside = set(outside_language_model(model))
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and name not in outside
+    }
+    unused, found = _unused_layers(model, layers), dict.fromkeys(outside, "it is not part of the language model")
     for name, layer in layers.items():
-        if not _is_linear(layer):
+        if not computes_linear(layer):
             found[name] = f"{type(layer).__name__} computes something else than a linear layer"
         elif _refused_by_peft(model, name):
             found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
@@ -192,20 +259,6 @@ def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
     return {name for name in layers if name not in called and name.rpartition(".")[0] in called}
 
 
-def _is_linear(layer: Any) -> bool:
-    """Whether a layer returns x Wᵀ + bias, as nn.Linear and Conv1D do."""
-    kind = type(layer)
-    if kind.forward in (torch.nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes."):
-        return True
-    weight = layer.weight
-    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
-    try:
-        with torch.no_grad():
-            return logits_match(layer(x), torch.nn.functional.linear(x, weight, layer.bias))
-    except TRIAL_ERRORS:
-        return False
-
-
 def _refused_by_peft(model: Any, name: str) -> bool:
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
@@ -223,7 +276,8 @@ def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
         if isinstance(layer, torch.nn.Linear | Conv1D) and name not in unsuitable
     ]
     if wanted == "all-linear":
-        return [name for name in linear if model.get_submodule(name) is not head]
+        routers = find_routers(model)
+        return [name for name in linear if model.get_submodule(name) is not head and name not in routers]
     names = f"linear layers here: {', '.join(ends_of(linear))}"
     if isinstance(wanted, str):
         return _match_expression(linear, wanted, names)
@@ -296,35 +350,6 @@ def _full_name_patterns(wanted: Adapter, targets: Sequence[str]) -> dict[str, di
     return found
 
 
-class BaseWeights:
-    """The base's tensors by name, read from its safetensors files one at a time."""
-
-    def __init__(self, base: Path) -> None:
-        self._shards: dict[str, Path] = {}
-        for shard in sorted(base.glob("*.safetensors")):
-            with safe_open(shard, framework="pt") as file:
-                self._shards |= dict.fromkeys(file.keys(), shard)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._shards[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-    def read_linear(self, name: str, *, layer: Any, device: torch.device) -> torch.Tensor:
-        """The weight (out, in) of a linear layer in float32.
-
-        Args:
-            name: The layer's full name.
-            layer: The layer in the loaded base model, which may be a Conv1D.
-            device: Where to put the weight.
-        """
-        weight = self[f"{name}.weight"].to(device, torch.float32)
-        return weight.T if is_transposed(layer) else weight
-
-
 def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, how: str) -> None:
     """Sets lora_A and lora_B of every layer from the base's weights; PiSSA and OLoRA subtract them from the base."""
     model = adapted.get_base_model()
@@ -340,7 +365,7 @@ def _initialize(adapted: Any, weights: BaseWeights, *, settings: Quantization, h
                     "train.init_lora_weights to true",
                 )
             )
-        weight = weights.read_linear(name, layer=layer.get_base_layer(), device=lora_a.device)
+        weight = weights.read_linear(name, transposed=is_transposed(layer.get_base_layer()), device=lora_a.device)
         scaling = layer.scaling["default"]
         initial_a, initial_b = initial_lora_from(weight, r, scaling=scaling, how=how, settings=settings)
         lora_a.data, lora_b.data = initial_a.contiguous(), initial_b.contiguous()
@@ -392,7 +417,10 @@ def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]
     """
     adapted.save_pretrained(folder, save_embedding_layers=False)  # otherwise PEFT saves the output head with its adapter
     (folder / "README.md").unlink(missing_ok=True)
+    base = adapted.get_base_model()
     config = read_json(folder / "adapter_config.json")
+    if config["peft_type"] == "LORA":
+        config = portable_config(config, base, _adapted_layers(base))
     for key, value in config.items():
         if isinstance(value, list):
             config[key] = sorted(value)  # PEFT writes sets, whose order differs from run to run
@@ -402,7 +430,12 @@ def save_adapter(adapted: Any, folder: Path, initial: Mapping[str, torch.Tensor]
 
 
 def _adapted_layers(model: Any) -> dict[str, Any]:
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    """The linear layers with an adapter, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A") and not isinstance(layer, ParamWrapper)
+    }
 
 
 def initial_lora(adapted: Any, wanted: Adapter) -> dict[str, torch.Tensor]:
@@ -433,14 +466,23 @@ def load_adapter(model: Any, adapter: Path, *, base: Path, settings: Quantizatio
         The PEFT model in evaluation mode.
     """
     if (adapter / INITIAL).exists():
-        config, tensors = read_json(adapter / "adapter_config.json"), load_file(adapter / INITIAL)
+        config, tensors = read_lora_config(adapter), load_file(adapter / INITIAL)
         weights = BaseWeights(base)
         for key in tensors:
             if key.endswith(".lora_A.weight"):
                 stem = key.removesuffix(".lora_A.weight")
                 name = stem.removeprefix(PEFT_PREFIX)
                 lora_a, lora_b = (tensors[f"{stem}.{matrix}.weight"].to(model.device) for matrix in ("lora_A", "lora_B"))
-                weight = weights.read_linear(name, layer=model.get_submodule(name), device=model.device)
+                transposed = is_transposed(model.get_submodule(name))
+                weight = weights.read_linear(name, transposed=transposed, device=model.device)
                 rest = subtract_lora(weight, lora_a, lora_b, lora_scaling(config, name))
                 set_weight(model, name, weight=rest, settings=settings)
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
+    config = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type == PeftType.LORA:
+        for key, value in read_lora_config(adapter).items():
+            if key in ("target_modules", "target_parameters", *PATTERNS):
+                setattr(config, key, value)
+    with targets_as_given(), as_float32(model):
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=config)
+    install(adapted)
+    return adapted.eval()

@@ -4,11 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
-from stages.core.jsonl import read_json
-from stages.core.provenance import MANIFEST
-from stages.model.placement import skeleton
+from stages.model.architecture import read_config, skeleton
 
 
 class Limits(NamedTuple):
@@ -25,19 +22,18 @@ class Limits(NamedTuple):
 
 def read_limits(folder: Path) -> Limits:
     """The limits of the model in `folder`."""
-    trust = read_json(folder / MANIFEST)["trust_remote_code"]
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust).get_text_config()
+    config = read_config(folder).get_text_config()
     positions = _positions(config)
-    table = positions is not None and _has_position_table(folder, positions, trust_remote_code=trust)
+    table = positions is not None and _has_position_table(folder, positions)
     return Limits(config.vocab_size, positions, table)
 
 
-def _has_position_table(folder: Path, positions: int, *, trust_remote_code: bool) -> bool:
+def _has_position_table(folder: Path, positions: int) -> bool:
     """Whether the model has an embedding (GPT-2, OPT) or a buffer (GPT-J) with a row for each position.
 
     OPT's has two rows more.
     """
-    model = skeleton(folder, torch.float32, trust_remote_code=trust_remote_code)
+    model = skeleton(folder, torch.float32)
     sizes = (positions, positions + 2)
     tables = [
         module.weight

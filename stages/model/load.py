@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
-from stages.core.provenance import MANIFEST
+from stages.model.architecture import load_pretrained, skeleton
 from stages.model.device import DtypeName, assert_on, is_one_of_several, pick_device, pick_dtype
 from stages.model.placement import (
     ONE_GPU,
@@ -21,7 +20,6 @@ from stages.model.placement import (
     gigabytes,
     plan_placement,
     require_input_on_device,
-    skeleton,
     weight_bytes,
 )
 
@@ -38,17 +36,14 @@ def load_model(folder: Path, dtype: DtypeName) -> Any:
     Raises Problem if the memory is too small, or if the model would have to be spread by one of several processes.
     """
     device = pick_device()
-    trust = read_json(folder / MANIFEST)["trust_remote_code"]
-    placement = _place(folder, pick_dtype(dtype, device), trust_remote_code=trust)
+    placement = _place(folder, pick_dtype(dtype, device))
     # Of some models, as those with experts, Transformers writes the weights on the disk anew, in its own layout.
     offloaded = TemporaryDirectory(dir=folder.parent) if placement and "disk" in placement.sizes else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_pretrained(
             folder,
             dtype=pick_dtype(dtype, device),
             device_map=placement.device_map if placement else {"": device},
-            trust_remote_code=trust,
-            use_safetensors=True,
             **({"offload_folder": offloaded.name} if offloaded else {}),
         )
     except torch.OutOfMemoryError:
@@ -62,7 +57,7 @@ def load_model(folder: Path, dtype: DtypeName) -> Any:
     return model.eval()
 
 
-def _place(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Placement | None:
+def _place(folder: Path, dtype: torch.dtype) -> Placement | None:
     """Where to load a model to, with a line that says it; None if this process's device holds all of it."""
     size, memory, device = weight_bytes(folder, dtype), free_memory(), pick_device()
     room = memory.gpus[device.index] if device.type == "cuda" else memory.main
@@ -70,7 +65,7 @@ def _place(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Plac
         return None
     if is_one_of_several():
         raise Problem(one_copy_each(folder, size, room))
-    model = skeleton(folder, dtype, trust_remote_code=trust_remote_code)
+    model = skeleton(folder, dtype)
     placement = plan_placement(model, memory)
     require_input_on_device(placement, str(folder))
     if (folder / ADAPTER).is_dir() and {"cpu", "disk"} & placement.sizes.keys() and len(placement.sizes) > 1:

@@ -14,7 +14,6 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import CustomDtype, compute_module_sizes, get_balanced_memory
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.core.problem import Problem
 from stages.model.device import is_one_of_several
@@ -101,13 +100,6 @@ def _block_classes(model: Any) -> list[str]:
     lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     largest = max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()), default=[])
     return sorted({type(layer).__name__ for layer in largest})
-
-
-def skeleton(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
-    """The model in a folder on the meta device: names and shapes of its weights, which take no memory."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

@@ -1,21 +1,23 @@
 """Loads the base model with its linear layers quantized to 4 or 8 bits by bitsandbytes."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, integrations
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from stages.core.jsonl import read_json
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
-from stages.core.provenance import MANIFEST
+from stages.model.architecture import computes_linear, load_pretrained, outside_language_model, skeleton
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
+from stages.model.expert_quantizer import quantized_experts
+from stages.model.experts import PackedExperts, describe_experts, expert_parameters, find_experts, install, pack, write_sum
 from stages.model.placement import (
     ONE_GPU,
     SPREAD,
@@ -24,7 +26,6 @@ from stages.model.placement import (
     free_memory,
     gigabytes,
     plan_placement,
-    skeleton,
     weight_bytes,
 )
 
@@ -33,13 +34,15 @@ class Quantization(Section):
     """How the frozen weights are stored. The names are those of Transformers' BitsAndBytesConfig."""
 
     quantization: Literal["nf4", "fp4", "int8", "none"]
-    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is."""
+    """nf4, fp4: 4 bits per weight (Dettmers et al. 2023); int8: 8 bits (LLM.int8, Dettmers et al. 2022); none: as is. The
+    experts of mixture-of-experts layers are quantized too; with int8 their weights alone, not the inputs."""
     bnb_4bit_use_double_quant: bool
     """4 bits: quantize the scales too, which saves 0.4 bits per weight at hardly any error."""
     llm_int8_threshold: float
     """int8: input values above this are multiplied in 16 bits."""
     llm_int8_skip_modules: list[str]
-    """Linear layers that are not quantized, by name or last part of the name, with 4 bits too. The output head never is."""
+    """Linear layers, or modules of experts, that are not quantized, by name or last part of the name, with 4 bits too. The
+    output head never is."""
     dtype: DtypeName
     """The dtype of matrix products and of all weights that are not quantized."""
 
@@ -52,6 +55,8 @@ class Quantized(NamedTuple):
     """The names of the quantized linear layers, sorted."""
     transposed: list[str]
     """The names of all layers, quantized or not, whose weights the base's files store as (in, out): GPT-2's Conv1D."""
+    experts: list[str]
+    """The full names of the quantized parameters with the weights of experts, in the model's order."""
 
 
 class DequantizedLinear(torch.nn.Linear):
@@ -75,18 +80,15 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
-    trust = read_json(base / MANIFEST)["trust_remote_code"]
-    skipped = _find_skipped(base, settings, trust_remote_code=trust)
-    placement = None if on_cpu or one_gpu else _spread(base, settings, trust_remote_code=trust)
+    placement = None if on_cpu or one_gpu else _spread(base, settings)
     try:
-        with _quantized_on(device):
-            model = AutoModelForCausalLM.from_pretrained(
+        storage = dtype if on_cpu else torch.uint8
+        with _quantized_on(device), _own_linear_classes_quantized(), _experts_quantized_on(device, settings, storage):
+            model = load_pretrained(
                 base,
                 dtype=dtype,
                 device_map={"": "cpu"} if on_cpu else placement.device_map if placement else {"": device},
-                quantization_config=_make_config(settings, dtype, skipped=skipped, on_cpu=on_cpu),
-                trust_remote_code=trust,
-                use_safetensors=True,
+                **_make_config(base, settings, dtype=dtype, on_cpu=on_cpu),
             )
     except torch.OutOfMemoryError:
         raise Problem(
@@ -104,28 +106,70 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
         assert_on(model, device)
     if device.type == "cpu" and not on_cpu:
         _dequantize_4bit_layers(model)
+    install(model)
     model.requires_grad_(False)
-    return Quantized(model.eval(), layers, sorted(name for name, layer in model.named_modules() if is_transposed(layer)))
+    transposed = sorted(name for name, layer in model.named_modules() if is_transposed(layer))
+    experts = [each["name"] for each in describe_experts(model) if each["quantized"]]
+    return Quantized(model.eval(), layers, transposed, experts)
 
 
-def _make_config(
-    settings: Quantization, dtype: torch.dtype, *, skipped: list[str] | None, on_cpu: bool
-) -> BitsAndBytesConfig | None:
+def _experts_quantized_on(
+    device: torch.device, settings: Quantization, storage: torch.dtype
+) -> AbstractContextManager[None]:
+    """As `_quantized_on`, for experts."""
+    return quantized_experts(
+        settings.quantization, double_quant=settings.bnb_4bit_use_double_quant, device=device, storage=storage
+    )
+
+
+def _make_config(base: Path, settings: Quantization, *, dtype: torch.dtype, on_cpu: bool) -> dict[str, BitsAndBytesConfig]:
+    """The argument `quantization_config` of `from_pretrained`, if there is one.
+
+    Raises Problem if a layer of llm_int8_skip_modules is not in the model.
+    """
     if settings.quantization == "none":
-        return None
+        return {}
+    skipped = _skipped_modules(skeleton(base, torch.float32), settings)
     if settings.quantization == "int8":
-        return BitsAndBytesConfig(
+        config = BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=settings.llm_int8_threshold, llm_int8_skip_modules=skipped
         )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=settings.quantization,
-        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        # FSDP shards and gathers weights of a floating-point dtype; the bits are the same.
-        bnb_4bit_quant_storage=dtype if on_cpu else torch.uint8,
-        llm_int8_skip_modules=skipped,
-    )
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quantization,
+            bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP shards and gathers weights of a floating-point dtype; the bits are the same.
+            bnb_4bit_quant_storage=dtype if on_cpu else torch.uint8,
+            llm_int8_skip_modules=skipped,
+        )
+    return {"quantization_config": config}
+
+
+@contextmanager
+def _own_linear_classes_quantized() -> Iterator[None]:
+    """Within the block, Transformers quantizes linear layers of a model's own class too, if they compute what nn.Linear does.
+
+    It replaces layers whose class is exactly nn.Linear, and leaves Falcon's FalconLinear in 16 bits without a word.
+    """
+    replace = integrations.replace_with_bnb_linear
+
+    def replace_all(model: Any, *given: Any, **named: Any) -> Any:
+        for module in model.modules():
+            if _is_quantizable(module) and not isinstance(module, Conv1D):
+                module.__class__ = torch.nn.Linear
+        return replace(model, *given, **named)
+
+    integrations.replace_with_bnb_linear = replace_all
+    try:
+        yield
+    finally:
+        integrations.replace_with_bnb_linear = replace
+
+
+def _is_quantizable(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D) and computes_linear(module)
 
 
 @contextmanager
@@ -144,7 +188,7 @@ def _quantized_on(device: torch.device) -> Iterator[None]:
         bnb.nn.Params4bit._quantize = quantize
 
 
-def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> Placement | None:
+def _spread(base: Path, settings: Quantization) -> Placement | None:
     """How to spread the quantized model over several GPUs, with a line that says it; None if one device is enough.
 
     Raises Problem if the GPUs together do not hold it. Weights in main memory are no way out: bitsandbytes would keep them
@@ -154,7 +198,7 @@ def _spread(base: Path, settings: Quantization, *, trust_remote_code: bool) -> P
     dtype = pick_dtype(settings.dtype, device)
     if len(memory.gpus) < 2 or weight_bytes(base, dtype) <= ONE_GPU * memory.gpus[device.index]:
         return None
-    model = skeleton(base, dtype, trust_remote_code=trust_remote_code)
+    model = skeleton(base, dtype)
     placement = plan_placement(model, memory, quantized=quantized_bits(model, settings))
     if placement.total_bytes <= SPREAD * memory.gpus[device.index]:
         return None
@@ -179,18 +223,20 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
         return {}
     # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
     bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
-    skipped = {*(get_keys_to_not_convert(model) or ()), *settings.llm_int8_skip_modules}
-    return {
+    skipped = _skipped_modules(model, settings)
+    weights = {
         f"{name}.weight": bits
         for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear | Conv1D) and not any(f".{name}".endswith(f".{skip}") for skip in skipped)
+        if _is_quantizable(layer) and should_convert_module(name, skipped)
     }
+    experts = [name for name in expert_parameters(model) if should_convert_module(name.rpartition(".")[0], skipped)]
+    return weights | dict.fromkeys(experts, bits)
 
 
 def quantized_bytes(base: Path, settings: Quantization) -> int:
     """Bytes of the quantized model's weights, scales included."""
     dtype = pick_dtype(settings.dtype, pick_device())
-    model = skeleton(base, dtype, trust_remote_code=read_json(base / MANIFEST)["trust_remote_code"])
+    model = skeleton(base, dtype)
     return plan_placement(model, Memory({}, 1 << 62), quantized=quantized_bits(model, settings)).total_bytes
 
 
@@ -199,15 +245,14 @@ def is_transposed(layer: Any) -> bool:
     return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
-def _find_skipped(base: Path, settings: Quantization, *, trust_remote_code: bool) -> list[str] | None:
-    """llm_int8_skip_modules with the modules that Transformers always skips; None leaves the choice to Transformers.
+def _skipped_modules(model: Any, settings: Quantization) -> list[str]:
+    """The modules that are not quantized, sorted: those of llm_int8_skip_modules, the output head and weights that are tied,
+    as Transformers has it, and all that is not part of the language model.
 
-    Raises Problem with all names that the model does not have.
+    Raises Problem with all names of llm_int8_skip_modules that the model does not have.
     """
-    if not settings.llm_int8_skip_modules or settings.quantization == "none":
-        return None
-    model = skeleton(base, torch.float32, trust_remote_code=trust_remote_code)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    linear += [each.name for each in find_experts(model)]
     problems = [
         bad_param(
             "train.llm_int8_skip_modules",
@@ -218,7 +263,8 @@ def _find_skipped(base: Path, settings: Quantization, *, trust_remote_code: bool
     ]
     if problems:
         raise Problem(*problems)
-    return sorted({*get_keys_to_not_convert(model), *settings.llm_int8_skip_modules})
+    kept = get_keys_to_not_convert(model) or ()
+    return sorted({*kept, *settings.llm_int8_skip_modules, *outside_language_model(model)})
 
 
 def ends_of(names: Iterable[str]) -> list[str]:
@@ -261,14 +307,17 @@ def round_trip(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:
     """Quantizes and dequantizes a linear layer's weight with bitsandbytes' functions, as a quantized layer does.
 
     Args:
-        weight: (out, in)
+        weight: (out, in). For experts, (experts, out, in) or (experts, in, out), see `pack_experts`.
         settings: How the model is quantized.
 
     Returns:
-        (out, in) in float32, with values of settings.dtype, on this process's device.
+        The same shape in float32, on this process's device; of linear layers with values of settings.dtype.
     """
     if settings.quantization == "none":
         return _rounded(weight, settings).float()
+    if weight.dim() == 3:
+        data, packed = pack_experts(weight, settings)
+        return write_sum(packed.chunks(data), None, out=torch.empty(weight.shape, device=data.device))
     if settings.quantization == "int8":
         quantized, scales, _ = bnb.functional.int8_vectorwise_quant(_rounded(weight, settings).half())
         product: torch.Tensor = quantized.float() * scales.float().view(-1, 1) / 127
@@ -285,6 +334,17 @@ def quantize_4bit(weight: torch.Tensor, settings: Quantization) -> tuple[torch.T
         compress_statistics=settings.bnb_4bit_use_double_quant,
     )
     return packed, state
+
+
+def pack_experts(weight: torch.Tensor, settings: Quantization) -> tuple[torch.Tensor, PackedExperts]:
+    """The weights (experts, ...) of a parameter quantized on this process's device, as the loaded model has them.
+
+    Returns:
+        The bytes, and how to read them.
+    """
+    weight = _rounded(weight, settings)
+    double_quant = settings.bnb_4bit_use_double_quant
+    return pack(weight, settings.quantization, double_quant=double_quant, device=weight.device)
 
 
 def _rounded(weight: torch.Tensor, settings: Quantization) -> torch.Tensor:

@@ -8,12 +8,11 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from stages.core.disk import Write, check_space, folder_size, merge_problems
-from stages.core.jsonl import read_json
 from stages.core.params import bad_param
 from stages.core.problem import Problem
-from stages.core.provenance import MANIFEST
 from stages.core.tokens import TokenRows
 from stages.model import distributed
+from stages.model.architecture import skeleton
 from stages.model.device import pick_device, pick_dtype
 from stages.model.limits import read_limits
 from stages.model.placement import (
@@ -22,7 +21,6 @@ from stages.model.placement import (
     Memory,
     gigabytes,
     plan_placement,
-    skeleton,
     total_memory,
     weight_bytes,
 )
@@ -118,7 +116,7 @@ def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -
     if not section["fsdp"] and weight_bytes(base, dtype) <= ONE_GPU * one:
         return []
     settings = Quantization(**{name: section[name] for name in Quantization.model_fields})
-    model = skeleton(base, dtype, trust_remote_code=read_json(base / MANIFEST)["trust_remote_code"])
+    model = skeleton(base, dtype)
     merged = plan_placement(model, memory)
     trained = plan_placement(model, memory, quantized=quantized_bits(model, settings))
     gpus = " + ".join(gigabytes(size) for size in memory.gpus.values()) or "none"
@@ -226,8 +224,21 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fsdp", "must be false: train.num_processes is 1"
     if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
         yield "fsdp", f"must be false: train.quantization is {section['quantization']}; nf4 or none can be sharded"
+    if section["method"] == "lora" and section["target_parameters"]:
+        yield from _why_not_experts(section)
     if section["compute"] == "fp8":
         yield from (("compute", f"{reason}; set it to dtype") for reason in _why_not_fp8(section))
+
+
+def _why_not_experts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters that PEFT has for linear layers alone."""
+    if section["use_dora"]:
+        yield "use_dora", "must be false with train.target_parameters: PEFT has DoRA for linear layers alone"
+    if section["lora_dropout"] > 0:
+        yield "lora_dropout", "must be 0 with train.target_parameters: PEFT has dropout for linear layers alone"
+    how = section["init_lora_weights"]
+    if isinstance(how, str) and how != "gaussian":
+        yield "init_lora_weights", f"must be true, false or gaussian with train.target_parameters, found {how}"
 
 
 def _why_not_fp8(section: Mapping[str, Any]) -> Iterator[str]:

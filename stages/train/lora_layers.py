@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import bitsandbytes as bnb
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import linear
 
 from stages.model import four_bit
@@ -51,7 +52,11 @@ class LoraLayers:
         self.lora_version = 0
         """Counts the changes of lora_A and lora_B; see `invalidate`."""
         self._scratch: torch.Tensor | None = None
-        modules = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+        modules = {
+            name: module
+            for name, module in adapted.named_modules()
+            if hasattr(module, "lora_A") and not isinstance(module, ParamWrapper)  # those are in expert_layers.py
+        }
         reasons = {name: _why_unsupported(module) for name, module in modules.items()}
         self.skipped = sorted({reason for reason in reasons.values() if reason})
         """Why layers keep PEFT's forward method; empty if none does."""

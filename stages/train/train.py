@@ -19,6 +19,7 @@ from stages.model.adapter import Adapter, add_adapter, initial_lora
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
+from stages.model.experts import describe_experts
 from stages.model.padding_free import enable_padding_free
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
@@ -326,6 +327,7 @@ def _describe_training(
         "quantization": settings,
         "quantized_layers": quantized.layers,
         "transposed_layers": quantized.transposed,
+        "experts": describe_experts(model),
         # Layers that were trained with round(W + scaling * B A), summed in float32 from 4-bit weights.
         "summed_in_float32": lora_layers.summed_in_float32 if lora_layers else [],
         "data": count_rows(rows),
