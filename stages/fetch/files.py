@@ -1,17 +1,20 @@
-"""A model's files on their way to the output: the download folder, the free disk space, hard links and copies."""
+"""A model's files on their way to the output: the download folder, the free space, hard links, copies, dequantization."""
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from stages.core.disk import Write, space_problems
+from stages.core.disk import Write, size_text, space_problems
+from stages.core.jsonl import write_json
 from stages.core.problem import Problem
 from stages.core.progress import progress
+from stages.fetch.checks import is_weights, is_weights_index
+from stages.fetch.dequantization import Plan
 
 
 class ModelFiles(NamedTuple):
@@ -22,13 +25,35 @@ class ModelFiles(NamedTuple):
     """The files of `folder` that belong to the model."""
     download: Path | None
     """The download folder that holds `folder`; None if `folder` belongs to the user."""
+    changed: Mapping[str, Any] = {}
+    """JSON files that are written anew, with these values."""
+    plan: Plan | None = None
+    """What is to be dequantized."""
+    notes: Sequence[str] = ()
+    """What the user should know, a line each."""
 
     def put_into(self, target: Path) -> None:
-        """Links or copies the files into `target`. Nothing is moved: the source stays complete if the process is killed."""
+        """Links or copies the files into `target`. Nothing is moved: the source stays complete if the process is killed.
+
+        Quantized weights are dequantized on the way.
+        """
+        for note in self.notes:
+            print(f"fetch: {note}", flush=True)
+        weights = {name for name in self.names if is_weights(name) or is_weights_index(name)} if self.plan else set()
+        names = [name for name in self.names if name not in self.changed and name not in weights]
         if self.download is None:
-            _copy_files(self.folder, target, names=self.names)
+            _copy_files(self.folder, target, names=names)
         else:
-            _link_files(self.folder, target, names=self.names)
+            _link_files(self.folder, target, names=names)
+        for name, value in self.changed.items():
+            write_json(target / name, value)
+        if self.plan:
+            _dequantize(self.plan, self.folder, target)
+
+    @property
+    def output_size(self) -> int:
+        """Bytes of the output, about: without what JSON files gain or lose."""
+        return total_size(self.folder, self.names) + (self.plan.size - self.plan.stored_size if self.plan else 0)
 
     def clean_up(self) -> None:
         """Removes the download folder, which is kept only so that an interrupted run can resume."""
@@ -82,6 +107,23 @@ def _link_files(source: Path, target: Path, *, names: Sequence[str]) -> None:
             print(f"fetch: {target.parent} allows no hard links ({error.strerror}); copying {len(rest)} files", flush=True)
             _copy_files(source, target, names=rest)
             return
+
+
+def _dequantize(plan: Plan, source: Path, target: Path) -> None:
+    """Writes the weights in bfloat16, and says so. Raises Problem if the disk has too little space."""
+    problems = space_problems(f"dequantizing {source}", Write(target.parent, plan.size, cached=plan.size))
+    if problems:
+        raise Problem(*problems)
+    # Imported here: other models need neither torch nor the seconds that it takes to load.
+    from stages.fetch.dequantize import write_dequantized
+
+    size = write_dequantized(plan, source, target)
+    total = sum(map(len, plan.headers.values())) - len(plan.dropped)
+    print(
+        f"fetch: dequantized {len(plan.weights)} of {total} tensors from {plan.quantization.method} to bfloat16: "
+        f"{size_text(plan.stored_size)} to {size_text(size)}",
+        flush=True,
+    )
 
 
 def _remove_download(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
     XetDownloadError,
 )
 from huggingface_hub.utils import disable_progress_bars
@@ -25,8 +27,13 @@ from stages.core.disk import Write, say_space, space_problems
 from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.progress import ProgressBar
-from stages.fetch.checks import find_problems, select_files, select_small_files
+from stages.fetch.checks import find_problems, is_weights, select_files, select_small_files
+from stages.fetch.dequantization import Headers
 from stages.fetch.files import ModelFiles, open_download
+from stages.fetch.prepare import plan_for, prepare, read_headers
+from stages.fetch.quantization import find_quantization
+from stages.fetch.remote_code import find_code, read_object
+from stages.fetch.safetensors_files import TensorInfo, read_header
 
 NETWORK_ERRORS = (
     HfHubHTTPError,
@@ -37,6 +44,8 @@ NETWORK_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+HEADER_REQUESTS = 8
+"""Threads that ask for the headers of weights."""
 
 
 @contextmanager
@@ -59,30 +68,63 @@ def model_on_hub(repository: str, commit: str, *, trust_remote_code: bool, paren
     with open_download(parent / f".fetch-{commit}") as download:
         with _explained_errors(repository, commit, kept_in=download):
             names = _check_then_download(repository, commit, trust_remote_code=trust_remote_code, folder=download)
-        yield ModelFiles(download, names, download=download)
+        yield prepare(download, names, download=download, trust_remote_code=trust_remote_code)
 
 
 def _check_then_download(repository: str, commit: str, *, trust_remote_code: bool, folder: Path) -> list[str]:
     """Downloads the model into `folder` if nothing is wrong with its file list and its config.json. Returns its files."""
     sizes = _list_files(repository, commit)
-    names = select_files(sizes, trust_remote_code=trust_remote_code)
     # A folder of its own: checksums are computed for all files of a folder, and the other one may hold 15 GB already.
     small = folder / "checked-first"
+    names = select_files(sizes, code=False)
     _download(repository, commit, names=select_small_files(names), folder=small, show_progress=False)
-    problems = find_problems(repository, sizes, folder=small, trust_remote_code=trust_remote_code)
+    names = select_files(sizes, code=trust_remote_code and find_code(sizes, folder=small).needed)
     total = sum(sizes[name] for name in names)
     downloaded = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    rest = Write(folder.parent, total - downloaded, cached=total)
-    say_space("fetch", rest)
-    problems += space_problems(f"downloading {repository}", rest)
+    headers: Headers = {}
+    if find_quantization(read_object(small / "config.json")):
+        weights = {name: sizes[name] for name in names if is_weights(name)}
+        headers = _read_headers(repository, commit, weights=weights, folder=folder)
+    plan = plan_for(small, headers)
+    problems = find_problems(
+        repository, sizes, folder=small, trust_remote_code=trust_remote_code, headers=plan.headers if plan else None
+    )
+    dequantized = plan is not None and bool(plan.weights)
+    writes = [Write(folder.parent, total - downloaded, cached=0 if dequantized else total)]
+    if plan and dequantized:  # the download is kept until the stage has succeeded
+        size = total + plan.size - plan.stored_size
+        writes.append(Write(folder.parent, size, cached=size))
+    say_space("fetch", *writes)
+    problems += space_problems(f"downloading {repository}{' and dequantizing it' if dequantized else ''}", *writes)
     if problems:
         raise Problem(*problems)
     print(f"fetch: downloading {repository}: {len(names)} files, {total / 1e6:,.0f} MB", flush=True)
     _download(repository, commit, names=names, folder=folder, show_progress=sys.stderr.isatty())
-    problems = find_problems(repository, names, folder=folder, trust_remote_code=trust_remote_code)
+    problems = find_problems(
+        repository, names, folder=folder, trust_remote_code=trust_remote_code, headers=read_headers(folder, names)
+    )
     if problems:
         raise Problem(*problems)
     return names
+
+
+def _read_headers(repository: str, commit: str, *, weights: Mapping[str, int], folder: Path) -> Headers:
+    """The headers of the weights, by a request for the first bytes of each file that is not in `folder` yet.
+
+    None if one is not safetensors, which is said when it is downloaded.
+    """
+
+    def read(name: str) -> dict[str, TensorInfo]:
+        if (folder / name).is_file() and (folder / name).stat().st_size == weights[name]:
+            return read_header(folder / name)
+        found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
+        return {each: TensorInfo(t.dtype, tuple(t.shape), *t.data_offsets) for each, t in found.tensors.items()}
+
+    try:
+        with ThreadPoolExecutor(HEADER_REQUESTS) as pool:
+            return dict(zip(weights, pool.map(read, weights), strict=True))
+    except SafetensorsParsingError:
+        return {}
 
 
 def _list_files(repository: str, commit: str) -> dict[str, int]:
