@@ -163,10 +163,10 @@ def _why_different(function: Callable[..., Any], arguments: Any, named: Any, *, 
 
 
 def _norm(module: torch.nn.Module, function: Any, remember: Remember | None) -> Any:
-    def forward(*inputs: Any, **named: Any) -> torch.Tensor:
-        out: torch.Tensor = function(module, *inputs, **named)
-        # A gated norm has two inputs.
-        if remember and not named and all(isinstance(each, torch.Tensor) for each in inputs):
+    def forward(*inputs: Any, **named: Any) -> Any:
+        out = function(module, *inputs, **named)
+        # A gated norm has two inputs, and a norm of queries and keys two results.
+        if remember and not named and all(isinstance(each, torch.Tensor) for each in (out, *inputs)):
             remember(out, recompute, inputs)
         return out
 

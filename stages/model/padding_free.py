@@ -10,11 +10,13 @@ from transformers import AttentionInterface
 
 from stages.core.tokens import IGNORE
 from stages.model.collate import collate_padding_free
+from stages.model.recurrent import prepare_recurrent_layers
 from stages.model.probe import TRIAL_ERRORS, last_logits, logits_match, probe_rows, reason_of
 
 PADDING_FREE = "loratory_padding_free"
 """The name of this attention function in Transformers' AttentionInterface. There is none in its AttentionMaskInterface, so
 that models make no masks: they would look for row boundaries in `position_ids`, and the CPU would wait for the GPU."""
+OWN_CODE = "its own code does not take the lengths of the rows"
 FLASH_HEAD_DIM = 256
 """The largest head dimension of FlashAttention."""
 
@@ -32,8 +34,13 @@ class RowLayout:
         self.longest = max(lengths)
         self.ragged = min(lengths) < self.longest
         """Whether the lengths differ."""
+        self.used = False
+        """Whether a layer has asked for more than that. Code that knows nothing of it may find the rows in `position_ids`,
+        but then computes a mask and scores for all tokens with all tokens of the batch."""
         self._starts: dict[torch.device, torch.Tensor] = {}
         self._padded: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._row_numbers: dict[torch.device, torch.Tensor] = {}
+        self._groups: dict[torch.device, tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = {}
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """(rows + 1,) in int32: the position of each row's first token, and the number of all tokens (cu_seqlens)."""
@@ -41,6 +48,37 @@ class RowLayout:
             ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self._starts[device] = ends.to(device, non_blocking=True)
         return self._starts[device]
+
+    def row_numbers(self, device: torch.device) -> torch.Tensor:
+        """(1, tokens) in int32: the number of each token's row (seq_idx)."""
+        if device not in self._row_numbers:
+            lengths = torch.tensor(self.lengths)
+            numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths).unsqueeze(0)
+            self._row_numbers[device] = numbers.to(device, non_blocking=True)
+        return self._row_numbers[device]
+
+    def groups(self, device: torch.device) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Groups of rows whose lengths differ by less than a factor of two, so that no group is more padding than tokens.
+
+        Returns:
+            For each group positions (rows, longest) in int64, the position in the batch of each token, 0 for padding; and
+            (tokens,), the places of the tokens in the flattened positions. And (tokens,) in int64: where each token of the
+            batch is among the tokens of all groups.
+        """
+        if device not in self._groups:
+            lengths = torch.tensor(self.lengths)
+            starts = lengths.cumsum(0) - lengths
+            sizes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
+            groups, order = [], []
+            for size in sizes.unique():
+                rows = (sizes == size).nonzero().squeeze(1)
+                steps = torch.arange(int(lengths[rows].max()))
+                real = steps < lengths[rows].unsqueeze(1)
+                positions = (starts[rows].unsqueeze(1) + steps).where(real, 0)
+                groups.append((positions.to(device, non_blocking=True), real.flatten().nonzero().squeeze(1).to(device)))
+                order.append(positions[real])
+            self._groups[device] = groups, torch.cat(order).argsort().to(device, non_blocking=True)
+        return self._groups[device]
 
     def padded(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors (rows, longest) that turn the batch into a padded one and back.
@@ -60,8 +98,8 @@ def enable_padding_free(model: Any, longest_row: int = 0) -> str:
     """Switches the model, in evaluation mode, to padding-free attention, if it computes the same logits with it.
 
     A trial run decides: some models have their own attention code, drop the keyword argument `row_layout`, need more than
-    plain causal attention, or have a sliding window that only their masks know. The logits of the rows of `probe_rows` in
-    one padding-free batch must be those of each row by itself.
+    plain causal attention, have a sliding window that only their masks know, or a recurrent state. The logits of the rows of
+    `probe_rows` in one padding-free batch must be those of each row by itself.
 
     Args:
         model: A causal language model.
@@ -70,13 +108,18 @@ def enable_padding_free(model: Any, longest_row: int = 0) -> str:
     Returns:
         "" if padding-free attention is on. Otherwise the reason why not; the model is then unchanged.
     """
-    if not getattr(model, "_supports_attention_backend", False):
-        return "the model has its own attention code"
-    before = model.config._attn_implementation
-    rows = probe_rows(model, longest_row)
+    before = getattr(model.config, "_attn_implementation", None)
+    if before is None:
+        return OWN_CODE
+    rows, functions = probe_rows(model, longest_row), prepare_recurrent_layers(model)
     with torch.no_grad():
         alone = [last_logits(model, [len(row)], input_ids=torch.tensor([row], device=model.device)) for row in rows]
         reason = _try_padding_free(model, rows, torch.cat(alone))
+        uses_kernel = [function for function in functions if function.why_padded == ""]
+        if reason and uses_kernel:
+            for function in uses_kernel:
+                function.why_padded = f"{function.__name__} does not keep rows apart"
+            reason = _try_padding_free(model, rows, torch.cat(alone))
     if reason:
         model.set_attn_implementation(before)
     return reason
@@ -86,14 +129,16 @@ def _try_padding_free(model: Any, rows: Sequence[list[int]], expected: torch.Ten
     """The reason why the model cannot compute the logits `expected`, as from `last_logits`, of padding-free rows."""
     batch = collate_padding_free([{"input_ids": ids, "labels": [IGNORE] * len(ids)} for ids in rows])
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    lengths = batch["row_lengths"]
+    layout = RowLayout(batch["row_lengths"])
     try:
         model.set_attn_implementation(PADDING_FREE)
-        logits = last_logits(model, lengths, **inputs, row_layout=RowLayout(lengths))
+        logits = last_logits(model, layout.lengths, **inputs, row_layout=layout)
     except TRIAL_ERRORS as error:
         if "unexpected keyword argument" in str(error):
             return "the model does not accept further keyword arguments"
         return reason_of(error)
+    if not layout.used:
+        return OWN_CODE
     return "" if logits_match(logits, expected) else "its logits differ from those of single rows"
 
 
@@ -139,6 +184,7 @@ def padding_free_attention(
     window: int | None = options.get("sliding_window")
     if row_layout is None:
         return _causal_attention(query, key, value, dropout=dropout, scaling=scaling, window=window), None
+    row_layout.used = True
     window = window if window and window < row_layout.longest else None
     # Not tensor[0]: its gradient is a tensor of zeros with a copy in it.
     heads = [tensor.squeeze(0) for tensor in (query, key, value)]  # (heads, tokens, head dim)

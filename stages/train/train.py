@@ -21,6 +21,7 @@ from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.experts import describe_experts
 from stages.model.padding_free import enable_padding_free
+from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
 from stages.train.arguments import count_steps, make_arguments, set_intervals
@@ -258,6 +259,7 @@ def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
 def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any, longest_row: int) -> bool:
     """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
     model.eval()
+    functions = prepare_recurrent_layers(model)
     if params.method != "lora":
         reason = f"{params.method} puts virtual tokens before each row"
     elif arguments.neftune_noise_alpha:
@@ -266,6 +268,9 @@ def _enable_padding_free(params: Params, arguments: TrainingArguments, model: An
         reason = enable_padding_free(model, longest_row)
     if reason and distributed.is_main():
         say(f"train: rows are padded, not padding-free: {reason}")
+    elif distributed.is_main():
+        for line in describe_padding(functions):
+            say(f"train: {line}; this is slower")
     return not reason
 
 
