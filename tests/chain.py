@@ -75,6 +75,7 @@ def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization:
         facts["dequantized"] = check_dequantized(release, base)
     with stage("train", facts):
         _train(base, work, quantization=quantization)
+    require(not facts.get("unfit"), f"train: has trained, though {facts.get('unfit')}")
     facts |= check_training(base, adapter)
     with stage("merge", facts):
         _merge(base, work)
@@ -309,6 +310,23 @@ def is_causal(model: Any) -> bool:
     return bool((first - second).std() < 1e-3 * first.std())
 
 
+def look_at(release: Path) -> dict[str, Any]:
+    """What plain Transformers makes of a checkpoint that is not quantized. Raises if it cannot load or compute it.
+
+    Returns why it cannot be trained as a causal language model; "" if it can.
+    """
+    if read_config(release).get("quantization_config"):
+        return {"unfit": ""}
+    model, keys = load_plain(release)
+    with torch.no_grad():
+        logits = row_logits(model, CHECKED_ROWS[0])
+    if not bool(logits.isfinite().all()):
+        raise ValueError("its logits are not finite")
+    if not is_causal(model):
+        return {"unfit": "it is not causal: later tokens change the logits of earlier ones"}
+    return {"unfit": f"Transformers finds {keys}" if keys else ""}
+
+
 # Checks
 
 
@@ -360,7 +378,6 @@ def check_training(base: Path, adapter: Path) -> dict[str, Any]:
     from stages.train.recompute import Recompute
 
     model = load_trained(base, adapter)
-    require(is_causal(model), "train: the model is not causal: later tokens change the logits of earlier ones")
     rows: list[dict[str, Any]] = [{"input_ids": row, "labels": [IGNORE, *row[1:]]} for row in CHECKED_ROWS]
     wanted = torch.cat([row_logits(model, row)[:-1] for row in CHECKED_ROWS]).detach()
     row_loss(model, rows).backward()

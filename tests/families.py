@@ -157,6 +157,8 @@ def _small_fields(config_class: type[PreTrainedConfig], given: Mapping[str, Any]
         name: SIZES[name] for name, value in default.items() if name in SIZES and (value is not None or name == "head_dim")
     }
     fields |= _few_layers(default, given)
+    if default.get("kv_lora_rank") and "num_key_value_heads" in fields:  # latent attention has as many as heads
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     number = LAST_WORD + 10
     for name in default:
         if name.endswith(("token_id", "token_index", "_token_ids")):
@@ -430,7 +432,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family("starcoder2", "StarCoder2", TIED),
     "stablelm": Family("stablelm", "StableLM 2"),
     "nemotron": Family("nemotron", "Nemotron-4, Minitron", {"num_key_value_heads": 2}),
-    "minicpm3": Family("minicpm3", "MiniCPM3 4B, with auto_map", {"num_key_value_heads": 4}, (with_code,)),
+    "minicpm3": Family("minicpm3", "MiniCPM3 4B, with auto_map", {}, (with_code,)),
     "internlm3": Family("internlm3", "InternLM3 8B, with auto_map", {}, (with_code,)),
     "bitnet": Family("bitnet", "BitNet b1.58 2B in bfloat16", TIED),
     "nanochat": Family("nanochat", "nanochat"),
@@ -449,12 +451,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder", {"sliding_window": None}, shards=SMALL_SHARDS),
     "olmoe": Family("olmoe", "OLMoE"),
     "glm4_moe": Family("glm4_moe", "GLM-4.5, 4.6, Air", {}, (with_more_layers("model.layers.2.", "model.layers.1."),)),
-    "glm4_moe_lite": Family("glm4_moe_lite", "GLM-4.7-Flash", {"num_key_value_heads": 4}),
+    "glm4_moe_lite": Family("glm4_moe_lite", "GLM-4.7-Flash", {}),
     "gpt_oss": Family("gpt_oss", "gpt-oss in bfloat16"),
     "deepseek_v2": Family("deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None}, (with_code,)),
-    "deepseek_v3": Family(
-        "deepseek_v3", "DeepSeek V3, R1, Kimi K2, Moonlight", {"num_key_value_heads": 4}, (with_code,), SMALL_SHARDS
-    ),
+    "deepseek_v3": Family("deepseek_v3", "DeepSeek V3, R1, Kimi K2, Moonlight", {}, (with_code,), SMALL_SHARDS),
     "granitemoe": Family("granitemoe", "Granite 3 MoE", TIED),
     "phimoe": Family("phimoe", "Phi-3.5-MoE"),
     "ernie4_5_moe": Family("ernie4_5_moe", "ERNIE 4.5 21B-A3B", {"moe_num_shared_experts": 2}),
@@ -545,9 +545,7 @@ FAMILIES: dict[str, Family] = {
     # Weights that come quantized.
     "gpt_oss_mxfp4": Family("gpt_oss", "gpt-oss as released, MXFP4", {}, (in_mxfp4,)),
     "qwen3_fp8": Family("qwen3", "Qwen3-FP8", {"hidden_size": 128, "intermediate_size": 192}, (in_fp8,)),
-    "deepseek_v3_fp8": Family(
-        "deepseek_v3", "DeepSeek V3 as released, FP8", {"num_key_value_heads": 4}, (in_fp8, with_code)
-    ),
+    "deepseek_v3_fp8": Family("deepseek_v3", "DeepSeek V3 as released, FP8", {}, (in_fp8, with_code)),
     "llama_bnb_4bit": Family("llama", "unsloth/…-bnb-4bit", {}, (in_4bit,)),
     "qwen2_gptq": Family("qwen2", "…-GPTQ-Int4", {}, (in_gptq,)),
 }

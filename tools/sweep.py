@@ -51,6 +51,7 @@ def run_family(name: str, out: Path, quantization: str) -> None:
     os.environ["DVC_ROOT"] = str(work)
     try:
         write_release(family(name), work / "release")
+        facts |= chain.look_at(work / "release")
         facts["stage"] = "fetch"
         (work / "run").mkdir()
         chain.run_chain(work / "release", work / "run", facts, quantization=quantization)
