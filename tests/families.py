@@ -272,8 +272,11 @@ def without_prefix(folder: Path) -> None:
     _change_weights(folder, lambda weights: {name.removeprefix("transformer."): weight for name, weight in weights.items()})
 
 
-def with_more_layers(prefix: str, like: str) -> Callable[[Path], None]:
-    """Layers that predict further tokens, which Transformers does not load; copied here from the layer `like`."""
+def with_more_layers(prefix: str, like: str, joined: str) -> Callable[[Path], None]:
+    """A layer that predicts further tokens, which Transformers does not load: copied here from the layer `like`.
+
+    `joined` is the matrix in which hidden states and embeddings come together.
+    """
 
     def add(folder: Path) -> None:
         _change_weights(
@@ -285,7 +288,7 @@ def with_more_layers(prefix: str, like: str) -> Callable[[Path], None]:
                     for name, weight in weights.items()
                     if name.startswith(like)
                 }
-                | {f"{prefix.partition('layers')[0] or prefix}fc.weight": torch.randn(64, 128)}
+                | {joined: torch.randn(64, 128)}
             ),
         )
 
@@ -450,7 +453,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", {"sliding_window": None}),
     "qwen3_moe": Family("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder", {"sliding_window": None}, shards=SMALL_SHARDS),
     "olmoe": Family("olmoe", "OLMoE"),
-    "glm4_moe": Family("glm4_moe", "GLM-4.5, 4.6, Air", {}, (with_more_layers("model.layers.2.", "model.layers.1."),)),
+    "glm4_moe": Family(
+        "glm4_moe",
+        "GLM-4.5, 4.6, Air",
+        {},
+        (with_more_layers("model.layers.46.", "model.layers.1.", "model.layers.46.eh_proj.weight"),),
+    ),
     "glm4_moe_lite": Family("glm4_moe_lite", "GLM-4.7-Flash", {}),
     "gpt_oss": Family("gpt_oss", "gpt-oss in bfloat16"),
     "deepseek_v2": Family("deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None}, (with_code,)),
@@ -464,7 +472,9 @@ FAMILIES: dict[str, Family] = {
         "lfm2_moe", "LFM2 8B-A1B", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], **TIED}
     ),
     # Hybrids of attention and recurrent layers, and recurrent models.
-    "qwen3_next": Family("qwen3_next", "Qwen3-Next 80B-A3B", {}, (with_more_layers("mtp.layers.0.", "model.layers.0."),)),
+    "qwen3_next": Family(
+        "qwen3_next", "Qwen3-Next 80B-A3B", {}, (with_more_layers("mtp.layers.0.", "model.layers.0.", "mtp.fc.weight"),)
+    ),
     "lfm2": Family("lfm2", "LFM2 350M to 2.6B", TIED),
     "granite4_dense": Family("granitemoehybrid", "Granite 4 H-Micro", {"num_local_experts": 0, **GRANITE_4}),
     "granite4_moe": Family("granitemoehybrid", "Granite 4 H-Tiny and H-Small", GRANITE_4),
@@ -484,7 +494,7 @@ FAMILIES: dict[str, Family] = {
         "qwen3_5",
         "Qwen 3.5 0.8B to 27B",
         {"text_config": TIED, "vision_config": QWEN_VISION, **TIED},
-        (with_more_layers("mtp.layers.0.", "model.language_model.layers.0."),),
+        (with_more_layers("mtp.layers.0.", "model.language_model.layers.0.", "mtp.fc.weight"),),
     ),
     "qwen3_5_moe": Family("qwen3_5_moe", "Qwen 3.5 35B-A3B", {"vision_config": QWEN_VISION}, shards=SMALL_SHARDS),
     "gemma3": Family(
