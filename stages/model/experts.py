@@ -10,7 +10,7 @@ lora_A and lora_B of all experts in one matrix each. W' = W + s B A is summed in
 which merging calls too: the merged weight is the one that was trained. PEFT's own forward is never used: it would sum in
 16 bits, and with a parametrization of bitsandbytes it adds the delta weight once more in each call (PEFT 0.21).
 """
-# ruff: noqa: N803 (lora_A and lora_B are PEFT's names)
+# ruff: noqa: N803, N806 (lora_A and lora_B are PEFT's names)
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
@@ -213,9 +213,7 @@ class Factors(NamedTuple):
     scaling: float
 
 
-def factors_of(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, *, experts: int, transposed: bool, scaling: float
-) -> Factors:
+def factors_of(lora_A: torch.Tensor, lora_B: torch.Tensor, *, experts: int, transposed: bool, scaling: float) -> Factors:
     """The matrices of the single experts, which PEFT keeps in one.
 
     Args:
@@ -257,14 +255,12 @@ def weight_chunks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 def read_chunks(module: Any, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
     """As `weight_chunks`, for a parameter of a module, dequantized if it is quantized."""
-    # Not by getattr: the name may stand for the dequantized weights just now. Sharded weights are here while they are gathered.
+    # Not by getattr: the name may stand for the dequantized weights just now. Sharded weights are here once gathered.
     data = module._parameters[name]
     return getattr(module, PACKED)[name].chunks(data) if is_packed(module, name) else weight_chunks(data)
 
 
-def write_sum(
-    chunks: Iterable[tuple[slice, torch.Tensor]], factors: Factors | None, *, out: torch.Tensor
-) -> torch.Tensor:
+def write_sum(chunks: Iterable[tuple[slice, torch.Tensor]], factors: Factors | None, *, out: torch.Tensor) -> torch.Tensor:
     """Writes W + scaling · left right of all experts into `out`, summed in float32 and rounded once. Returns `out`.
 
     Args:
@@ -275,8 +271,9 @@ def write_sum(
     for part, weight in chunks:
         if factors is not None:
             left, right = factors.left[part].detach(), factors.right[part].detach()
-            weight = torch.baddbmm(weight, left, right, alpha=factors.scaling)
-        out[part].copy_(weight)
+            out[part].copy_(torch.baddbmm(weight, left, right, alpha=factors.scaling))
+        else:
+            out[part].copy_(weight)
     return out
 
 
@@ -284,7 +281,9 @@ class _Sum(torch.autograd.Function):
     """W + scaling · left right, with gradients for the factors."""
 
     @staticmethod
-    def forward(ctx: Any, experts: Experts, name: str, left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, experts: Experts, name: str, left: torch.Tensor, right: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(left, right)
         ctx.scaling = scaling
         out = _empty(experts, name, left.device)
@@ -337,6 +336,7 @@ class ExpertsForward:
         self.experts = experts
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """What the class's own method returns."""
         experts = self.experts
         weights = {
             name: expert_weight(experts, name)

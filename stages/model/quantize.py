@@ -28,6 +28,7 @@ from stages.model.placement import (
     plan_placement,
     weight_bytes,
 )
+from stages.model.routers import find_routers
 
 
 class Quantization(Section):
@@ -221,8 +222,7 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
     """
     if settings.quantization == "none":
         return {}
-    # bitsandbytes has a scale in float32 per 64 weights; double quantization stores it in 8 bits.
-    bits = 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
+    bits = bits_per_weight(settings)
     skipped = _skipped_modules(model, settings)
     weights = {
         f"{name}.weight": bits
@@ -231,6 +231,14 @@ def quantized_bits(model: Any, settings: Quantization) -> dict[str, float]:
     }
     experts = [name for name in expert_parameters(model) if should_convert_module(name.rpartition(".")[0], skipped)]
     return weights | dict.fromkeys(experts, bits)
+
+
+def bits_per_weight(settings: Quantization) -> float:
+    """The bits of a quantized weight, with its part of the scales.
+
+    bitsandbytes has a scale in float32 for 64 weights of 4 bits; double quantization stores it in 8 bits.
+    """
+    return 8.0 if settings.quantization == "int8" else 4.127 if settings.bnb_4bit_use_double_quant else 4.5
 
 
 def quantized_bytes(base: Path, settings: Quantization) -> int:
@@ -247,7 +255,7 @@ def is_transposed(layer: Any) -> bool:
 
 def _skipped_modules(model: Any, settings: Quantization) -> list[str]:
     """The modules that are not quantized, sorted: those of llm_int8_skip_modules, the output head and weights that are tied,
-    as Transformers has it, and all that is not part of the language model.
+    as Transformers has it, all that is not part of the language model, and routers.
 
     Raises Problem with all names of llm_int8_skip_modules that the model does not have.
     """
@@ -264,7 +272,7 @@ def _skipped_modules(model: Any, settings: Quantization) -> list[str]:
     if problems:
         raise Problem(*problems)
     kept = get_keys_to_not_convert(model) or ()
-    return sorted({*kept, *settings.llm_int8_skip_modules, *outside_language_model(model)})
+    return sorted({*kept, *settings.llm_int8_skip_modules, *outside_language_model(model), *find_routers(model)})
 
 
 def ends_of(names: Iterable[str]) -> list[str]:

@@ -20,8 +20,9 @@ GATE = "it gates a shared expert"
 def find_routers(model: Any) -> dict[str, str]:
     """The names of the linear layers beside the experts that choose or gate them, each with what it does.
 
-    A router has as many outputs as there are experts, and what it returns changes which experts get a token, but not the
-    token. A gate has one output. What changes is tried, unless the model is on the meta device.
+    A router has as many outputs as there are experts, and a gate has one. Where the experts stand beside the attention, as
+    in Gemma 4, what a router returns must change which experts get a token, but not the token. That is tried, unless the
+    model is on the meta device.
 
     Args:
         model: Without an adapter.
@@ -40,7 +41,8 @@ def find_routers(model: Any) -> dict[str, str]:
             elif outputs == count:
                 kind = tuple(part for part in name.split(".") if not part.isdigit())
                 if kind not in tried:  # the same layer of another block does the same
-                    tried[kind] = _changes_the_choice(model, layer, experts)
+                    in_decoder_layer = block.removesuffix(".").rpartition(".")[2].isdigit()
+                    tried[kind] = not in_decoder_layer or _changes_the_choice(model, layer, experts)
                 if tried[kind]:
                     found[name] = CHOOSES
     return found

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
@@ -28,10 +28,10 @@ from torch.nn.functional import linear
 from stages.model import four_bit
 from stages.model.adapter import PEFT_PREFIX
 from stages.model.lora import add_lora
-from stages.model.probe import TRIAL_ERRORS, logits_match, probe_ids, reason_of
 from stages.model.shared_inputs import group_by_input, share_computation
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute
+from stages.train.trial import try_training, why_different
 
 
 class LoraLayers:
@@ -63,34 +63,18 @@ class LoraLayers:
         supported = {name: module for name, module in modules.items() if not reasons[name]}
         self.layers: dict[str, _FastLayer] = {}
         """By the name of the module in `adapted`."""
-        expected = _try_training(adapted) if supported else None
+        expected = try_training(adapted) if supported else None
         for names in group_by_input(adapted, supported):
             group = _make_fast([supported[name] for name in names], self, in_fp8=fp8)
             share_computation([layer.module for layer in group], partial(_forward, group, recompute))
             self.layers.update(zip(names, group, strict=True))
-        reason = self._why_different(adapted, expected) if expected else ""
+        reason = why_different(adapted, expected, in_fp8=fp8) if expected else ""
+        recompute.clear()
         if reason:
             for layer in self.layers.values():
                 del layer.module.forward  # the class's own is in effect again
             self.layers, self.skipped = {}, [*self.skipped, f"all of this model, because {reason}"]
         self.keep_dequantized(keep_dequantized)  # not before the trial, which may not take as much memory
-
-    def _why_different(self, adapted: Any, expected: "_Trial") -> str:
-        """Why the model, with the fast layers, does not compute what it did with PEFT's; "" if it does."""
-        try:
-            found = _try_training(adapted)
-        except TRIAL_ERRORS as error:
-            return reason_of(error)
-        finally:
-            self.recompute.clear()
-        if not self._fp8 and not logits_match(found.logits, expected.logits):
-            return "its logits differ"
-        if self._fp8 or expected.logits.dtype == torch.float16:  # too inexact, and too small a range without scaling
-            return ""
-        tolerance = 1e-2 if expected.logits.dtype == torch.float32 else 0.3
-        same_size = found.gradients.shape == expected.gradients.shape
-        close = same_size and (found.gradients - expected.gradients).norm() <= tolerance * expected.gradients.norm()
-        return "" if close else "its gradients differ"
 
     @property
     def summed_in_float32(self) -> list[str]:
@@ -130,28 +114,6 @@ class LoraLayers:
         if self._scratch is None or self._scratch.numel() < size or self._scratch.dtype != dtype:
             self._scratch = torch.empty(size, dtype=dtype, device=device)
         return self._scratch[:size].view(shape)
-
-
-class _Trial(NamedTuple):
-    """What a forward and backward pass of a few tokens give."""
-
-    logits: torch.Tensor
-    """(1, tokens, vocabulary)"""
-    gradients: torch.Tensor
-    """Those of all trained parameters, one after the other."""
-
-
-def _try_training(adapted: Any) -> _Trial:
-    """A forward and backward pass of the model in evaluation mode; removes gradients, and changes nothing else."""
-    was_training = adapted.training
-    adapted.eval()
-    adapted.zero_grad(set_to_none=True)
-    logits = adapted(input_ids=probe_ids(adapted), use_cache=False).logits
-    logits.float().logsumexp(-1).sum().backward()
-    gradients = [parameter.grad.float().flatten().cpu() for parameter in adapted.parameters() if parameter.grad is not None]
-    adapted.zero_grad(set_to_none=True)
-    adapted.train(was_training)
-    return _Trial(logits.detach(), torch.cat([torch.zeros(0), *gradients]))
 
 
 def _why_unsupported(module: Any) -> str | None:

@@ -29,7 +29,8 @@ from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
-from stages.train.coverage import describe_gaps
+from stages.train.coverage import describe_gaps, describe_weights
+from stages.train.expert_layers import ExpertLayers
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
 from stages.train.lora_layers import LoraLayers
@@ -231,7 +232,10 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
-    return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
+    model = add_adapter(quantized.model, base, settings=params, wanted=params)
+    if distributed.is_main():
+        say(f"train: {describe_weights(quantized, model, settings=params, wanted=params)}")
+    return quantized, model
 
 
 def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
@@ -284,6 +288,9 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
             say(f"train: compiled: {', '.join(compiled.parts)}")
         for reason in compiled.left_out:
             say(f"train: {reason}; this is slower")
+    experts = ExpertLayers(model)
+    if experts.skipped and distributed.is_main():
+        say(f"train: experts are computed twice, which is slower: {'; '.join(experts.skipped)}")
     if not lora:
         return None
     layers = LoraLayers(
