@@ -2,53 +2,19 @@
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from stages.core.problem import Problem
 from stages.fetch import files
-from stages.fetch.fetch import Params, fetch
 from stages.fetch.wheel import _dequantizing
-from tests.hub_server import COMMIT, HubHandler, served
+from tests.fetching import OWN_CODE, Hub, edit_config, from_hub, refused, refused_by_hub, run, set_free_space
+from tests.hub_server import COMMIT, served
 from tests.tiny import folder_hash
-
-
-def params(**given: Any) -> Params:
-    return Params(**{"source": "folder", "model_name_or_path": "x", "revision": "", "trust_remote_code": False} | given)
-
-
-def run(tmp_path: Path, **given: Any) -> Path:
-    fetch(params(**given), base=tmp_path / "base", tokenizer=tmp_path / "tokenizer").clean_up()
-    return tmp_path / "base"
-
-
-def refused(tmp_path: Path, **given: Any) -> str:
-    with pytest.raises(Problem) as caught:
-        run(tmp_path, **given)
-    assert not (tmp_path / "base").exists()
-    assert not (tmp_path / "tokenizer").exists()
-    assert not list(tmp_path.glob("*.partial"))
-    return str(caught.value)
-
-
-def edit_config(folder: Path, **values: Any) -> None:
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | values))
-
-
-def set_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -139,7 +105,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, model: Path) -> N
 
 
 def test_code_is_fetched_only_if_trusted(tmp_path: Path, model: Path) -> None:
-    edit_config(model, auto_map={"AutoConfig": "own.Config"})
+    edit_config(model, **OWN_CODE)
     pin = folder_hash(model)
     (model / "own.py").write_text("class Config: ...\n")
     message = refused(tmp_path, model_name_or_path=str(model), revision=pin)
@@ -152,10 +118,9 @@ def test_code_is_fetched_only_if_trusted(tmp_path: Path, model: Path) -> None:
 
 QUANTIZED = {
     "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
-    "bitsandbytes": {"quantization_config": {"load_in_4bit": True}},
+    "fbgemm_fp8": {"quantization_config": {"quant_method": "fbgemm_fp8"}},
     "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors"}},
-    "fp8": {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+    "modelopt": {"text_config": {"quantization_config": {"quant_method": "modelopt"}}},
     "an unnamed method": {"quantization_config": {"bits": 4}},
 }
 
@@ -168,13 +133,19 @@ def test_quantized_weights_are_refused_with_the_method(tmp_path: Path, model: Pa
     assert "fetch the unquantized model and set train.quantization instead" in message
 
 
+def test_the_unquantized_model_is_named_where_the_config_does(tmp_path: Path, model: Path) -> None:
+    edit_config(model, quantization_config={"quant_method": "awq"}, _name_or_path="owner/original-7B")
+    message = refused(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
+    assert "fetch the unquantized model, by its config owner/original-7B, and set train.quantization instead" in message
+
+
 def test_an_empty_quantization_config_is_accepted(tmp_path: Path, model: Path) -> None:
     edit_config(model, quantization_config=None)
     assert (run(tmp_path, model_name_or_path=str(model), revision=folder_hash(model)) / "config.json").exists()
 
 
 def test_all_problems_of_a_folder_are_one_message(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit_config(model, auto_map={"AutoConfig": "own.Config"}, quantization_config={"quant_method": "awq"})
+    edit_config(model, **OWN_CODE, quantization_config={"quant_method": "awq"})
     (model / "tokenizer_config.json").write_text("{")
     set_free_space(monkeypatch, 1)
     lines = refused(tmp_path, model_name_or_path=str(model)).splitlines()
@@ -302,92 +273,11 @@ def test_a_wheel_needs_name_and_version(tmp_path: Path, name: str) -> None:
 # The hub
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves one model at one commit, as the hub does; can interrupt a download or change a file. Records requests."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-        self.interrupted: str | None = None
-        self.changed: str | None = None
-        self.requests: list[str] = []
-
-    def edit_config(self, **values: Any) -> None:
-        self.files["config.json"] = json.dumps(json.loads(self.files["config.json"]) | values).encode()
-
-    def downloads(self, name: str) -> int:
-        """How often a file was requested."""
-        return self.requests.count(f"GET /owner/tiny/resolve/{COMMIT}/{name}")
-
-    def lfs(self, name: str) -> bool:
-        return name.endswith(".safetensors")
-
-    def etag(self, name: str) -> str:
-        data = self.files[name]
-        return (
-            hashlib.sha256(data).hexdigest()
-            if self.lfs(name)
-            else hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-        )
-
-    def info(self) -> dict[str, Any]:
-        siblings = []
-        for name, data in self.files.items():
-            entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": self.etag(name)}
-            if self.lfs(name):
-                entry |= {"blobId": "0" * 40, "lfs": {"sha256": self.etag(name), "size": len(data), "pointerSize": 134}}
-            siblings.append(entry)
-        return {"id": "owner/tiny", "sha": COMMIT, "private": False, "downloads": 0, "tags": [], "siblings": siblings}
-
-    def tree(self) -> list[dict[str, Any]]:
-        entries = []
-        for name, data in self.files.items():
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": self.etag(name)}
-            if self.lfs(name):
-                entry |= {"oid": "0" * 40, "lfs": {"oid": self.etag(name), "size": len(data), "pointerSize": 134}}
-            entries.append(entry)
-        return entries
-
-
-class Handler(HubHandler):
-    server: Hub
-
-    def answer(self, *, body: bool) -> None:
-        path = self.path.split("?")[0]
-        self.server.requests.append(f"{self.command} {path}")
-        file = re.fullmatch(rf"/owner/tiny/resolve/{COMMIT}/(.+)", path)
-        if path in (f"/api/models/owner/tiny/revision/{COMMIT}", "/api/models/owner/tiny"):
-            self.send(200, json.dumps(self.server.info()).encode(), body)
-        elif path == f"/api/models/owner/tiny/tree/{COMMIT}":
-            self.send(200, json.dumps(self.server.tree()).encode(), body)
-        elif file and file[1] in self.server.files:
-            self.send_file(file[1], body)
-        elif path.startswith("/api/models/owner/tiny/revision/"):
-            self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-        else:
-            self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound" if "/api/" in path else "EntryNotFound"})
-
-
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[Hub]:
     with served(Hub(tiny_model)) as server:
         yield server
 
-
-SCRIPT = """
-import os, shutil, sys
-from pathlib import Path
-from stages.fetch.fetch import Params, fetch
-from stages.core.problem import Problem
-{before}
-try:
-    params = Params(
-        source="hub", model_name_or_path=sys.argv[1], revision=sys.argv[2], trust_remote_code=sys.argv[4] == "True"
-    )
-    fetch(params, base=Path(sys.argv[3]) / "base", tokenizer=Path(sys.argv[3]) / "tokenizer").clean_up()
-except Problem as problem:
-    sys.exit(str(problem))
-"""
 
 KILLED_WHILE_LINKING = """
 link, linked = os.link, []
@@ -397,39 +287,6 @@ def kill(source, target):
     linked.append(link(source, target))
 os.link = kill
 """
-
-
-def from_hub(
-    hub: Hub,
-    tmp_path: Path,
-    name: str = "owner/tiny",
-    *,
-    commit: str = COMMIT,
-    endpoint: str | None = None,
-    trust_remote_code: bool = False,
-    before: str = "",
-) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE when it is imported.
-
-    `before` is code that runs before the stage.
-    """
-    env = os.environ | {
-        "HF_ENDPOINT": endpoint or f"http://127.0.0.1:{hub.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [sys.executable, "-c", SCRIPT.format(before=before), name, commit, str(tmp_path), str(trust_remote_code)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
-
-
-def refused_by_hub(hub: Hub, tmp_path: Path, **given: Any) -> str:
-    done = from_hub(hub, tmp_path, **given)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "base").exists()
-    return done.stderr
 
 
 def test_the_hub_gives_the_published_folder_and_no_second_copy_is_kept(hub: Hub, tmp_path: Path) -> None:
@@ -471,7 +328,7 @@ def test_a_file_that_does_not_match_the_hubs_checksum_is_removed(hub: Hub, tmp_p
 
 
 def test_the_config_is_checked_before_weights_are_requested(hub: Hub, tmp_path: Path) -> None:
-    hub.edit_config(auto_map={"AutoConfig": "own.Config"}, quantization_config={"quant_method": "gptq"})
+    hub.edit_config(**OWN_CODE, quantization_config={"quant_method": "gptq"})
     hub.files["model.safetensors.index.json"] = b'{"weight_map": {"a": "model-2.safetensors"}}'
     for name in [name for name in hub.files if name.startswith(("tokenizer", "chat_template"))]:
         del hub.files[name]
@@ -502,7 +359,7 @@ def test_too_little_disk_space_is_refused_before_the_download(hub: Hub, tmp_path
 
 
 def test_a_download_survives_a_kill_while_files_are_linked_and_a_wrong_parameter(hub: Hub, tmp_path: Path) -> None:
-    hub.edit_config(auto_map={"AutoConfig": "own.Config"})
+    hub.edit_config(**OWN_CODE)
     hub.files["own.py"] = b"class Config: ...\n"
     assert from_hub(hub, tmp_path, trust_remote_code=True, before=KILLED_WHILE_LINKING).returncode == 9
     assert not (tmp_path / "base").exists()
@@ -517,7 +374,7 @@ def test_a_download_survives_a_kill_while_files_are_linked_and_a_wrong_parameter
 
 
 def test_a_model_refused_for_its_code_is_fetched_when_the_code_is_trusted(hub: Hub, tmp_path: Path) -> None:
-    hub.edit_config(auto_map={"AutoConfig": "own.Config"})
+    hub.edit_config(**OWN_CODE)
     hub.files["own.py"] = b"class Config: ...\n"
     refused_by_hub(hub, tmp_path)
     assert from_hub(hub, tmp_path, trust_remote_code=True).returncode == 0

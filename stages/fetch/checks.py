@@ -8,8 +8,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from stages.core.jsonl import read_json
-from stages.fetch.dequantization import Headers, plan_dequantization
 from stages.fetch.quantization import find_quantization, quantization_problems
+from stages.fetch.quantized_tensors import Headers, plan_dequantization
 from stages.fetch.remote_code import code_problems, find_code
 
 WEIGHTS = r".*\.safetensors"

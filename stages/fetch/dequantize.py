@@ -22,7 +22,7 @@ from stages.core.jsonl import read_json, write_json
 from stages.core.problem import Problem
 from stages.core.progress import progress
 from stages.fetch.checks import is_weights_index
-from stages.fetch.dequantization import Plan, Weight
+from stages.fetch.quantized_tensors import Plan, Weight
 from stages.fetch.safetensors_files import NewTensor, read_metadata, read_parts, write_safetensors
 
 CHUNK_ELEMENTS = 1 << 24

@@ -14,7 +14,7 @@ from stages.core.jsonl import write_json
 from stages.core.problem import Problem
 from stages.core.progress import progress
 from stages.fetch.checks import is_weights, is_weights_index
-from stages.fetch.dequantization import Plan
+from stages.fetch.quantized_tensors import Plan
 
 
 class ModelFiles(NamedTuple):

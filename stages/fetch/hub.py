@@ -28,10 +28,10 @@ from stages.core.params import bad_param
 from stages.core.problem import Problem
 from stages.core.progress import ProgressBar
 from stages.fetch.checks import find_problems, is_weights, select_files, select_small_files
-from stages.fetch.dequantization import Headers
 from stages.fetch.files import ModelFiles, open_download
 from stages.fetch.prepare import plan_for, prepare, read_headers
 from stages.fetch.quantization import find_quantization
+from stages.fetch.quantized_tensors import Headers
 from stages.fetch.remote_code import find_code, read_object
 from stages.fetch.safetensors_files import TensorInfo, read_header
 
@@ -82,7 +82,8 @@ def _check_then_download(repository: str, commit: str, *, trust_remote_code: boo
     total = sum(sizes[name] for name in names)
     downloaded = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     headers: Headers = {}
-    if find_quantization(read_object(small / "config.json")):
+    quantization = find_quantization(read_object(small / "config.json"))
+    if quantization and quantization.supported:
         weights = {name: sizes[name] for name in names if is_weights(name)}
         headers = _read_headers(repository, commit, weights=weights, folder=folder)
     plan = plan_for(small, headers)

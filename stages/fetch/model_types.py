@@ -18,12 +18,6 @@ GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend
 """Names, without "Fast", of classes that say nothing of a tokenizer without tokenizer.json."""
 
 
-def has_class(config: Mapping[str, Any]) -> bool:
-    """Whether Transformers itself generates text with models of this config.json, so that no remote code is needed."""
-    model_type = config.get("model_type")
-    return any(model_type in _keys("modeling_auto.py", table) for table in GENERATORS)
-
-
 def has_tokenizer_class(settings: Mapping[str, Any], model_type: object) -> bool:
     """Whether Transformers has a tokenizer for this tokenizer_config.json, or for the model type, without tokenizer.json."""
     # Of this table some values depend on what is installed, so it is imported. Few models need to be asked about.
@@ -47,13 +41,15 @@ def type_problem(config: Mapping[str, Any]) -> str:
         return f"its model type {model_type} is an encoder-decoder; {only}"
     if not config.get("is_decoder") and model_type in _keys("modeling_auto.py", ENCODERS):
         return f"its model type {model_type} is an encoder, which generates no text; {only}"
-    if has_class(config):
+    if any(model_type in _keys("modeling_auto.py", table) for table in GENERATORS):
         return ""
     if model_type in _known_types():
         return f"its model type {model_type} generates no text in {transformers_version()}; {only}"
+    own = "its auto_map in config.json names no class for causal language models"
     return (
-        f"{transformers_version()} knows no model type {model_type!r}, and the model comes without Python code of its own; "
-        "fetch a model of another type, or a copy of this one whose config.json names the type of a Transformers class"
+        f"{transformers_version()} knows no model type {model_type!r}, and "
+        f"{own if config.get('auto_map') else 'the model comes without Python code of its own'}; fetch a model of another "
+        "type, or correct model_type in a copy of this one"
     )
 
 

@@ -1,13 +1,12 @@
 """From the checked files of a model to what is done with each of them."""
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from stages.fetch.checks import is_config, is_weights
-from stages.fetch.dequantization import Headers, Plan, plan_dequantization
 from stages.fetch.files import ModelFiles
 from stages.fetch.quantization import find_quantization, without_quantization
+from stages.fetch.quantized_tensors import Headers, Plan, plan_dequantization
 from stages.fetch.remote_code import (
     AUTO_MAP,
     find_code,
@@ -62,5 +61,5 @@ def read_headers(folder: Path, names: Sequence[str]) -> Headers:
     """The headers of the weights; none if one of them is damaged, which other checks report."""
     try:
         return {name: read_header(folder / name) for name in names if is_weights(name)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

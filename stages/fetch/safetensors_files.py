@@ -6,13 +6,13 @@ https://huggingface.co/docs/safetensors/index#format
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 COPY_BYTES = 1 << 24
 """Bytes that are read at once."""
+LENGTH_BYTES = 8
 METADATA = "__metadata__"
 BITS = {"64": 64, "32": 32, "16": 16}
 """Bits per element by the digits in a dtype's name; F8_E4M3, U8, BOOL and all others have 8."""
@@ -56,7 +56,7 @@ def item_size(dtype: str) -> int:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file by name, in the order of their bytes."""
-    header, _ = _read(file)
+    header = _read(file)
     tensors = {}
     for name, entry in header.items():
         if name != METADATA:
@@ -67,9 +67,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def read_parts(file: Path, tensor: TensorInfo) -> Iterator[bytes]:
     """The bytes of a tensor, as they are in the file."""
-    _, begin = _read(file)
     with file.open("rb") as source:
-        source.seek(begin + tensor.start)
+        source.seek(LENGTH_BYTES + _header_length(source) + tensor.start)
         rest = tensor.end - tensor.start
         while rest:
             part = source.read(min(COPY_BYTES, rest))
@@ -81,8 +80,7 @@ def read_parts(file: Path, tensor: TensorInfo) -> Iterator[bytes]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The text that a safetensors file carries beside its tensors."""
-    header, _ = _read(file)
-    return dict(header.get(METADATA, {}))
+    return dict(_read(file).get(METADATA, {}))
 
 
 def write_safetensors(file: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> Iterator[NewTensor]:
@@ -99,15 +97,23 @@ def write_safetensors(file: Path, tensors: Sequence[NewTensor], metadata: Mappin
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as target:
-        target.write(struct.pack("<Q", len(text)) + text)
+        target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for tensor in tensors:
             written = sum(target.write(part) for part in tensor.parts())
             assert written == tensor.size, tensor.name
             yield tensor
 
 
-def _read(file: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the bytes of the tensors begin."""
+def _read(file: Path) -> dict[str, Any]:
+    """The header. Raises ValueError if it is not one."""
     with file.open("rb") as source:
-        length = struct.unpack("<Q", source.read(8))[0]
-        return json.loads(source.read(length)), 8 + length
+        length = _header_length(source)
+        if length > file.stat().st_size:
+            raise ValueError(f"{file}: not safetensors")
+        header: dict[str, Any] = json.loads(source.read(length))
+        return header
+
+
+def _header_length(source: BinaryIO) -> int:
+    """What the first 8 bytes say."""
+    return int.from_bytes(source.read(LENGTH_BYTES), "little")

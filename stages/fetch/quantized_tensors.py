@@ -30,6 +30,8 @@ STATE_4BIT = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 CONV1D_TYPES = ("gpt2", "gpt-sw3", "openai-gpt")
 """Model types whose layers store (in, out), while bitsandbytes stores (out, in)."""
+SHOWN_PROBLEMS = 3
+"""So many tensors are named that do not fit; usually all or none do."""
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
 """What may be beside quantized weights."""
 
@@ -100,6 +102,8 @@ def plan_dequantization(quantization: Quantization, headers: Headers, *, model_t
             f"{name} is stored as {left[name]} in a way that fetch does not know ({len(left)} such tensors); fetch the "
             "unquantized model and set train.quantization instead"
         )
+    if len(problems) > SHOWN_PROBLEMS:
+        problems[SHOWN_PROBLEMS:] = [f"and {len(problems) - SHOWN_PROBLEMS} more tensors like these"]
     transposed = quantization.method == "bitsandbytes" and model_type in CONV1D_TYPES
     return Plan(quantization, headers, weights, frozenset(parts | dropped), problems, transposed)
 
@@ -123,8 +127,8 @@ def _find_fp8(tensors: Mapping[str, TensorInfo], quantization: Quantization) -> 
         if block is None:
             problems.append(
                 f"{name} has the shape {list(info.shape)} and its scales have {list(tensors[scale].shape)}, which does not "
-                f"fit weight_block_size {list(quantization.block or ()) or None} of config.json; fetch the unquantized model "
-                "and set train.quantization instead"
+                f"fit weight_block_size {list(quantization.block or ()) or None} of config.json; fetch the unquantized "
+                "model and set train.quantization instead"
             )
             continue
         weights[name] = Weight(name, name, {"scale": scale}, info.shape, info.elements, block)
