@@ -332,28 +332,30 @@ def look_at(release: Path) -> dict[str, Any]:
 
 
 def check_dequantized(release: Path, base: Path) -> str:
-    """The weights that `fetch` dequantized are those that Transformers makes of them. Returns what was compared."""
+    """The weights that `fetch` dequantized are right within the rounding to bfloat16. Returns what they were compared with."""
     method = read_config(release)["quantization_config"]["quant_method"]
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if method in ("mxfp4", "fp8"):
-        settings = transformers.Mxfp4Config if method == "mxfp4" else transformers.FineGrainedFP8Config
-        options["quantization_config"] = settings(dequantize=True)
-    try:
-        model, _ = load_plain(release, **options)
-    except Exception as error:
-        return f"not compared with Transformers, which cannot load it here: {error}"
-    if method == "bitsandbytes":
-        model = model.dequantize()
-    wanted = model.float().state_dict()
-    found = load_plain(base)[0].state_dict()
-    require(
-        found.keys() == wanted.keys(),
-        f"fetch: other parameters than Transformers': {sorted(found.keys() ^ wanted.keys())[:3]}",
-    )
+    if method == "fp8":  # Transformers gets blocks wrong that a matrix does not fill
+        found, wanted = read_values(base), _from_fp8(read_values(release))
+    else:
+        settings = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
+        model, _ = load_plain(release, dtype=torch.bfloat16, **settings)
+        model = model.dequantize() if method == "bitsandbytes" else model
+        found, wanted = load_plain(base)[0].state_dict(), model.float().state_dict()
+    require(found.keys() == wanted.keys(), f"fetch: other tensors: {sorted(found.keys() ^ wanted.keys())[:3]}")
     for name, weight in wanted.items():
-        error = (found[name] - weight).norm() / weight.norm().clamp(min=1e-9)
-        require(bool(error < 5e-3), f"fetch: {name} differs from the weight that Transformers dequantizes by {error:.4f}")
+        error = (found[name].float() - weight).norm() / weight.norm().clamp(min=1e-9)
+        require(bool(error < 5e-3), f"fetch: {name} differs from the weight that it should be by {error:.4f}")
     return method
+
+
+def _from_fp8(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights from those in FP8 and their scales, one for each block of 128 x 128."""
+    found = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    for name in found:
+        if f"{name}_scale_inv" in tensors:
+            scales = tensors[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+            found[name] *= scales[: found[name].shape[0], : found[name].shape[1]]
+    return found
 
 
 def load_trained(base: Path, adapter: Path) -> Any:
@@ -421,6 +423,11 @@ def read_tensors(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
         with safe_open(shard, framework="pt") as file:
             found |= {name: (shard.name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return found
+
+
+def read_values(folder: Path) -> dict[str, torch.Tensor]:
+    """The value of every tensor in a folder."""
+    return {name: tensor for name, (_, tensor) in read_tensors(folder).items()}
 
 
 def check_merged(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
@@ -491,16 +498,23 @@ def loaded_names(base: Path) -> dict[str, str]:
 
 
 def check_trained_is_merged(base: Path, merged: Path, adapter: Path, *, report: Path) -> None:
-    """The merged model, loaded by Transformers, computes what PEFT computes, and has the loss that `train` reported."""
+    """The merged model, loaded by Transformers, computes what PEFT computes, and has the loss that `train` reported.
+
+    Within the rounding to the dtype of its files, of which a router may make another choice of experts.
+    """
+    exact = all(tensor.dtype != torch.bfloat16 for tensor in read_values(merged).values())
+    most_kl, most_loss = (1e-5, 2e-3) if exact else (2e-2, 2e-2)
     model, trained = load_plain(merged)[0], load_trained(base, adapter)
     with torch.no_grad():
         for row in CHECKED_ROWS[:2]:
             found, wanted = row_logits(model, row).log_softmax(-1), row_logits(trained, row).log_softmax(-1)
             kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-            require(kl < 1e-5, f"merge: the merged model's mean KL from the trained one is {kl:.1e}")
+            require(kl < most_kl, f"merge: the merged model's mean KL from the trained one is {kl:.1e}")
         loss = float(row_loss(model, read_rows(report.parent / "validation.arrow")))
     told = json.loads(report.read_text())["validation_loss"]
-    require(abs(loss - told) < 2e-3, f"train: reports the validation loss {told:.4f}, and the merged model has {loss:.4f}")
+    require(
+        abs(loss - told) < most_loss, f"train: reports the validation loss {told:.4f}, and the merged model has {loss:.4f}"
+    )
 
 
 def check_answers(folder: Path, work: Path) -> None:
