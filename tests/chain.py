@@ -37,6 +37,8 @@ NEW_TOKENS = 12
 HASH_WANTED = re.compile(r"the hash of .* is ([0-9a-f]{64})")
 WRITTEN_BY_MERGE = {"README.md", "manifest.json", "chat_template.jinja", "generation_config.json", "tokenizer_config.json"}
 """Files of a merged model that the base lacks, or has with another content."""
+NOT_QUANTIZED = "emb|wte|wpe|lm_head|bias|vision|visual|audio|projector"
+"""What a tensor is named that is no weight of a layer of the language model."""
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": STOP, "<unk>": 3}
 WORD = r"w\d+|</?\w+>"
 """A token in an answer."""
@@ -332,7 +334,7 @@ def look_at(release: Path) -> dict[str, Any]:
 
 
 def check_dequantized(release: Path, base: Path) -> str:
-    """The weights that `fetch` dequantized are right within the rounding to bfloat16. Returns what they were compared with."""
+    """The weights that `fetch` dequantized are right within the rounding to bfloat16. Returns how they were quantized."""
     method = read_config(release)["quantization_config"]["quant_method"]
     if method == "fp8":  # Transformers gets blocks wrong that a matrix does not fill
         found, wanted = read_values(base), _from_fp8(read_values(release))
@@ -440,7 +442,7 @@ def check_merged(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
     changed = [name for name, (_, tensor) in before.items() if not torch.equal(tensor, after[name][1])]
     require(bool(changed), "merge: nothing has changed")
     meant, names = changed_on_purpose(adapter), loaded_names(base)
-    beyond = [name for name in changed if not meant(names.get(name, name))]
+    beyond = [name for name in changed if name not in names or not meant(names[name])]
     require(not beyond, f"merge: has changed {len(beyond)} tensors that are neither adapted nor quantized: {beyond[:3]}")
     require(read_config(base) == read_config(merged), "merge: config.json is another one")
     kept = {file.name for file in base.iterdir()} - WRITTEN_BY_MERGE
@@ -452,17 +454,15 @@ def check_merged(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
     if read_config(base)["model_type"] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         keys = load_plain(merged, "AutoModelForImageTextToText")[1]
         require(not keys, f"merge: loaded with AutoModelForImageTextToText, Transformers finds {keys}")
-    experts = [name for name, (_, tensor) in before.items() if is_expert(name, tensor)]
-    matrices = [
-        name for name, (_, tensor) in before.items() if tensor.dim() > 1 and not re.search("emb|lm_head|wte|wpe", name)
-    ]
-    return {"changed": _share(changed, matrices, before), "experts": _share(changed, experts, before) if experts else None}
+    layers = [name for name in names if before[name][1].dim() > 1 and not re.search(NOT_QUANTIZED, name)]
+    experts = [name for name in layers if is_expert(name, before[name][1])]
+    return {"changed": _share(changed, layers, before), "experts": _share(changed, experts, before) if experts else None}
 
 
 def is_expert(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of the files is the weight of one expert, or of all that a layer has."""
+    """Whether a matrix of the files is that of one expert, or of all that a layer has."""
     stacked = tensor.dim() == 3 and re.search("moe|mlp|ffn|feed_forward", name) is not None
-    return tensor.dim() > 1 and (stacked or re.search(r"(?<!shared_)experts\.", name) is not None)
+    return stacked or re.search(r"(?<!shared_)experts\.", name) is not None
 
 
 def _share(changed: Sequence[str], names: Sequence[str], tensors: Mapping[str, tuple[str, torch.Tensor]]) -> float:
@@ -482,7 +482,7 @@ def changed_on_purpose(adapter: Path) -> Any:
 
 
 def loaded_names(base: Path) -> dict[str, str]:
-    """The parameter of Transformers' model that each tensor of the files becomes, or becomes a part of."""
+    """The parameter that each tensor of the files becomes, or becomes a part of, in the model that Transformers loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
