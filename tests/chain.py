@@ -461,7 +461,7 @@ def check_merged(base: Path, merged: Path, adapter: Path) -> dict[str, Any]:
 
 def is_expert(name: str, tensor: torch.Tensor) -> bool:
     """Whether a matrix of the files is that of one expert, or of all that a layer has."""
-    stacked = tensor.dim() == 3 and re.search("moe|mlp|ffn|feed_forward", name) is not None
+    stacked = tensor.dim() == 3 and len(tensor) > 1 and re.search("moe|mlp|ffn|feed_forward", name) is not None
     return stacked or re.search(r"(?<!shared_)experts\.", name) is not None
 
 

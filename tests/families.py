@@ -461,7 +461,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm4_moe_lite": Family("glm4_moe_lite", "GLM-4.7-Flash", {}),
     "gpt_oss": Family("gpt_oss", "gpt-oss in bfloat16"),
-    "deepseek_v2": Family("deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None}, (with_code,)),
+    "deepseek_v2": Family("deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None, "num_experts_per_tok": 2}, (with_code,)),
     "deepseek_v3": Family("deepseek_v3", "DeepSeek V3, R1, Kimi K2, Moonlight", {}, (with_code,), SMALL_SHARDS),
     "granitemoe": Family("granitemoe", "Granite 3 MoE", TIED),
     "phimoe": Family("phimoe", "Phi-3.5-MoE"),
