@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from stages.core.problem import Problem
@@ -19,6 +19,7 @@ from stages.merge import merge as merge_module
 from stages.merge.merge import Params as MergeParams
 from stages.merge.merge import merge
 from stages.model.adapter import INITIAL, Adapter, add_adapter, find_targets, initial_lora_from, save_adapter
+from stages.model.base_weights import BaseWeights
 from stages.model.lora import lora_scaling
 from stages.model.quantize import Quantization, load_quantized
 from tests.runs import INPUTS, params, run
@@ -347,17 +348,20 @@ def test_the_message_for_a_name_that_matches_nothing_lists_the_names(
         find_targets(model, wanted)
 
 
-def test_an_adapter_that_could_not_be_merged_is_refused_before_training(workspace: Workspace, tmp_path: Path) -> None:
+def test_an_adapter_that_could_not_be_merged_is_refused_before_training(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
         Problem, match=r"train\.r: 64 is more than the rank of model\.layers\.0\.self_attn\.k_proj, which is 32 x 64"
     ):
         adapted(workspace, r=64, init_lora_weights="olora")
     adapted(workspace, r=64)
     base = Path(shutil.copytree(workspace.root / INPUTS[2], tmp_path / "base"))
-    tensors = load_file(base / "model.safetensors")
-    save_file({name.removeprefix("model."): tensors[name] for name in tensors}, base / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(BaseWeights, "__contains__", lambda self, name: not name.endswith("q_proj.weight"))
     with pytest.raises(
-        Problem, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight, into which merge would merge"
+        Problem,
+        match=r"has no tensor for model\.layers\.0\.self_attn\.q_proj\.weight, into which merge would merge the adapter "
+        r"\(and 1 more\)",
     ):
         adapted(workspace, base)
 

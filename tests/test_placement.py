@@ -16,8 +16,8 @@ from stages.generate.text_losses import window_losses
 from stages.generate.transformers_backend import TransformersBackend
 from stages.model import load, quantize
 from stages.model.adapter import add_adapter
-from stages.model.load import load_model
 from stages.model.architecture import skeleton
+from stages.model.load import load_model
 from stages.model.placement import Memory, is_spread, plan_placement, weight_bytes
 from stages.model.quantize import Quantization, load_quantized, quantized_bits
 from stages.train import fsdp

@@ -228,7 +228,7 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear | Conv1D) and name not in outside
     }
-    unused, found = _unused_layers(model, layers), dict.fromkeys(outside, "it is not part of the language model")
+    unused, found = _unused_layers(model, layers), {}
     for name, layer in layers.items():
         if not computes_linear(layer):
             found[name] = f"{type(layer).__name__} computes something else than a linear layer"
@@ -270,10 +270,9 @@ def _refused_by_peft(model: Any, name: str) -> bool:
 def _match_layers(model: Any, wanted: str | Sequence[str]) -> list[str]:
     head = model.get_output_embeddings()
     unsuitable = unsuitable_layers(model)
+    left_out = {*unsuitable, *outside_language_model(model)}
     linear = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear | Conv1D) and name not in unsuitable
+        name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D) and name not in left_out
     ]
     if wanted == "all-linear":
         routers = find_routers(model)

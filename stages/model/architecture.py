@@ -94,8 +94,8 @@ def _auto_class(folder: Path, config: Any) -> Any:
         if type(config) in auto._model_mapping or auto.__name__ in own:
             return auto
     raise Problem(
-        f"{folder}: Transformers {transformers.__version__} has no language model of the type {config.model_type!r}, and the "
-        "model brings no code of its own; fetch another model"
+        f"{folder}: Transformers {transformers.__version__} has no language model of the type {config.model_type!r}, and "
+        "the model brings no code of its own; fetch another model"
     )
 
 

@@ -8,7 +8,7 @@ The same rules are used here, in both directions.
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,9 @@ from transformers.core_model_loading import (
 
 from stages.core.problem import Problem
 from stages.model.architecture import skeleton
+
+NAMED = 3
+"""The maximum number of tensors that a message names one by one."""
 
 
 class Conversion(NamedTuple):
@@ -56,6 +59,8 @@ class BaseWeights:
                 for key in file.keys():  # noqa: SIM118
                     self._shards[key], self._shapes[key] = shard, tuple(file.get_slice(key).get_shape())
         self._model = skeleton(folder, torch.float32)
+        self._weights = self._model.state_dict()
+        """On the meta device."""
         self._transforms = get_model_conversion_mapping(self._model)
         self._conversions: dict[str, Conversion] = {}
         """By the names of the model."""
@@ -124,6 +129,24 @@ class BaseWeights:
         assert converted.keys() == set(conversion.keys), (sorted(converted), conversion.keys)
         return converted
 
+    def check_shapes(self) -> None:
+        """Raises Problem if a weight has another shape in the files than config.json says.
+
+        Transformers checks it too, but not for weights that it quantizes.
+        """
+        problems = []
+        for conversion in self.conversions(self._conversions):
+            found = self.to_model(conversion, {key: self._empty(key) for key in conversion.keys})
+            for name in conversion.names:
+                wanted, shape = tuple(self._weights[name].shape), tuple(found[name].shape)
+                if shape != wanted:
+                    problems.append(f"{self.folder}: {conversion.keys[0]} has the shape {shape}; config.json says {wanted}")
+        if problems:
+            more = [f"{len(problems) - NAMED} more tensors have another shape than config.json says"] * (
+                len(problems) > NAMED
+            )
+            raise Problem(*problems[:NAMED], *more)
+
     def require(self, names: Iterable[str], purpose: str) -> None:
         """Raises Problem if the files lack one of these weights, or if `merge` could not write one back.
 
@@ -147,8 +170,8 @@ class BaseWeights:
                 same = False
             if not same:
                 raise Problem(
-                    f"{self.folder}: Transformers makes {conversion.names[0]} of {conversion.keys[0]}{_others(conversion.keys)} "
-                    f"in a way that cannot be reversed, and it is needed {purpose}"
+                    f"{self.folder}: Transformers makes {conversion.names[0]} of "
+                    f"{conversion.keys[0]}{_others(conversion.keys)} in a way that cannot be reversed, {purpose}"
                 )
 
     def _find_conversions(self) -> None:
@@ -156,7 +179,7 @@ class BaseWeights:
         renamings = [each for each in self._transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in self._transforms if isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-        prefix, weights = self._model.base_model_prefix, self._model.state_dict()
+        prefix, weights = self._model.base_model_prefix, self._weights
         collected: dict[str, list[tuple[str, str]]] = {}
         for key in sorted(self._shards, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, weights)
@@ -179,9 +202,13 @@ class BaseWeights:
         """The names of all weights that a conversion makes; `first` is the one that Transformers names it by."""
         if converter is None or len(converter.target_patterns) == 1:
             return (first,)
-        shapes = {key: torch.empty(self._shapes[key], device="meta") for key in keys}
-        made = self.to_model(Conversion(tuple(keys), (first,), converter, tuple(patterns)), shapes)
+        conversion = Conversion(tuple(keys), (first,), converter, tuple(patterns))
+        made = self.to_model(conversion, {key: self._empty(key) for key in keys})
         return tuple(sorted(made, key=dot_natural_key))
+
+    def _empty(self, key: str) -> torch.Tensor:
+        """A tensor of the files, on the meta device."""
+        return torch.empty(self._shapes[key], device="meta")
 
     def _add_tied(self) -> None:
         """Adds the other names of weights that several modules of the model share."""

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from stages.core.params import Section, bad_param
 from stages.core.problem import Problem
 from stages.model.architecture import computes_linear, load_pretrained, outside_language_model, skeleton
+from stages.model.base_weights import BaseWeights
 from stages.model.device import DtypeName, assert_on, pick_device, pick_dtype
 from stages.model.expert_quantizer import quantized_experts
 from stages.model.experts import PackedExperts, describe_experts, expert_parameters, find_experts, install, pack, write_sum
@@ -81,6 +82,7 @@ def load_quantized(base: Path, settings: Quantization, *, on_cpu: bool = False, 
     """
     device = pick_device()
     dtype = pick_dtype(settings.dtype, device)
+    BaseWeights(base).check_shapes()
     placement = None if on_cpu or one_gpu else _spread(base, settings)
     try:
         storage = dtype if on_cpu else torch.uint8
@@ -150,7 +152,8 @@ def _make_config(base: Path, settings: Quantization, *, dtype: torch.dtype, on_c
 
 @contextmanager
 def _own_linear_classes_quantized() -> Iterator[None]:
-    """Within the block, Transformers quantizes linear layers of a model's own class too, if they compute what nn.Linear does.
+    """Within the block, Transformers quantizes linear layers of a model's own classes too, if they compute what nn.Linear
+    does.
 
     It replaces layers whose class is exactly nn.Linear, and leaves Falcon's FalconLinear in 16 bits without a word.
     """

@@ -24,6 +24,7 @@ from stages.model.placement import (
     total_memory,
     weight_bytes,
 )
+from stages.model.probe import last_logits, logits_match, probe_ids
 from stages.model.quantize import Quantization, quantized_bits
 from stages.train import fp8
 from stages.train.arguments import KEPT_CHECKPOINTS, count_steps, make_arguments, parse_training_arguments
@@ -98,6 +99,27 @@ def check_rows(rows: TokenRows, validation_rows: TokenRows, base: Path, *, virtu
     if problems:
         raise Problem(*problems)
     return lines
+
+
+def check_causal(model: Any, base: Path) -> None:
+    """Raises Problem if later tokens change the logits of earlier ones, as in BERT, which reads in both directions.
+
+    A model in main memory, for FSDP, is not tried: it would take long.
+
+    Args:
+        model: The base model in evaluation mode.
+        base: Its folder, for the message.
+    """
+    if model.device.type != pick_device().type:
+        return
+    ids = probe_ids(model)
+    with torch.no_grad():
+        whole, start = (last_logits(model, [count], input_ids=ids[:, :count]) for count in (ids.shape[1], 3))
+    if not logits_match(start, whole[:3]):
+        raise Problem(
+            f"{base}: later tokens change what the {type(model).__name__} predicts for earlier ones, so that it is not a "
+            "causal language model, or config.json does not make it one (is_decoder); fetch a model that generates text"
+        )
 
 
 def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -> list[str]:

@@ -12,12 +12,15 @@ def decoder_blocks(model: Any) -> list[torch.nn.Module]:
     """The decoder layers of a model with an adapter, in order.
 
     Their classes are those in `_no_split_modules` of Transformers; for a model without it, the ModuleList with the
-    most parameters.
+    most parameters. Those of a vision or audio tower do not count, and of two blocks that contain each other the outer.
     """
     base = model.get_base_model()
+    decoder = base.get_decoder()
     names = set(base._no_split_modules or ())
-    blocks = [module for module in base.modules() if type(module).__name__ in names]
-    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+    found = [module for module in decoder.modules() if type(module).__name__ in names and module is not decoder]
+    nested = {id(inner) for module in found for inner in module.modules() if inner is not module}
+    blocks = [module for module in found if id(module) not in nested]
+    lists = [list(module) for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
     return blocks or max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()))
 
 

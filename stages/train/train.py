@@ -16,6 +16,7 @@ from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model import distributed
 from stages.model.adapter import Adapter, add_adapter, initial_lora
+from stages.model.base_weights import BaseWeights
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
@@ -27,7 +28,7 @@ from stages.model.quantize import Quantization, Quantized, load_quantized, quant
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
+from stages.train.checks import check_causal, check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps, describe_weights
 from stages.train.expert_layers import ExpertLayers
@@ -229,6 +230,10 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
 def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
+    BaseWeights(base).require(
+        [f"{layer}.weight" for layer in quantized.layers], "into which merge would write the quantized weight"
+    )
+    check_causal(quantized.model, base)
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
