@@ -79,8 +79,10 @@ def describe_gaps(quantized: Quantized, settings: Quantization, wanted: Adapter)
             f"{_count(more)} weights more"
         )
     if wanted.target_modules == "all-linear":
-        found = unsuitable_layers(model) | find_routers(model)
-        for name, reason in sorted({(".".join(_kind(name)[-2:]), reason) for name, reason in found.items()}):
+        unsuitable, routers = unsuitable_layers(model), find_routers(model)
+        reasons = {(name.rpartition(".")[2], reason) for name, reason in unsuitable.items()}
+        reasons |= {(".".join(_kind(name)[-2:]), reason) for name, reason in routers.items() if name not in unsuitable}
+        for name, reason in sorted(reasons):
             yield f"{name} gets no adapter: {reason}"
 
 

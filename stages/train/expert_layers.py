@@ -372,7 +372,7 @@ def _grouped(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> tor
         for expert, (start, end) in enumerate(_ranges(ends)):
             torch.mm(x[start:end], matrices[expert], out=out[start:end])
         return out
-    return grouped_mm(x, matrices, offs=ends)
+    return grouped_mm(x.contiguous(), matrices, offs=ends)
 
 
 def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
