@@ -136,7 +136,7 @@ def test_quantized_weights_are_refused_with_the_method(tmp_path: Path, model: Pa
 def test_the_unquantized_model_is_named_where_the_config_does(tmp_path: Path, model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "awq"}, _name_or_path="owner/original-7B")
     message = refused(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
-    assert "fetch the unquantized model, by its config owner/original-7B, and set train.quantization instead" in message
+    assert "fetch the unquantized model (config.json names owner/original-7B) and set train.quantization instead" in message
 
 
 def test_an_empty_quantization_config_is_accepted(tmp_path: Path, model: Path) -> None:

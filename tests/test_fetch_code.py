@@ -183,14 +183,28 @@ def test_a_map_in_tokenizer_config_alone_is_asked_about_in_one_sentence(tmp_path
     assert len(message.splitlines()) == 1
 
 
-def test_a_tokenizer_whose_class_transformers_has_needs_no_code(tmp_path: Path, model: Path) -> None:
-    """InternLM 3 has tokenizer.model alone, and a class of its own; Transformers has one for the type. And LLaMA's class."""
+@pytest.mark.parametrize(
+    ("kind", "name", "known"),
+    [
+        ("deepseek_v3", "LlamaTokenizer", True),
+        ("deepseek_v3", "LlamaTokenizerFast", True),
+        ("qwen2", None, True),  # the type's own
+        ("deepseek_v3", "PreTrainedTokenizerFast", False),  # reads tokenizer.json
+        ("internlm3", "InternLM3Tokenizer", False),  # replaced by a generic one, which tokenizes otherwise
+        ("internlm3", None, False),
+    ],
+)
+def test_a_tokenizer_without_tokenizer_json_needs_its_class(
+    tmp_path: Path, model: Path, kind: str, name: str | None, known: bool
+) -> None:
     (model / "tokenizer.json").rename(model / "tokenizer.model")
-    for kind, name in (("internlm3", "InternLM3Tokenizer"), ("deepseek_v3", "LlamaTokenizer")):
-        edit_config(model, model_type=kind)
-        edit(model / "tokenizer_config.json", **OWN_TOKENIZER | {"tokenizer_class": name})
-        base = run(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
-        assert "auto_map" not in json.loads((base / "tokenizer_config.json").read_text())
+    edit_config(model, model_type=kind)
+    edit(model / "tokenizer_config.json", **OWN_TOKENIZER | {"tokenizer_class": name})
+    given = {"model_name_or_path": str(model), "revision": folder_hash(model)}
+    if known:
+        assert "auto_map" not in json.loads((run(tmp_path, **given) / "tokenizer_config.json").read_text())
+    else:
+        assert "(auto_map in tokenizer_config.json)" in refused(tmp_path, **given)
 
 
 def test_code_that_is_elsewhere_or_missing_is_refused(tmp_path: Path, model: Path) -> None:
@@ -216,6 +230,16 @@ def test_processor_files_come_along_but_not_into_the_tokenizer_folder(tmp_path: 
     for name in PROCESSOR:
         assert json.loads((base / name).read_text()) == {"processor_class": "Qwen2VLProcessor"}
         assert not (tmp_path / "tokenizer" / name).exists()
+
+
+def test_the_template_of_an_older_processor_becomes_a_file(tmp_path: Path, model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    edit(model / "chat_template.json", chat_template="{{ messages }}")
+    base = run(tmp_path, model_name_or_path=str(model), revision=folder_hash(model))
+    assert (base / "chat_template.json").read_bytes() == (model / "chat_template.json").read_bytes()
+    assert not (base / "chat_template.jinja").exists()
+    assert (tmp_path / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "tokenizer" / "chat_template.json").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

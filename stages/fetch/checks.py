@@ -24,10 +24,10 @@ TOKENIZER = (
     r"merges\.txt",
     r".*\.model",
     r".*\.tiktoken",
-    r"chat_template\..*",
+    r"chat_template\.jinja",
 )
-# What AutoProcessor reads, so that a fine-tuned multimodal model still is one. No stage needs them, the tokenizer least.
-PROCESSOR = (r"(pre|video_pre)?processor_config\.json",)
+# What AutoProcessor reads, so that a fine-tuned multimodal model still is one. No stage and no tokenizer needs them.
+PROCESSOR = (r"(pre|video_pre)?processor_config\.json", r"chat_template\.json")
 CODE = r".*\.py"
 LFS_POINTER = b"version https://git-lfs"
 

@@ -11,6 +11,7 @@ from stages.core.params import Section
 from stages.core.progress import progress
 from stages.fetch.checks import is_code, is_tokenizer_file
 from stages.fetch.files import ModelFiles
+from stages.fetch.remote_code import read_object
 
 
 class Params(Section):
@@ -90,11 +91,12 @@ def _write_tokenizer(base: Path, tokenizer: Path) -> None:
             shutil.copyfile(file, tokenizer / file.name)
     config = read_json(base / "config.json")
     write_json(tokenizer / "config.json", {key: config[key] for key in ("model_type", "auto_map") if key in config})
-    settings = tokenizer / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.exists() else None
-    if isinstance(template, str) and not (tokenizer / "chat_template.jinja").exists():
-        # Older models keep the template in tokenizer_config.json; as a file it can be named in encode.template.
-        (tokenizer / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+    # Older models keep the template in tokenizer_config.json, older multimodal ones in chat_template.json. As a file it can
+    # be named in encode.template.
+    for settings in (tokenizer / "tokenizer_config.json", base / "chat_template.json"):
+        template = read_object(settings).get("chat_template")
+        if isinstance(template, str) and not (tokenizer / "chat_template.jinja").exists():
+            (tokenizer / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
 def _manifest(params: Params, folder: Path, model: ModelFiles) -> dict[str, Any]:

@@ -14,18 +14,25 @@ from typing import Any
 GENERATORS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
 ENCODERS = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 ENCODER_DECODERS = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
-GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+GENERIC_TOKENIZERS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 """Names, without "Fast", of classes that say nothing of a tokenizer without tokenizer.json."""
 
 
 def has_tokenizer_class(settings: Mapping[str, Any], model_type: object) -> bool:
-    """Whether Transformers has a tokenizer for this tokenizer_config.json, or for the model type, without tokenizer.json."""
-    # Of this table some values depend on what is installed, so it is imported. Few models need to be asked about.
+    """Whether Transformers has the class of a tokenizer that comes without tokenizer.json.
+
+    A class that it does not know it replaces by a generic one, which converts tokenizer.model as well as it can: without the
+    space that SentencePiece puts before a text, for example.
+
+    Args:
+        settings: tokenizer_config.json.
+        model_type: Of config.json; it decides if the settings name no class.
+    """
+    # What this table has depends on what is installed, so it is imported. Few models need to be asked about.
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-    named = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
-    found = tokenizer_class_from_name(named) if named and named not in GENERIC_TOKENIZERS else None
-    return found is not None or TOKENIZER_MAPPING_NAMES.get(model_type) is not None
+    named = str(settings.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
+    return named not in GENERIC_TOKENIZERS and tokenizer_class_from_name(named) is not None
 
 
 def type_problem(config: Mapping[str, Any]) -> str:

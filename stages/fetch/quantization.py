@@ -49,7 +49,7 @@ def quantization_problems(config: Mapping[str, Any], *, model: str) -> list[str]
     named = isinstance(original, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", original) and original != model
     return [
         f"its weights are already quantized with {quantization.method} (quantization_config in config.json), which fetch "
-        f"cannot dequantize; fetch the unquantized model{f', by its config {original},' if named else ''} and set "
+        f"cannot dequantize; fetch the unquantized model{f' (config.json names {original})' if named else ''} and set "
         "train.quantization instead"
     ]
 

@@ -4,7 +4,7 @@ With a class of its own, Transformers is right and newer: many models still carr
 Transformers 4.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Code(NamedTuple):
         return self.model or self.tokenizer
 
 
-def find_code(listed: Iterable[str], *, folder: Path) -> Code:
+def find_code(listed: Collection[str], *, folder: Path) -> Code:
     """What of a model's own code is needed.
 
     Args:
