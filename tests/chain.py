@@ -78,7 +78,7 @@ def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization:
     with stage("train", facts):
         _train(base, work, quantization=quantization)
     require(not facts.get("unfit"), f"train: has trained, though {facts.get('unfit')}")
-    facts |= check_training(base, adapter)
+    check_training(base, adapter, facts)
     with stage("merge", facts):
         _merge(base, work)
     facts |= check_merged(base, merged, adapter)
@@ -319,7 +319,10 @@ def look_at(release: Path) -> dict[str, Any]:
     """
     if read_config(release).get("quantization_config"):
         return {"unfit": ""}
-    model, keys = load_plain(release)
+    try:
+        model, keys = load_plain(release)
+    except ImportError as error:
+        return {"unfit": f"Transformers needs another package: {error}"}
     with torch.no_grad():
         logits = row_logits(model, CHECKED_ROWS[0])
     if not bool(logits.isfinite().all()):
@@ -373,8 +376,8 @@ def load_trained(base: Path, adapter: Path) -> Any:
     return model
 
 
-def check_training(base: Path, adapter: Path) -> dict[str, Any]:
-    """Logits of rows in one batch, and gradients, against PEFT's of single rows. Returns how they were computed."""
+def check_training(base: Path, adapter: Path, facts: dict[str, Any]) -> None:
+    """Logits of rows in one batch, and gradients, against PEFT's of single rows. `facts` gets how they were computed."""
     from stages.model.collate import collate_padded, collate_padding_free
     from stages.model.logits import label_logits
     from stages.model.padding_free import enable_padding_free
@@ -387,18 +390,17 @@ def check_training(base: Path, adapter: Path) -> dict[str, Any]:
     wanted = torch.cat([row_logits(model, row)[:-1] for row in CHECKED_ROWS]).detach()
     row_loss(model, rows).backward()
     gradients = _take_gradients(model)
-    padded = enable_padding_free(model, longest_row=max(map(len, CHECKED_ROWS)))
+    facts["padded"] = padded = enable_padding_free(model, longest_row=max(map(len, CHECKED_ROWS)))
     batch = (collate_padded if padded else collate_padding_free)(rows)
     with torch.no_grad():
         found = label_logits(model, batch)[0].float()
-    difference = float((found - wanted).std() / wanted.std())
-    require(
-        difference < 1e-3, f"train: logits of rows in one batch differ from those of single rows by {difference:.1e} std"
-    )
+    difference = float((found - wanted).abs().max() / wanted.std())
+    how = "padded batch" if padded else "padding-free batch"
+    require(difference < 1e-2, f"train: logits of rows in a {how} differ from those of single rows by {difference:.1e} std")
     layers = LoraLayers(model, fp8=False, keep_dequantized=True, recompute=Recompute())
+    facts |= {"peft": ", ".join(layers.skipped), "adapted": len(gradients) // 2}
     next_token_loss(*label_logits(model, batch), len(batch["targets"])).backward()  # type: ignore[no-untyped-call]
     _compare_gradients(_take_gradients(model), gradients)
-    return {"padded": padded, "peft": ", ".join(layers.skipped), "adapted": len(gradients) // 2}
 
 
 def _take_gradients(model: Any) -> dict[str, torch.Tensor]:

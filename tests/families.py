@@ -79,8 +79,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("num_decoder_attention_heads", "swa_num_attention_heads", "conf_num_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
+    "linear_num_key_heads": 2,
+    "index_n_heads": 32,  # with few of them scores are often zero, and which keys are the best is chance
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("head_dim", "swa_head_dim", "d_head", "dim_head", "d_kv", "kv_channels", "attention_head_size"), 16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim"), 16),
@@ -224,7 +225,7 @@ def randomize(model: Any) -> None:
     kept = ("A_log", "time_", "dt_bias", "scale", "norm")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "sinks" in name:
+            if "sinks" in name or name.endswith(".A"):  # of Doge, which chooses keys by it
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             elif parameter.dim() > 1 and not any(part in name for part in kept):
                 std = 0.3 if id(parameter) in embeddings else 0.5 if "conv" in name else parameter.shape[-1] ** -0.5
@@ -302,6 +303,16 @@ def with_code(folder: Path) -> None:
     for name in names.values():
         (folder / f"{name.partition('.')[0]}.py").write_text("raise RuntimeError('this code was run')\n")
     _change_config(folder, auto_map=names)
+
+
+def inside_gemma3n(folder: Path) -> None:
+    """The language model as a part of the whole, whose towers need timm, which Loratory does not install."""
+    _change_weights(
+        folder, lambda weights: {name.replace("model.", "model.language_model.", 1): weights[name] for name in weights}
+    )
+    text = json.loads((folder / "config.json").read_text())
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {"model_type": "gemma3n_vision"}}))
 
 
 def in_fp8(folder: Path) -> None:
@@ -461,7 +472,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm4_moe_lite": Family("glm4_moe_lite", "GLM-4.7-Flash", {}),
     "gpt_oss": Family("gpt_oss", "gpt-oss in bfloat16"),
-    "deepseek_v2": Family("deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None, "num_experts_per_tok": 2}, (with_code,)),
+    "deepseek_v2": Family(
+        "deepseek_v2", "DeepSeek V2 Lite, with auto_map", {"q_lora_rank": None, "num_experts_per_tok": 2}, (with_code,)
+    ),
     "deepseek_v3": Family("deepseek_v3", "DeepSeek V3, R1, Kimi K2, Moonlight", {}, (with_code,), SMALL_SHARDS),
     "granitemoe": Family("granitemoe", "Granite 3 MoE", TIED),
     "phimoe": Family("phimoe", "Phi-3.5-MoE"),
@@ -501,6 +514,7 @@ FAMILIES: dict[str, Family] = {
         "gemma3", "Gemma 3 4B to 27B", {"text_config": TIED, "vision_config": SIGLIP, "mm_tokens_per_image": 4, **TIED}
     ),
     "gemma3n_text": Family("gemma3n_text", "the language model of Gemma 3n", GEMMA_3N),
+    "gemma3n": Family("gemma3n_text", "Gemma 3n E2B and E4B", GEMMA_3N, (inside_gemma3n,)),
     "gemma4": Family(
         "gemma4",
         "Gemma 4 E2B and E4B",
@@ -567,12 +581,11 @@ OTHERS: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4} for kind in LOCAL_GLOBAL
         },
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": {"vocabulary_map": {"<image>": 500, "<|extra_200|>": 501, "<|visual token 000000|>": 502}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
-    "gemma4_unified_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "qwen4_exp": {"text_config": QWEN_4},
     "qwen4_exp_text": QWEN_4,
@@ -588,6 +601,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Fields of the configs of other model types, where small sizes must fit each other in a way of their own."""
 
 
+NOT_BUILT = {
+    "gemma4_assistant": "it drafts tokens for another model, whose hidden states it needs",
+    "gemma4_unified_assistant": "as gemma4_assistant",
+    "musicgen": "its causal model takes a part of the config that no checkpoint has by itself; it continues sounds",
+    "musicgen_melody": "as musicgen",
+}
+"""Model types that `build` cannot make, and why."""
+
+
 def family(name: str) -> Family:
     """An entry of FAMILIES, or one for a model type of Transformers."""
     return FAMILIES.get(name) or Family(name, config=OTHERS.get(name, {}))
@@ -596,11 +618,4 @@ def family(name: str) -> Family:
 def other_types() -> Sequence[str]:
     """The model types with a causal model that FAMILIES does not have."""
     known = {entry.model_type for entry in FAMILIES.values()}
-    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]
-
-
-NOT_BUILT = {
-    "musicgen": "its causal model takes a part of the config that no checkpoint has by itself; it continues sounds",
-    "musicgen_melody": "as musicgen",
-}
-"""Model types that `build` cannot make, and why."""
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known and name not in NOT_BUILT]

@@ -92,5 +92,5 @@ def test_the_checks_find_what_is_wrong(release: Path, monkeypatch: pytest.Monkey
         patch.setattr(padding_free.RowLayout, "longest", 1, raising=False)
         plain = padding_free._causal_attention
         patch.setattr(padding_free, "_causal_attention", lambda *args, **named: plain(*args, **named | {"window": None}))
-        with pytest.raises(chain.Failed, match=r"logits of rows in one batch differ"):
-            chain.check_training(base, adapter)
+        with pytest.raises(chain.Failed, match=r"logits of rows in a padding-free batch differ"):
+            chain.check_training(base, adapter, {})
