@@ -292,6 +292,7 @@ def test_metrics_of_the_run(inputs: Inputs) -> None:
         "loss_base",
         "loss",
         "merge_kl",
+        "quantization_cost",
         "em_base",
         "em_most_frequent",
         "em_nearest",
