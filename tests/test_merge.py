@@ -107,8 +107,25 @@ def test_the_merged_model_is_the_trained_one(merging: Merge) -> None:
     assert report["gain"] == pytest.approx(report["base_loss"] - report["trained_loss"])
     assert report["gain"] > 2 * report["standard_errors"]["gain"]
     assert report["recovery"] == pytest.approx(1, abs=0.1)
+    cost = report["quantization_cost"]
+    assert cost["quantized_base_loss"] == pytest.approx(report["base_loss"])
+    assert cost["cost"] == pytest.approx(report["base_loss"] - base_loss(merging), rel=1e-3)
+    assert cost["interval"][0] < cost["cost"] < cost["interval"][1]
     assert report["rows"] == ROWS
     assert report["validation_rows"] == read_tokens(merging.tokens).num_rows
+
+
+def base_loss(merging: Merge) -> float:
+    """The loss of the base without quantization on the rows that are compared, by Transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(merging.base, dtype=torch.float32).eval()
+    rows = read_tokens(merging.tokens).to_pylist()
+    losses = []
+    for index in choose_rows([row["id"] for row in rows], ROWS):
+        ids, labels = (torch.tensor([rows[index][name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")[labels[0, 1:] != -100])
+    return torch.cat(losses).mean().item()
 
 
 def test_the_dequantized_base_is_closer_than_the_full_one(merging: Merge) -> None:
@@ -180,7 +197,7 @@ def test_rows_are_drawn_by_the_hash_of_their_ids_from_all_rows_with_labelled_tok
 def test_the_hidden_states_are_removed_also_after_a_failure(merging: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
 
-    def fail(trained: Any, *_: Any) -> None:
+    def fail(trained: Any, *_: Any, **__: Any) -> None:
         kept.append(trained.hidden)
         raise Problem("a failure")
 
@@ -202,6 +219,24 @@ def test_a_model_that_is_not_all_in_memory_is_compared_with_one_base(
     for name, value in report.items():
         if isinstance(value, float):
             assert value == pytest.approx(in_memory[name], rel=1e-3, abs=1e-6), name
+
+
+def test_a_base_that_cannot_be_loaded_costs_an_unknown_loss(
+    merging: Merge, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = module.load_model
+
+    def refuse(folder: Path, dtype: Any) -> Any:
+        if folder == merging.base:
+            raise Problem(f"{folder}: too large for this machine")
+        return load(folder, dtype)
+
+    monkeypatch.setattr(module, "load_model", refuse)
+    report = merging.run()
+    reason = f"{merging.base}: too large for this machine"
+    assert report["quantization_cost"] == {"cost": None, "not_measured": reason}
+    assert f"merge: the cost of quantization is not measured: {reason}\n" in capsys.readouterr().out
+    assert "Before the training, the cost of nf4 was not measured." in (merging.out / "merged" / "README.md").read_text()
 
 
 def load_partly_on_disk(folder: Path, _dtype: str) -> Any:

@@ -96,10 +96,17 @@ def space_problems(what: str, *writes: Write) -> list[str]:
     ]
 
 
-def merged_model(base: Path, merged: Path, *, tokens: int = PARITY_TOKENS) -> Write:
-    """What `merge` writes: a model as large as its base, and the hidden states of some tokens, in 4 bytes per number."""
+def merged_model(base: Path, merged: Path, *, tokens: int | None = None) -> Write:
+    """What `merge` writes: a model as large as its base, and the hidden states of some tokens, in 4 bytes per number.
+
+    Args:
+        base: The base model's folder.
+        merged: The merged model's folder.
+        tokens: How many; None if it is not known yet.
+    """
     size = sum(file.stat().st_size for file in base.iterdir())  # symlinks too, with cache.type symlink
-    hidden = 4 * tokens * _hidden_size(base)
+    hidden = 4 * (PARITY_TOKENS if tokens is None else tokens) * _hidden_size(base)
+    hidden = min(size, hidden) if tokens is None else hidden
     return Write(merged, size + hidden, cached=size, replaced=folder_size(merged))
 
 
