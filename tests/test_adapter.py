@@ -211,8 +211,8 @@ def test_virtual_tokens_are_copied_next_to_the_weights_and_generate_uses_them(
     assert parity["merged_layers"] == 0
     assert parity["delta_kept"] is None
     cost = parity["quantization_cost"]
-    assert cost["cost"] == pytest.approx(parity["base_loss"] - cost["full_base_loss"])
-    assert cost["interval"][0] < cost["cost"] < cost["interval"][1]
+    assert (cost is None) == (given.get("quantization") == "none")
+    assert cost is None or cost["cost"] == pytest.approx(parity["base_loss"] - cost["full_base_loss"])
     assert f"{given['method']} cannot be merged, so the adapter is in {out / 'merged' / 'adapter'}" in parity["summary"]
     assert "PeftModel.from_pretrained" in (out / "merged" / "README.md").read_text()
     # The answers are those of the base with the adapter, not of the base alone.

@@ -388,7 +388,7 @@ def test_a_single_missing_layer_is_named_even_if_the_logits_are_within_the_limit
     shutil.rmtree(merging.out)
     break_lora(monkeypatch, lambda lora: lora.pairs.pop(f"model.{layer}.weight"))
     message = merging.message()
-    assert re.search(rf"model\.{layer}: has -?0\.0\d of the delta weight that was trained, and an error of 1\.00", message)
+    assert re.search(rf"model\.{layer}: has -?0\.0\d of the delta weight that was trained, and an error of 1\.0", message)
     assert message.count("of the delta weight that was trained") == 1
 
 
@@ -396,7 +396,7 @@ def test_a_single_missing_layer_is_named_even_if_the_logits_are_within_the_limit
 def test_a_wrong_merge_fails(merging: Merge, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     break_lora(monkeypatch, change)
     message = merging.message()
-    assert re.search(r"mean KL \S+ is above 1\.000e-03; rounding alone makes \S+ here", message)
+    assert re.search(r"mean KL \S+ is above \S+; rounding alone makes \S+ here", message)
     assert "the merged model is not the trained one" in message
 
 
