@@ -5,14 +5,10 @@ changed the logits by a mean KL divergence below 1e-3, the least by 5e-6. And af
 smaller than what rounding the weight to bfloat16 changes. So what is right is computed to the last bit, from the trained
 model: the weight that its layer holds, plus the delta weight, rounded to the dtype of the files. The merged model must have
 that.
-
-The two models are not in memory at the same time. Of each right weight its products with a few random vectors are kept.
-Those of a wrong weight differ: if D is the difference of the weights, the mean of |D z|² over normally distributed z is the
-square of D's Frobenius norm (Freivalds 1977, Hutchinson 1990).
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,36 +17,19 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel
 
+from stages.merge.right_weight import LayerCheck, RightWeight, blocks
 from stages.merge.training import Training
 from stages.model.adapter import BaseWeights
 from stages.model.collate import collate_padded
 from stages.model.logits import label_hidden_states
 from stages.model.quantize import DequantizedLinear, is_transposed, quantize_4bit
 
-PROBES = 8
-"""The number of random vectors. Products with them are in float64, so that a small delta weight is not lost in them."""
 INPUTS = 16
 """The maximum number of inputs of a layer whose outputs are compared; also of inputs made for its delta weight."""
-BLOCK = 1 << 24
-"""Weights that are computed at a time: 64 MB in float32."""
-ARITHMETIC = 2.0**-20
-"""The part of a weight that may come from the order in which float32 numbers are added."""
-UNADAPTED = 0.01
-"""A quantized weight without an adapter is wrong if its error is MAX_ERROR of this part of it, 0.1 %; quantization itself
-changes it by 9 % in 4 bits and by 0.5 % in 8 bits."""
 NOISE_SIGMAS = 6
 """An error of a layer's outputs counts only if it is larger than this many standard deviations of rounding noise."""
 
 Layers = Sequence[tuple[str, Any]]
-
-
-class LayerCheck(NamedTuple):
-    """A merged weight beside the right one."""
-
-    error: float
-    """‖merged - right‖ / ‖change‖, where the change is what merging was to change in the weight as the files store it."""
-    share: float | None
-    """How much of the change it has: 1 for all of it, 0 if the layer was left out. None if the layer has no adapter."""
 
 
 class DeltaKept(NamedTuple):
@@ -62,14 +41,6 @@ class DeltaKept(NamedTuple):
     """Of the layer that loses most."""
     dtype: str
     """The dtype of the files: "bfloat16"."""
-
-
-class _Right(NamedTuple):
-    """What is kept of a right weight, (out, PROBES) in float64 on the CPU."""
-
-    products: torch.Tensor
-    change: torch.Tensor | None
-    """The products of what merging changes; None if the layer has no adapter."""
 
 
 class TrainedWeights:
@@ -107,10 +78,7 @@ class TrainedWeights:
         """
         self._base, self._training, self._dequantized, self._initial = BaseWeights(base), training, dequantized, initial
         self._compute_dtype = adapted.dtype
-        self._layers: dict[str, _Right] = {}
-        self._sums: dict[str, tuple[float, float]] = {}
-        """By adapted layer: <rounded change, delta weight> and <delta weight, delta weight>."""
-        self._stored = torch.float32
+        self._layers: dict[str, RightWeight] = {}
         self.noise, self.outputs = {}, {}
         layers = _changed_layers(adapted.get_base_model(), training)
         seen = _run(adapted, layers, row)
@@ -128,61 +96,35 @@ class TrainedWeights:
         for name, right in self._layers.items():
             layer = model.get_submodule(name)
             with torch.no_grad(), align_module_device(layer):
-                weight = _as_linear(layer, layer.weight)
-                error = _products(weight, _probes(weight.shape[1])) - right.products
-            floor = ARITHMETIC * right.products.norm()
-            if right.change is None:
-                found[name] = LayerCheck((error.norm() / (UNADAPTED * right.products.norm() + floor)).item(), None)
-                continue
-            size = right.change.norm()
-            share = 1 + ((error * right.change).sum() / size**2).item() if size else 1.0
-            found[name] = LayerCheck((error.norm() / (size + floor)).item() if error.any() else 0.0, share)
+                found[name] = right.check(_as_linear(layer, layer.weight))
         return found
 
     def _add(self, name: str, layer: Any, seen: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Keeps what is needed of a layer; `seen` are inputs and outputs that it had, (tokens, in) and (tokens, out)."""
         plain = layer.get_base_layer() if hasattr(layer, "lora_A") else layer
         weight = self._weight(name, plain)
-        stored = self._base[f"{name}.weight"].dtype
-        device, columns = weight.device, weight.shape[1]
         delta = _Delta(layer, weight) if hasattr(layer, "lora_A") else None
-        inputs = _directions(delta.lora_a) if delta else weight.new_empty(0, columns)
-        inputs = inputs.to(self._compute_dtype)
-        tokens = seen[0] if seen else weight.new_empty(0, columns)
-        probes = _probes(columns).to(device)
-        right = torch.cat([probes, tokens.T.double()], 1)
-        parts = []
-        along = length = 0.0
-        for rows in _blocks(weight):
-            trained = delta.add(weight, rows) if delta else weight[rows]
-            rounded = trained.to(stored)
+        right = RightWeight(adapted=delta is not None, stored=self._base[f"{name}.weight"].dtype, loaded=self._compute_dtype)
+        tokens = seen[0] if seen else weight.new_empty(0, weight.shape[1])
+        directions = (_directions(delta.lora_a) if delta else weight[:0]).to(self._compute_dtype)
+        outputs, deltas = [], []
+        for rows in blocks(weight):
             start = weight[rows]
+            trained = delta.add(weight, rows) if delta else start
+            deltas.append(directions.double() @ (trained.double() - start).T)
             if name in self._initial:
                 initial_a, initial_b = (tensor.to(weight) for tensor in self._initial[name])
                 start = start + initial_b[rows] @ initial_a
-            change, wanted = rounded.double() - start, trained.double() - start
-            along, length = along + float((change * wanted).sum()), length + float((wanted**2).sum())
-            products = rounded.to(self._compute_dtype).double() @ right
-            parts.append(
-                (
-                    products[:, :PROBES],
-                    products[:, :PROBES] - start.double() @ probes,
-                    products[:, PROBES:],
-                    (trained.double() - weight[rows]) @ inputs.T.double(),
-                )
-            )
-        products, changes, merged_outputs, deltas = (torch.cat(part) for part in zip(*parts, strict=True))
-        self._layers[name] = _Right(products.cpu(), changes.cpu() if delta else None)
-        bias = 0 if plain.bias is None else plain.bias.double()
+            outputs.append(tokens.double() @ right.add(start, trained).T)
+        self._layers[name] = right
         if seen:
-            outputs = seen[1].double()
-            wanted = (merged_outputs.T + bias).to(self._compute_dtype).double()
-            self.noise[name] = float((outputs - wanted).norm() / outputs.norm()) if outputs.any() else 0.0
-        if delta:
-            self._stored, self._sums[name] = stored, (along, length)
-            # DoRA's factors depend on the weight, which is another one in the trained layer if merge.base is full.
-            if self._dequantized or not delta.is_dora:
-                self.outputs[name] = _share(plain(inputs), layer(inputs), deltas.T)
+            bias = 0 if plain.bias is None else plain.bias.double()
+            merged = (torch.cat(outputs, 1) + bias).to(self._compute_dtype).double()
+            trained = seen[1].double()
+            self.noise[name] = float((trained - merged).norm() / trained.norm()) if trained.any() else 0.0
+        # DoRA's factors depend on the weight, which is another one in the trained layer if merge.base is full.
+        if delta and (self._dequantized or not delta.is_dora):
+            self.outputs[name] = _share(plain(directions), layer(directions), torch.cat(deltas, 1))
 
     def _weight(self, name: str, layer: Any) -> torch.Tensor:
         """The weight (out, in) in float32 to which merging adds the delta weight: the trained layer's, or the files'."""
@@ -201,11 +143,13 @@ class TrainedWeights:
         return f"{name}.weight" in self._training.summed_in_float32
 
     def _summarize_kept(self) -> DeltaKept | None:
-        sums = [each for each in self._sums.values() if each[1]]
-        if not sums:
+        adapted = {name: right for name, right in self._layers.items() if right.adapted and right.length}
+        if not adapted:
             return None
-        along, length = (sum(part) for part in zip(*sums, strict=True))
-        return DeltaKept(along / length, min(a / b for a, b in sums), str(self._stored).removeprefix("torch."))
+        share = sum(right.along for right in adapted.values()) / sum(right.length for right in adapted.values())
+        smallest = min(adapted, key=lambda name: adapted[name].along / adapted[name].length)
+        least = adapted[smallest]
+        return DeltaKept(share, least.along / least.length, str(least.stored).removeprefix("torch."))
 
 
 class _Delta:
@@ -292,11 +236,6 @@ def _to_float32(packed: torch.Tensor, state: Any) -> torch.Tensor:
     return weight
 
 
-def _probes(columns: int) -> torch.Tensor:
-    """(columns, PROBES) in float64 on the CPU: normally distributed, always the same."""
-    return torch.randn(columns, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
 def _directions(lora_a: torch.Tensor) -> torch.Tensor:
     """(at most INPUTS, in): orthonormal vectors in the row space of lora_A. On others the delta weight is zero."""
     basis = torch.linalg.qr(lora_a.T)[0]
@@ -305,18 +244,6 @@ def _directions(lora_a: torch.Tensor) -> torch.Tensor:
         basis = basis @ torch.linalg.qr(mixture.to(basis))[0]
     vectors: torch.Tensor = basis.T
     return vectors
-
-
-def _blocks(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of the rows with BLOCK weights each."""
-    size = max(1, BLOCK // weight.shape[1])
-    return (slice(start, start + size) for start in range(0, weight.shape[0], size))
-
-
-def _products(weight: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
-    """weight @ probes in float64, on the CPU."""
-    probes = probes.to(weight.device)
-    return torch.cat([weight[rows].double() @ probes for rows in _blocks(weight)]).cpu()
 
 
 def _share(before: torch.Tensor, after: torch.Tensor, delta: torch.Tensor) -> float:

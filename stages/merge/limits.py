@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.core.problem import Problem
-from stages.merge.layers import LayerCheck
+from stages.merge.right_weight import LayerCheck
 
 MAX_ERROR = 0.1
 """The most by which a merged weight may differ from the right one, in parts of what merging changes in it. A right one is
@@ -19,8 +19,8 @@ OTHER_TOP = 0.01
 """If up to this share of the labelled tokens have another most likely token, it is right."""
 ROUNDING = 10
 """The mean KL divergence may also be as large as this number times what rounding alone makes, and the share of tokens with
-another most likely one as its root times, since a KL divergence grows with the square of an error. The noise that stands for
-rounding is independent in each layer and token, and real errors are not: measured were 0.3 to 2 times as much."""
+another most likely one as its root times, since a KL divergence grows with the square of an error. Measured on right merges
+were 0.3 to 1.7 times as much: Llama, Qwen 3 MoE and Qwen 3.5, tiny and random, in NF4 and int8; SmolLM2 0.9."""
 DIFFERENT_ANSWERS = 0.1
 """The most greedy answers that may differ by more than a near tie."""
 NAMED_LAYERS = 3
