@@ -546,7 +546,7 @@ COST = {
                 "int8 takes twice",
             ],
         ),
-        (COST | {"interval": [-0.01, 0.2]}, ["no cost can be told from chance: nothing speaks against nf4."]),
+        (COST | {"interval": [-0.01, 0.2]}, ["on these rows no cost of nf4 can be told from chance."]),
         (COST | {"standard_error": None, "interval": None}, ["One row has no interval."]),
         ({"cost": None, "not_measured": "too large"}, ["<p>Not measured: too large</p>"]),
         (None, []),

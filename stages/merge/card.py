@@ -32,7 +32,7 @@ def write_card(folder: Path, base: Path, *, adapter: Path, training: Training, f
         f"agrees at {100 * figures['top1_agreement']:.2f} % of the positions, the loss is "
         f"{_with_error(figures, 'merged_loss', '.4f')} ({figures['trained_loss']:.4f} as trained, "
         f"{figures['base_loss']:.4f} without the adapter), and {100 * figures['greedy_agreement']:.0f} % of "
-        f"{figures['greedy_rows']} greedy answers are identical."
+        f"{figures['greedy_rows']} greedy answers are identical{_describe_near_ties(figures)}."
         f"{_describe_kept(figures)}{_describe_quantization(figures)}\n",
         encoding="utf-8",
         newline="\n",
@@ -47,6 +47,11 @@ def describe_cost(figures: dict[str, Any]) -> str:
     error = "" if cost["standard_error"] is None else f" ± {cost['standard_error']:.4f}"
     verb, change = ("raised", cost["cost"]) if cost["cost"] >= 0 else ("lowered", -cost["cost"])
     return f"{figures['quantization']} {verb} the base's loss by {change:.4f}{error} (from {cost['full_base_loss']:.4f})"
+
+
+def _describe_near_ties(figures: dict[str, Any]) -> str:
+    count = figures["greedy_near_ties"]
+    return f"; {count} differ from a near tie of the trained model on" if count else ""
 
 
 def _describe_kept(figures: dict[str, Any]) -> str:
