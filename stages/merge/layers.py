@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.merge.right_weight import LayerCheck, RightWeight, blocks
 from stages.merge.training import Training
@@ -96,7 +97,7 @@ class TrainedWeights:
         for name, right in self._layers.items():
             layer = model.get_submodule(name)
             with torch.no_grad(), align_module_device(layer):
-                found[name] = right.check(_as_linear(layer, layer.weight))
+                found[name] = right.check(_own_weight(layer))
         return found
 
     def _add(self, name: str, layer: Any, seen: tuple[torch.Tensor, torch.Tensor] | None) -> None:
@@ -129,8 +130,9 @@ class TrainedWeights:
     def _weight(self, name: str, layer: Any) -> torch.Tensor:
         """The weight (out, in) in float32 to which merging adds the delta weight: the trained layer's, or the files'."""
         if self._dequantized and not (isinstance(layer, DequantizedLinear) and self._in_float32(name)):
-            return _as_linear(layer, _dequantize(layer, in_float32=self._in_float32(name)))
-        weight = _as_linear(layer, self._base[f"{name}.weight"].to(layer.weight.device, torch.float32))
+            return _dequantize(layer, in_float32=self._in_float32(name))
+        weight = self._base[f"{name}.weight"].to(layer.weight.device, torch.float32)
+        weight = weight.T if is_transposed(layer) else weight
         if name in self._initial:
             initial_a, initial_b = (tensor.to(weight) for tensor in self._initial[name])
             weight = weight - initial_b @ initial_a
@@ -204,14 +206,14 @@ def _run(model: Any, layers: Layers, row: Mapping[str, Any]) -> dict[str, tuple[
     return seen
 
 
-def _as_linear(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight as (out, in)."""
-    linear: torch.Tensor = weight.T if is_transposed(layer) else weight
-    return linear
+def _own_weight(layer: Any) -> torch.Tensor:
+    """The weight (out, in) of a layer that is not quantized."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _dequantize(layer: Any, *, in_float32: bool) -> torch.Tensor:
-    """The weight that a layer multiplies with, in float32.
+    """The weight (out, in) that a layer multiplies with, in float32.
 
     Args:
         layer: Quantized or not.
@@ -226,7 +228,7 @@ def _dequantize(layer: Any, *, in_float32: bool) -> torch.Tensor:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return torch.mul(weight.data.float(), scales.float().to(weight.device).view(-1, 1)) / 127
-    return torch.Tensor.float(weight.detach())
+    return _own_weight(layer).float()
 
 
 def _to_float32(packed: torch.Tensor, state: Any) -> torch.Tensor:

@@ -57,6 +57,8 @@ def test_the_merged_model_is_the_trained_one_and_answers_like_transformers(
 
     figures = project.merge(scratch)  # raises Problem if it is another model
     assert figures["merged_layers"] == 14
+    assert figures["largest_weight_error"] < 0.05, "single weights, by another order of adding or TF32"
+    assert figures["mean_kl"] < 4 * max(figures["rounding"]["mean_kl"], 1e-5)
     assert figures["trained_loss"] == pytest.approx(losses["validation_loss"], rel=0.05), "measured on the same rows"
 
     found = project.generate(scratch / "merged", scratch)
