@@ -34,7 +34,7 @@ check: .venv/installed
 	python -m pytest
 
 table: .venv/installed
-	@COLUMNS=200 dvc exp show --no-pager --only-changed --drop '(stages|data|models|reports)/.*' --keep '(rows|tokens|loss|loss_base|merge_kl|em_.*|calls_.*|perplexity.*)'
+	@COLUMNS=200 dvc exp show --no-pager --only-changed --drop '(stages|data|models|reports)/.*' --keep '(rows|tokens|loss|loss_base|merge_kl|quantization_cost|em_.*|calls_.*|perplexity.*)'
 
 schema: .venv/installed
 	python tools/params_schema.py

@@ -97,7 +97,7 @@ def merge(work: Path, rows: int, labels: int) -> None:
     write_rows(tokens, rows, labels)
     started = time.monotonic()
     stage(
-        Params(base="dequantized", max_mean_kl=1, min_top1_agreement=0, min_greedy_agreement=0),
+        Params(base="dequantized"),
         base=work / "base",
         adapter=work / "adapter",
         validation_tokens=tokens,

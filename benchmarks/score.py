@@ -130,7 +130,9 @@ def write_reports(folder: Path, *, test_rows: int, train_rows: int) -> None:
         | {"validation_loss_before": 3.0, "validation_loss": 1.0},
         "merge": {"model": "a model", "base": "dequantized", "tokens": 1, "rows": 1, "validation_rows": 1, "greedy_rows": 1}
         | dict.fromkeys(MERGE_FIGURES, 0.001)
-        | {"top1_agreement": 1.0, "greedy_agreement": 1.0, "standard_errors": dict.fromkeys(MERGE_FIGURES, 0.001)},
+        | {"top1_agreement": 1.0, "greedy_agreement": 1.0, "greedy_near_ties": 0, "greedy_different": 0}
+        | {"rounding": {"mean_kl": 0.001}, "delta_kept": None, "quantization_cost": None}
+        | {"standard_errors": dict.fromkeys(MERGE_FIGURES, 0.001)},
     }
     for stage, report in stages.items():
         (folder / f"{stage}.json").write_text(json.dumps(report))

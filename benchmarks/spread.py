@@ -88,14 +88,13 @@ def train(folder: Path, steps: int, processes: int, *, fsdp: bool) -> dict[str, 
 
 
 def merge(folder: Path) -> dict[str, Any]:
-    """Merges the adapter of the sharded training. A random model is sure of no token, so its limits are wide."""
+    """Merges the adapter of the sharded training."""
     from stages.core.params import read_yaml
     from stages.merge.merge import Params
     from stages.merge.merge import merge as stage
 
-    wide = {"max_mean_kl": 1.0, "min_top1_agreement": 0.0, "min_greedy_agreement": 0.0}
     done = stage(
-        Params(**read_yaml(ROOT / "params.yaml")["merge"] | wide),
+        Params(**read_yaml(ROOT / "params.yaml")["merge"]),
         base=folder / "base",
         adapter=folder / "fsdp-True" / "adapter",
         validation_tokens=folder / "validation.arrow",

@@ -1,5 +1,6 @@
 """Disk space: what a stage writes is said and checked before it runs, and one command names what killed runs have left."""
 
+import json
 import os
 import shutil
 import time
@@ -168,6 +169,20 @@ def test_an_earlier_model_that_dvc_deletes_first_counts_as_free_where_nothing_sh
     assert space_problems("merge", write)
     set_free_space(monkeypatch, 2000)
     assert not space_problems("merge", write)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [({"hidden_size": 64}, 64), ({"text_config": {"hidden_size": 32}}, 32), ({"n_embd": 16}, 16), ({}, 8192)],
+)
+def test_merge_needs_space_for_the_hidden_states_of_its_tokens(config: dict[str, Any], size: int) -> None:
+    Path("base").mkdir()
+    Path("base", "model.safetensors").write_bytes(bytes(1000))
+    Path("base", "config.json").write_text(json.dumps(config))
+    model = folder_size(Path("base"))
+    assert merged_model(Path("base"), Path("merged"), tokens=100).size == model + 4 * 100 * size
+    assert merged_model(Path("base"), Path("merged")).size == 2 * model, "of a small model"
 
 
 def test_the_links_of_this_disk_are_tried_with_dvcs_own_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.core.problem import Problem
 from stages.merge import memory
-from stages.merge.figures import TokenFigures, summarize
+from stages.merge.figures import TokenFigures, quantization_cost, summarize
 from stages.merge.hidden_states import HiddenStates
 from stages.merge.lora_weights import LoraPair
-from stages.merge.parity import TrainedOutputs, compare, greedy_agreement
+from stages.merge.parity import AnswerFigures, TrainedOutputs, compare, compare_answers, label_losses
 from stages.model.collate import collate_padded
 from stages.model.logits import label_logits
 
@@ -172,9 +172,38 @@ def test_no_more_logits_than_those_of_a_chunk_are_computed(hidden: HiddenStates,
     outputs = run(trained, hidden)
     compare(outputs, merged, ROWS)
     assert max(sizes) == 5
-    answers = [(prompt, answer[:5]) for prompt, answer in outputs.answers]
-    assert greedy_agreement(answers, merged) < 1
+    assert compare_answers(outputs, merged, 0.0).different
     assert max(sizes) == 5
+
+
+def test_the_losses_of_another_model_are_those_of_whole_logits() -> None:
+    model = llama()
+    logits, labels = whole_logits(model)
+    wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    np.testing.assert_allclose(label_losses(model, ROWS), wanted, rtol=1e-4)
+
+
+# Greedy answers
+
+
+def test_greedy_answers_are_compared_token_for_token_and_near_ties_do_not_count(hidden: HiddenStates) -> None:
+    trained = with_lora(llama())
+    outputs = run(trained, hidden)
+    assert compare_answers(outputs, trained, 0.0) == AnswerFigures(same=3, near_ties=0, different=0)
+    other = llama()
+    wanted = []
+    for prompt, answer in outputs.answers:
+        row = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        with torch.no_grad():
+            (own, _), (theirs, _) = (label_logits(model, collate_padded([row])) for model in (trained, other))
+        first = next(n for n, token in enumerate(answer) if theirs[n].argmax() != token)
+        margin = own[first, answer[first]] - own[first, theirs[first].argmax()]
+        assert margin >= 0, "the trained model's own choice"
+        wanted.append(margin.item())
+    for tolerance in (0.0, *wanted):
+        near = sum(margin <= tolerance for margin in wanted)
+        found = compare_answers(outputs, other, tolerance / 2 * (1 + 1e-4))
+        assert found == AnswerFigures(same=0, near_ties=near, different=3 - near)
 
 
 # Memory
@@ -305,6 +334,22 @@ def test_the_standard_errors_are_those_of_independent_rows() -> None:
     gain = tokens.base_loss - tokens.trained_loss
     residual = (tokens.base_loss - tokens.merged_loss) - gain * summarize(tokens)["recovery"]
     assert errors["recovery"] == pytest.approx(residual.std() / gain.mean() / 2000**0.5, rel=0.1)
+
+
+def test_the_cost_of_quantization_is_paired_by_row() -> None:
+    tokens = figures(400, 5, by_row=3.0)
+    full = tokens.base_loss - 0.2 - 0.01 * np.random.default_rng(1).normal(size=2000)
+    found = quantization_cost(tokens, full)
+    assert found["full_base_loss"] == pytest.approx(full.mean())
+    assert found["quantized_base_loss"] == pytest.approx(tokens.base_loss.mean())
+    assert found["cost"] == pytest.approx((tokens.base_loss - full).mean())
+    row_means = (tokens.base_loss - full).reshape(400, 5).mean(1)
+    assert found["standard_error"] == pytest.approx(row_means.std(ddof=1) / 20, rel=0.1)
+    ends = [found["cost"] + side * 1.96 * found["standard_error"] for side in (-1, 1)]
+    assert found["interval"] == pytest.approx(ends, rel=0.01)
+    assert found == quantization_cost(tokens, full)
+    one = quantization_cost(figures(1, 10), np.zeros(10))
+    assert one["standard_error"] is one["interval"] is None
 
 
 def test_there_is_no_recovery_without_a_gain() -> None:

@@ -197,14 +197,14 @@ def test_a_forced_second_run_gives_the_same_bytes(workspace: Workspace) -> None:
 EARLY_CUT_OFF = {
     "a comment in `stages/train/`": {"train"},
     "a comment in `stages/encode/`": {"encode"},
-    "a limit in `merge:`": {"merge"},
+    "a comment in `stages/merge/`": {"merge"},
     "a raw row that falls into test": {"ingest", "encode", "score"} | GENERATE,
     "other base weights with the same tokenizer": {"fetch", "train", "merge", "score"} | GENERATE,
 }
 
 
 @pytest.mark.usefixtures("second_python")
-@pytest.mark.parametrize("stage", ["train", "encode"])
+@pytest.mark.parametrize("stage", ["train", "encode", "merge"])
 def test_a_comment_in_the_code_of_a_stage_reruns_that_stage_alone(workspace: Workspace, stage: str) -> None:
     files = [name for name in CODE if name.startswith(f"stages/{stage}/") and name.endswith(".py")]
     with workspace.edited(*files):
@@ -213,16 +213,6 @@ def test_a_comment_in_the_code_of_a_stage_reruns_that_stage_alone(workspace: Wor
                 opened.write("# a comment\n")
         assert set(workspace.repro()) == EARLY_CUT_OFF[f"a comment in `stages/{stage}/`"]
     workspace.repro()  # from the run cache
-
-
-@pytest.mark.usefixtures("second_python")
-def test_a_limit_of_merge_reruns_merge_alone(workspace: Workspace) -> None:
-    with workspace.edited("params.yaml"):
-        params = workspace.params()
-        params["merge"]["max_mean_kl"] *= 2
-        workspace.write(params)
-        assert set(workspace.repro()) == EARLY_CUT_OFF["a limit in `merge:`"]
-    workspace.repro()
 
 
 @pytest.mark.usefixtures("second_python")

@@ -239,6 +239,7 @@ class Inputs:
         self.examples = workspace.root / "data/examples"
         self.encode: dict[str, Any] = {}
         self.train: dict[str, Any] = {}
+        self.merge: dict[str, Any] = {}
         self.prompts = 2
         self.summary = ""
 
@@ -254,7 +255,7 @@ class Inputs:
         project = self.workspace.root
         reports = self.root / "reports"
         shutil.copytree(project / "reports", reports, dirs_exist_ok=True)
-        for stage, edit in (("encode", self.encode), ("train", self.train)):
+        for stage, edit in (("encode", self.encode), ("train", self.train), ("merge", self.merge)):
             found = json.loads((project / f"reports/{stage}.json").read_text(encoding="utf-8"))
             (reports / f"{stage}.json").write_text(json.dumps(found | edit))
         done = score(
@@ -292,6 +293,7 @@ def test_metrics_of_the_run(inputs: Inputs) -> None:
         "loss_base",
         "loss",
         "merge_kl",
+        "quantization_cost",
         "em_base",
         "em_most_frequent",
         "em_nearest",
@@ -522,6 +524,54 @@ def test_the_report_has_groups_extra_prompts_and_both_base_weights(inputs: Input
     ):
         assert text in page, text
     assert "tok:zh" in page
+
+
+COST = {
+    "full_base_loss": 2.1,
+    "quantized_base_loss": 2.2,
+    "cost": 0.1,
+    "standard_error": 0.02,
+    "interval": [0.06, 0.14],
+}
+
+
+@pytest.mark.parametrize(
+    ("cost", "texts"),
+    [
+        (
+            COST,
+            [
+                "95 % interval 0.0600 to 0.1400",
+                "Training lowered the loss by 1.5000, 15.0 times as much.",
+                "int8 takes twice",
+            ],
+        ),
+        (COST | {"interval": [-0.01, 0.2]}, ["on these rows no cost of nf4 can be told from chance."]),
+        (COST | {"standard_error": None, "interval": None}, ["One row has no interval."]),
+        ({"cost": None, "not_measured": "too large"}, ["<p>Not measured: too large</p>"]),
+        (None, []),
+    ],
+    ids=["large", "small", "one row", "not measured", "not quantized"],
+)
+def test_the_report_says_what_quantizing_the_base_costs(
+    inputs: Inputs, cost: dict[str, Any] | None, texts: list[str]
+) -> None:
+    inputs.merge = {"quantization_cost": cost, "gain": 1.5}
+    metrics = inputs.score()
+    assert metrics.get("quantization_cost") == (cost["cost"] if cost else None)
+    page = (inputs.root / "report.html").read_text(encoding="utf-8")
+    assert ("<h2>What quantizing the base costs</h2>" in page) == (cost is not None)
+    for text in texts:
+        assert text in page, text
+
+
+def test_the_report_says_how_much_of_the_training_rounding_keeps(inputs: Inputs) -> None:
+    for share, said in ((0.31, True), (0.99, False)):
+        inputs.merge = {"delta_kept": {"share": share, "smallest": 0.1, "dtype": "bfloat16"}}
+        inputs.score()
+        page = (inputs.root / "report.html").read_text(encoding="utf-8")
+        assert f"Rounding keeps {100 * share:.1f} % of the delta weights (10.0 % in the layer that loses most)" in page
+        assert ("the training changed the weights by less than a step of bfloat16" in page) == said
 
 
 # Damaged files

@@ -12,13 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.core.jsonl import read_json
 from stages.core.params import read_stage
 from stages.core.problem import Problem
 
 SAID_FROM = 10**9
 """Bytes from which a line says what will be written."""
-PARITY_BYTES = 10**9
-"""The most that `merge` needs, beside the merged model, while it compares it with the trained one."""
+PARITY_TOKENS = 64 * 2048
+"""Tokens whose hidden states `merge` keeps while it compares models, if the rows are not known: 64 rows of 2,048 labels."""
+WIDEST = 8192
+"""The hidden size, if the model's config does not name it; that of a Llama with 70 B parameters."""
 UNKNOWN = 1 << 62
 """Free bytes of a file system that does not report its size."""
 LINK_TYPES = "hardlink,symlink"
@@ -93,10 +96,27 @@ def space_problems(what: str, *writes: Write) -> list[str]:
     ]
 
 
-def merged_model(base: Path, merged: Path) -> Write:
-    """What `merge` writes: a model as large as its base."""
+def merged_model(base: Path, merged: Path, *, tokens: int | None = None) -> Write:
+    """What `merge` writes: a model as large as its base, and the hidden states of some tokens, in 4 bytes per number.
+
+    Args:
+        base: The base model's folder.
+        merged: The merged model's folder.
+        tokens: How many; None if it is not known yet.
+    """
     size = sum(file.stat().st_size for file in base.iterdir())  # symlinks too, with cache.type symlink
-    return Write(merged, size + min(size, PARITY_BYTES), cached=size, replaced=folder_size(merged))
+    hidden = 4 * (PARITY_TOKENS if tokens is None else tokens) * _hidden_size(base)
+    hidden = min(size, hidden) if tokens is None else hidden
+    return Write(merged, size + hidden, cached=size, replaced=folder_size(merged))
+
+
+def _hidden_size(base: Path) -> int:
+    """From config.json, in which the language model of a wrapper has a config of its own."""
+    path = base / "config.json"
+    config = read_json(path) if path.exists() else {}
+    parts = [config, config.get("text_config") or {}]
+    sizes = [part[key] for part in parts for key in ("hidden_size", "n_embd", "d_model") if isinstance(part.get(key), int)]
+    return sizes[0] if sizes else WIDEST
 
 
 def merge_problems(base: Path) -> list[str]:

@@ -57,7 +57,7 @@ def summarize(tokens: TokenFigures) -> dict[str, Any]:
         tokens.base_loss,
     ]
     sums = np.stack([np.bincount(tokens.row, column, rows) for column in columns], 1)  # (rows, columns)
-    resamples = np.random.default_rng(SEED).multinomial(rows, [1 / rows] * rows, RESAMPLES)  # (RESAMPLES, rows)
+    resamples = _resamples(rows)
     found = {name: float(value) for name, value in _means(sums.sum(0)).items()}
     drawn = _means(resamples @ sums)
     order = np.argsort(tokens.kl, kind="stable")
@@ -78,6 +78,37 @@ def summarize(tokens: TokenFigures) -> dict[str, Any]:
         "recovery": found["recovery"] if "recovery" in errors else None,
         "standard_errors": errors,
     }
+
+
+def quantization_cost(tokens: TokenFigures, full_loss: Floats) -> dict[str, Any]:
+    """By how much quantizing the base raises its loss, before any training.
+
+    Args:
+        tokens: Their base_loss is that of the quantized base.
+        full_loss: (tokens,) The loss of the base as it is, in nats.
+
+    Returns:
+        full_base_loss, quantized_base_loss, and cost, the second minus the first, all in nats per token; the cost's
+        standard_error and its 95 % interval, both None if there is one row. They resample rows, as those of `summarize`,
+        and each token is paired with itself: what makes a row hard is hard for both.
+    """
+    rows = int(tokens.row.max()) + 1
+    count = np.bincount(tokens.row, minlength=rows)
+    sums = np.bincount(tokens.row, tokens.base_loss - full_loss, rows)
+    resamples = _resamples(rows)
+    drawn = (resamples @ sums) / (resamples @ count)
+    return {
+        "full_base_loss": float(full_loss.mean()),
+        "quantized_base_loss": float(tokens.base_loss.mean()),
+        "cost": float(sums.sum() / count.sum()),
+        "standard_error": float(drawn.std(ddof=1)) if rows > 1 else None,
+        "interval": [float(end) for end in np.quantile(drawn, [0.025, 0.975])] if rows > 1 else None,
+    }
+
+
+def _resamples(rows: int) -> Any:
+    """(RESAMPLES, rows): how often each row is in each resample; always the same."""
+    return np.random.default_rng(SEED).multinomial(rows, [1 / rows] * rows, RESAMPLES)
 
 
 def _means(totals: Any) -> dict[str, Floats]:

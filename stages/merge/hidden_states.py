@@ -34,6 +34,9 @@ class HiddenStates:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def append(self, states: torch.Tensor) -> None:
         """Writes a tensor of any dtype and device."""
         states = states.detach().cpu().contiguous()

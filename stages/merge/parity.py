@@ -7,7 +7,7 @@ what the head gets for each labelled token; its logits are computed from that ag
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from stages.merge.hidden_states import HiddenStates
 from stages.merge.lora_weights import LoraPair
 from stages.merge.memory import LabelChunks, explain_out_of_memory
 from stages.model.collate import collate_padded
-from stages.model.logits import is_head_last, label_hidden_states, label_logits, logits_of, modify_head_input
+from stages.model.logits import is_head_last, label_hidden_states, logits_of, modify_head_input
 
 GREEDY_ROWS = 16
 """The number of rows whose prompts are answered."""
@@ -39,7 +39,8 @@ class TrainedOutputs:
     base_losses: torch.Tensor
     """(labels of all rows,) in float32 on the CPU: the loss of the base without the adapter, in nats."""
     answers: list[tuple[list[int], list[int]]]
-    """(prompt, greedy answer) in tokens, of the first rows."""
+    """(prompt, greedy answer) in tokens, of the first rows. What the head gets for each token of the answers follows that
+    of the rows in `hidden`."""
 
     def __init__(
         self,
@@ -73,20 +74,27 @@ class TrainedOutputs:
         self.base_losses = torch.cat(base_losses)
         with explain_out_of_memory("answering prompts with the trained model"):
             self.answers = [greedy_answer(model, row, stops) for row in rows[:GREEDY_ROWS]]
+        for prompt, answer in self.answers:
+            row = _answered(prompt, answer)
+            with torch.no_grad(), _explain_row(row):
+                hidden.append(label_hidden_states(model, _batch(row, model)))
 
 
-def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]]) -> TokenFigures:
+def compare(
+    trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]], *, name: str = "merged model"
+) -> TokenFigures:
     """How much the logits of a model differ from those of the trained one, at each labelled token.
 
     Args:
         trained: Its outputs on `rows`.
         model: The merged model in evaluation mode.
-        rows: The same rows.
+        rows: The same rows, or the first of them.
+        name: What `model` is, for the progress bar.
 
     Raises Problem if memory runs out.
     """
     logits, found = _LabelLogits(model), []
-    for number, row in enumerate(progress(rows, "merge: merged model", len(rows))):
+    for number, row in enumerate(progress(rows, f"merge: {name}", len(rows))):
         with torch.no_grad(), _explain_row(row):
             batch = _batch(row, model)
             found.append(
@@ -101,8 +109,25 @@ def compare(trained: TrainedOutputs, model: Any, rows: Sequence[dict[str, Any]])
         logit_difference=logit_difference,
         trained_loss=trained_loss,
         merged_loss=merged_loss,
-        base_loss=trained.base_losses.double().numpy(),
+        base_loss=trained.base_losses[: len(kl)].double().numpy(),
     )
+
+
+def label_losses(model: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """(labels of all rows,) in float32 on the CPU: a model's loss of each label in nats.
+
+    Args:
+        model: In evaluation mode.
+        rows: As for TrainedOutputs.
+
+    Raises Problem if memory runs out.
+    """
+    logits, losses = _LabelLogits(model), []
+    for row in progress(rows, "merge: base, not quantized", len(rows)):
+        with torch.no_grad(), _explain_row(row):
+            batch = _batch(row, model)
+            losses.append(logits.losses(label_hidden_states(model, batch), batch["targets"]))
+    return torch.cat(losses)
 
 
 class _LabelLogits:
@@ -146,6 +171,29 @@ class _LabelLogits:
             return _compare_logits(trained, merged, targets[chunk].to(merged.device))
 
         return self._chunks.map(compute, len(targets))
+
+    def first_difference(
+        self, hidden: torch.Tensor, answer: torch.Tensor, trained_hidden: torch.Tensor, trained_head: torch.nn.Module
+    ) -> float | None:
+        """Where this model's most likely token is first another one than the answer's: by how much the trained model's logit
+        of the answer's token is above that of the other one. None if there is no difference.
+
+        Args:
+            hidden: (tokens of the answer, hidden size) Of this model.
+            answer: (tokens of the answer,)
+            trained_hidden: As `hidden`, of the trained model.
+            trained_head: The trained model's output head.
+        """
+
+        def compute(chunk: slice) -> torch.Tensor:
+            top = self._logits(hidden[chunk]).argmax(-1, keepdim=True)
+            trained = self._logits(trained_hidden[chunk], trained_head).float().to(top.device)
+            wanted = answer[chunk].to(top.device).unsqueeze(-1)
+            margin = trained.gather(-1, wanted) - trained.gather(-1, top)
+            return torch.stack([(top != wanted).float(), margin]).squeeze(-1)
+
+        differs, margin = self._chunks.map(compute, len(answer))
+        return float(margin[int(differs.argmax())]) if differs.any() else None
 
     def _logits(self, hidden: torch.Tensor, head: torch.nn.Module | None = None) -> torch.Tensor:
         """(labels, vocabulary), with another model's head if one is given."""
@@ -244,20 +292,45 @@ def greedy_answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tupl
     return prompt, out[0, len(prompt) :].tolist()
 
 
-def greedy_agreement(answers: Sequence[tuple[list[int], list[int]]], model: Any) -> float:
-    """The share of the trained model's greedy answers that `model` would give token for token.
+class AnswerFigures(NamedTuple):
+    """How many of the trained model's greedy answers another model gives too."""
+
+    same: int
+    """Token for token."""
+    near_ties: int
+    """Up to a token for which the trained model's own choice is one that rounding can turn."""
+    different: int
+
+
+def compare_answers(trained: TrainedOutputs, model: Any, logit_difference: float) -> AnswerFigures:
+    """How many of the trained model's greedy answers `model` would give.
 
     It gives the same answer if, after the prompt and each part of the answer, its most likely token is the next one. So one
-    forward pass over prompt and answer is enough.
+    forward pass over prompt and answer is enough. What follows a different token is not compared.
+
+    Let a be the trained model's token, and b the other one's. If no logit of the two models differs by more than d, then b
+    can be on top only if the trained model's logits of a and b differ by at most 2 d: a near tie.
 
     Args:
-        answers: As `TrainedOutputs.answers`.
+        trained: Its answers.
         model: In evaluation mode.
+        logit_difference: d, the largest difference of two logits on the labelled tokens, whose KL divergence is judged.
+
+    Raises Problem if memory runs out.
     """
-    same = 0
-    for prompt, answer in answers:
-        row = {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + answer}
+    logits, margins = _LabelLogits(model), []
+    first = len(trained.hidden) - len(trained.answers)
+    for number, (prompt, answer) in enumerate(trained.answers, first):
+        row = _answered(prompt, answer)
         with torch.no_grad(), _explain_row(row):
-            logits, _ = label_logits(model, _batch(row, model))
-        same += logits.argmax(-1).tolist() == answer
-    return same / len(answers)
+            batch = _batch(row, model)
+            hidden = label_hidden_states(model, batch)
+            margins.append(logits.first_difference(hidden, batch["targets"], trained.hidden[number], trained.head))
+    near_ties = sum(margin is not None and margin <= 2 * logit_difference for margin in margins)
+    same = margins.count(None)
+    return AnswerFigures(same, near_ties, len(margins) - same - near_ties)
+
+
+def _answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
+    """A prompt with its answer as a row; the answer is labelled."""
+    return {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + answer}

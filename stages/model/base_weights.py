@@ -78,6 +78,10 @@ class BaseWeights:
         weights = self.to_model(conversion, {key: self.read(key) for key in conversion.keys})
         return weights[self._own_names.get(name, name)]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a weight in the files."""
+        return self.read(self._conversions[name].keys[0]).dtype
+
     def read(self, key: str) -> torch.Tensor:
         """A tensor by its name in the files."""
         with safe_open(self._shards[key], framework="pt") as file:

@@ -150,7 +150,11 @@ def summarize(
 def run_metrics(
     stages: Mapping[str, Any], summary: Mapping[str, Mapping[str, Interval | None]], perplexity: Perplexity | None
 ) -> dict[str, Any]:
-    """The few figures that distinguish runs: em_ is exact match in percent, calls_ the share of rows with exact calls."""
+    """The few figures that distinguish runs: em_ is exact match in percent, calls_ the share of rows with exact calls.
+
+    quantization_cost is by how much quantizing the base raised its loss before the training, in nats per token.
+    """
+    cost = (stages["merge"]["quantization_cost"] or {}).get("cost")
     exact_match = {system: summary[system]["exact_match"] for system in SYSTEMS}
     calls = {system: summary[system]["call_exact"] for system in MODELS}
     return {
@@ -159,6 +163,7 @@ def run_metrics(
         "loss_base": _four_digits(stages["train"]["validation_loss_before"]),
         "loss": _four_digits(stages["train"]["validation_loss"]),
         "merge_kl": _four_digits(stages["merge"]["mean_kl"]),
+        **({} if cost is None else {"quantization_cost": _four_digits(cost)}),
         **{f"em_{system}": round(100 * interval.mean, 1) for system, interval in exact_match.items() if interval},
         **{f"calls_{system}": round(100 * interval.mean, 1) for system, interval in calls.items() if interval},
         **(

@@ -20,7 +20,7 @@ FIRST, LAST = 100, 131
 """An answer counts up from the last token of the prompt to LAST, then stops: answers end at different lengths."""
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
 """Widths that the kernel for 4-bit weights takes: multiples of 128. Smaller weights than in other tests, so that the task is
-learned and the model then predicts tokens with confidence, as the default limits of `merge` require."""
+learned and the model then predicts tokens with confidence."""
 TRAIN: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "num_train_epochs": 4,
@@ -55,7 +55,7 @@ class Project(ProjectFolder):
         _write(tokens / "text.arrow", TRAINING, [text_window(row) for row in self.prompts[:8]])
 
     def merge(self, out: Path) -> dict[str, Any]:
-        """Merges out/adapter into out/merged, within the limits of params.yaml. Returns the report."""
+        """Merges out/adapter into out/merged, with the values of params.yaml. Returns the report."""
         merge(
             MergeParams(**read_params()["merge"]),
             base=self.base,
