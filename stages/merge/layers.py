@@ -147,8 +147,8 @@ class TrainedWeights:
         stored = self._base.dtype(full_name)
         original = None if self._dequantized else self._base[full_name]
         rights = self._experts[full_name] = []
-        for part, start in read_chunks(experts.module, name) if original is None else weight_chunks(original):
-            start = start.to(experts.module._parameters[name].device)
+        for part, chunk in read_chunks(experts.module, name) if original is None else weight_chunks(original):
+            start = chunk.to(experts.module._parameters[name].device)
             trained = start
             if factors is not None:
                 left, right = factors.left[part].to(start), factors.right[part].to(start)
@@ -209,7 +209,7 @@ class _Delta:
 
 
 def _changed_layers(model: Any, training: Training) -> Layers:
-    """The linear layers of the trained model that have an adapter or are quantized, under the names that they have without it."""
+    """The linear layers of the trained model that have an adapter or are quantized, by their names without it."""
     found = {
         name: layer
         for name, layer in model.named_modules()

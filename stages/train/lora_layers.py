@@ -29,6 +29,7 @@ from stages.core.problem import Problem
 from stages.model import four_bit
 from stages.model.adapter import PEFT_PREFIX
 from stages.model.lora import add_lora
+from stages.model.probe import TRIAL_ERRORS, reason_of
 from stages.model.shared_inputs import group_by_input, share_computation
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute

@@ -29,7 +29,7 @@ from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.causality import check_causal
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
-from stages.train.checks import check_causal, check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
+from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps, describe_weights
 from stages.train.expert_layers import ExpertLayers
@@ -238,7 +238,6 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
         [*(f"{layer}.weight" for layer in quantized.layers), *quantized.experts],
         "into which merge would write the quantized weight",
     )
-    check_causal(quantized.model, base)
     if distributed.is_main():
         for line in describe_gaps(quantized, params, params):
             say(f"train: {line}")
