@@ -217,7 +217,7 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
 
     Llama 4's router is a linear layer that chooses experts, and BitNet's layers quantize their input: what such a class
     computes is tried. A trial run shows which layers the model does not call: Mamba reads the weight of its dt_proj, past
-    an adapter. PEFT knows more of Mamba's layers that some kernels pass by.
+    an adapter. PEFT knows more of Mamba's layers that some kernels pass by. Zamba 2 uses one block several times.
 
     Args:
         model: The base model.
@@ -228,12 +228,17 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear | Conv1D) and name not in outside
     }
+    tied = getattr(model, "all_tied_weights_keys", {})
+    shared = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
     unused, found = _unused_layers(model, layers), {}
     for name, layer in layers.items():
         if not computes_linear(layer):
             found[name] = f"{type(layer).__name__} computes something else than a linear layer"
         elif _refused_by_peft(model, name):
             found[name] = "PEFT refuses it, since Mamba's kernels would pass the adapter by"
+        elif name in shared and not any(layer is end for end in ends):
+            found[name] = "it shares its weight with another layer, into which an adapter of its own would be merged too"
         elif name in unused:
             found[name] = "the model does not call it"
     return found
