@@ -9,9 +9,9 @@ from stages.model.probe import TRIAL_ERRORS, last_logits, probe_ids, reason_of
 
 SEEN = 3
 """The tokens of the trial row that are also computed by themselves."""
-NOT_CAUSAL = 0.2
-"""The share of the logits' standard deviation by which those of a text's start may change with its end. Measured: 0.02 in
-SmolLM2 with int8, whose inputs are rounded, and 0.8 in a BERT."""
+LARGEST_CHANGE = 0.2
+"""Of their logits, in standard deviations. Measured: 0.02 in SmolLM2 with int8, whose inputs are rounded; 0.8 in a BERT. A wrong
+refusal would cost more than a missed one."""
 
 
 def check_causal(model: Any) -> None:
@@ -32,7 +32,7 @@ def check_causal(model: Any) -> None:
         raise Problem(
             f"the base model fails on a row of {ids.shape[1]} tokens: {reason_of(error)}; fetch another base"
         ) from error
-    if (within - alone).float().std() > NOT_CAUSAL * alone.float().std():
+    if (within - alone).float().std() > LARGEST_CHANGE * alone.float().std():
         raise Problem(
             "the base model is not causal: later tokens of a row change the logits of earlier ones, so it cannot learn to "
             "predict them; fetch a causal language model, or set is_decoder in its config.json if it is an encoder"
