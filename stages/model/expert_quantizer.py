@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -31,7 +32,7 @@ def quantized_experts(
         storage: The dtype of the parameters that hold the bytes.
     """
 
-    class Quantize(ConversionOps):
+    class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes what it is given: experts here, anything else by the operation of Transformers."""
 
         def __init__(self, other: ConversionOps) -> None:
@@ -47,14 +48,15 @@ def quantized_experts(
                 module, own = get_module_from_name(model, name)
                 data, packed = pack(weight, quantization, double_quant=double_quant, device=device)
                 vars(module).setdefault(PACKED, {})[own] = packed
-                done[name] = torch.nn.Parameter(data.view(storage), requires_grad=False)
+                data = pad(data.view(-1), (0, -len(data) % storage.itemsize))
+                done[name] = torch.nn.Parameter(data.view(storage).view(-1, 1), requires_grad=False)
             return done | (self.other.convert(others, model=model, **named) if others else {})
 
     def with_experts(kind: Any) -> Any:
         class WithExperts(kind):  # type: ignore[misc]
             def param_needs_quantization(self, model: Any, param_name: str, **named: Any) -> bool:
                 if _is_experts(model, param_name):
-                    return should_convert_module(param_name.rpartition(".")[0], self.modules_to_not_convert)
+                    return bool(should_convert_module(param_name.rpartition(".")[0], self.modules_to_not_convert))
                 return bool(super().param_needs_quantization(model, param_name, **named))
 
             def get_quantize_ops(self) -> ConversionOps:

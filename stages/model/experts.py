@@ -290,7 +290,7 @@ class _Sum(torch.autograd.Function):
         return write_sum(read_chunks(experts.module, name), Factors(left, right, scaling), out=out)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         left, right = ctx.saved_tensors
         grad = grad.float()
         left_grad = torch.bmm(grad, right.transpose(1, 2)).mul_(ctx.scaling)

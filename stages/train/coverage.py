@@ -42,7 +42,7 @@ def describe_weights(quantized: Quantized, adapted: Any, *, settings: Quantizati
         kinds = f": {', '.join(kind for kind, _ in rest.most_common(NAMED))}" if done else ""
         parts.append(f"{_count(rest.total())} in {dtype} ({gigabytes(memory)}{kinds})")
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    how = wanted.method
+    how: str = wanted.method
     if wanted.method == "lora":
         experts = len(adapted_parameters(adapted))
         layers = sum(hasattr(module, "lora_A") for module in adapted.modules()) - experts
@@ -68,6 +68,9 @@ def describe_gaps(quantized: Quantized, settings: Quantization, wanted: Adapter)
             yield f"{share:.0%} of the weights of the layers are quantized; not quantized: {largest}"
     if quantized.experts and settings.quantization == "int8":
         yield "the weights of experts are in 8 bits; the inputs of their products are not, as those of linear layers are"
+    outside = sorted({name.removeprefix("model.").partition(".")[0] for name in outside_language_model(model)})
+    if outside:
+        yield f"only the language model is quantized and adapted, not {', '.join(outside)}"
     if wanted.method != "lora":
         return
     experts = expert_parameters(model)

@@ -35,6 +35,7 @@ from stages.model.experts import (
     write_sum,
 )
 from stages.model.probe import TRIAL_ERRORS, logits_match, reason_of
+from stages.train.fsdp import gathered
 
 TRIAL_TOKENS = 5
 """Tokens of a trial run, each of which goes to two experts."""
@@ -67,7 +68,8 @@ class ExpertLayers:
             if not reason:
                 fast = _FastExperts(experts, self)
                 if kind not in tried:
-                    tried[kind] = _why_different(fast, slow)
+                    with gathered(model, experts.name):
+                        tried[kind] = _why_different(fast, slow)
                 reason = tried[kind]
             if reason:
                 reasons.add(f"{type(experts.module).__name__}, {reason}")
@@ -276,7 +278,7 @@ class _Products(torch.autograd.Function):
         return _sum_rows(y, order, p).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         layer, (x, p, h, *rest) = ctx.layer, ctx.saved_tensors
         first, second = layer.first, layer.second
         order, lora = _Order(*rest[:5]), rest[5:]

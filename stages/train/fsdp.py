@@ -1,11 +1,12 @@
 """Shards frozen weights across processes with FSDP, for a model that does not fit on one GPU."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from stages.train.checkpoints import trainable_parameters
@@ -63,6 +64,27 @@ def load_in_turns(load: Callable[[], T], at_a_time: int) -> T:
 def is_sharded(model: Any) -> bool:
     """Whether `shard_frozen` has sharded the model."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def gathered(model: Any, name: str) -> Iterator[None]:
+    """Within the block, a module's weights are complete in every process, if they are sharded; called in all together.
+
+    Args:
+        model: The model with an adapter.
+        name: The module's full name in the base model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = name.split(".")
+    above = [base.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+    sharded = [module for module in above if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -231,7 +231,8 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
     BaseWeights(base).require(
-        [f"{layer}.weight" for layer in quantized.layers], "into which merge would write the quantized weight"
+        [*(f"{layer}.weight" for layer in quantized.layers), *quantized.experts],
+        "into which merge would write the quantized weight",
     )
     check_causal(quantized.model, base)
     if distributed.is_main():
