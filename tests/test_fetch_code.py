@@ -12,7 +12,7 @@ import pytest
 
 from stages.fetch import model_types
 from tests.fetching import OWN_CODE, edit_config, refused, run
-from tests.tiny import folder_hash, make_other_model, make_tokenizer
+from tests.tiny import folder_hash, make_other_model, make_sentencepiece_tokenizer, make_tokenizer
 
 AUTO_MAP = {"AutoConfig": "old.Config", "AutoModelForCausalLM": "old.Model", "AutoTokenizer": ["old.Tokenizer", None]}
 OWN_TOKENIZER = {"tokenizer_class": "OldTokenizer", "auto_map": {"AutoTokenizer": ["old.Tokenizer", None]}}
@@ -70,6 +70,30 @@ def test_a_type_that_transformers_knows_needs_no_consent(tmp_path: Path, model: 
     assert json.loads((base / "manifest.json").read_text())["trust_remote_code"] is False
 
 
+LOAD = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+base, tokenizer, *trusts = sys.argv[1:]
+for trust in trusts:
+    given = {"trust_remote_code": trust == "True"} if trust != "None" else {}
+    print(type(AutoModelForCausalLM.from_pretrained(base, **given)).__module__)
+    print(type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, **given), **given)).__module__)
+    for folder in (base, tokenizer):
+        print(type(AutoTokenizer.from_pretrained(folder, **given)).__module__.split(".")[0])
+"""
+
+
+def load(tmp_path: Path, *trusts: str) -> tuple[list[str], str]:
+    """The modules of the classes that Transformers takes for model and tokenizer, and what it says. Nobody can answer."""
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "base"), str(tmp_path / "tokenizer"), *trusts]
+    env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return done.stdout.split(), done.stderr
+
+
+PHI3 = "transformers.models.phi3.modeling_phi3"
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_transformers_own_class_is_loaded_without_a_question(
     tmp_path: Path, trust: bool, capsys: pytest.CaptureFixture[str]
@@ -80,24 +104,26 @@ def test_transformers_own_class_is_loaded_without_a_question(
     make_other_model(folder, "phi3")
     add_code(folder)
     edit(folder / "tokenizer_config.json", auto_map=OWN_TOKENIZER["auto_map"])
-    base = run(tmp_path, model_name_or_path=str(folder), revision=taken(folder), trust_remote_code=trust)
+    run(tmp_path, model_name_or_path=str(folder), revision=taken(folder), trust_remote_code=trust)
     line = "has its own class for model type phi3; the model's own Python code is not used"
     assert (line in capsys.readouterr().out) is trust
-    script = f"""
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-for trust in ({{}}, {{"trust_remote_code": False}}, {{"trust_remote_code": True}}):
-    print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}, **trust)).__module__)
-    print(type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({str(base)!r}, **trust), **trust)).__module__)
-    print(type(AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}, **trust)).__module__.split(".")[0])
-"""
-    env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    module = "transformers.models.phi3.modeling_phi3"
-    assert done.stdout.split() == [module, module, "transformers"] * 3, done.stderr
-    assert "custom code" not in done.stderr
+    modules, said = load(tmp_path, "None", "False", "True")
+    assert modules == [PHI3, PHI3, "transformers", "transformers"] * 3, said
+    assert "custom code" not in said
     assert not (tmp_path / "hf" / "modules").exists()
+
+
+def test_transformers_class_and_the_tokenizers_own_code_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    make_sentencepiece_tokenizer(folder, fast=False)
+    make_other_model(folder, "phi3")
+    add_code(folder)
+    run(tmp_path, model_name_or_path=str(folder), revision=folder_hash(folder), trust_remote_code=True)
+    assert "the model's own Python code is not used, except for the tokenizer's" in capsys.readouterr().out
+    modules, said = load(tmp_path, "True")
+    assert modules == [PHI3, PHI3, "transformers_modules", "transformers_modules"], said
 
 
 def test_an_unknown_type_keeps_all_its_code(tmp_path: Path, model: Path) -> None:
@@ -119,7 +145,7 @@ REFUSED_TYPES = {
     "t5": ({}, "its model type t5 is an encoder-decoder"),
     "bart": ({}, "its model type bart is an encoder-decoder"),
     "whisper": ({"is_encoder_decoder": True}, "its model type whisper is an encoder-decoder"),
-    "clip": ({}, "its model type clip generates no text in Transformers "),
+    "clip": ({}, " has no causal language model of its model type clip; only causal language models are"),
     "zephyrus": ({}, "knows no model type 'zephyrus', and the model comes without Python code of its own"),
 }
 

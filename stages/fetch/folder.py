@@ -67,7 +67,7 @@ def _link_problems(source: Path, names: Sequence[str]) -> list[str]:
     """
     problems = []
     root = source.resolve()
-    roots = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    roots = [root, *([(root.parents[1] / "blobs").resolve()] if root.parent.name == "snapshots" else [])]
     dangling = [file.name for file in source.iterdir() if file.is_symlink() and not file.exists()]
     for name in select_files(dangling, code=False):
         problems.append(f"{source}: {name}: is a symlink to {(source / name).readlink()}, which does not exist")

@@ -51,7 +51,7 @@ def type_problem(config: Mapping[str, Any]) -> str:
     if any(model_type in _keys("modeling_auto.py", table) for table in GENERATORS):
         return ""
     if model_type in _known_types():
-        return f"its model type {model_type} generates no text in {transformers_version()}; {only}"
+        return f"{transformers_version()} has no causal language model of its model type {model_type}; {only}"
     own = "its auto_map in config.json names no class for causal language models"
     return (
         f"{transformers_version()} knows no model type {model_type!r}, and "

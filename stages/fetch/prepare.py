@@ -1,4 +1,4 @@
-"""From the checked files of a model to what is done with each of them."""
+"""From the checked files of a model to what is done with each of them: linked or copied, written anew, dequantized."""
 
 from collections.abc import Sequence
 from pathlib import Path

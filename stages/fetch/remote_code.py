@@ -94,9 +94,10 @@ def ignored_code(code: Code, *, folder: Path) -> str:
     config = read_object(folder / "config.json")
     if code.model or not any(kind in _auto_map(config) for kind in GENERATORS):
         return ""
+    rest = ", except for the tokenizer's" if code.tokenizer else ""
     return (
         f"{transformers_version()} has its own class for model type {config['model_type']}; the model's own Python code is "
-        f"not used{', except for the tokenizer' if code.tokenizer else ''}"
+        f"not used{rest}"
     )
 
 
