@@ -29,7 +29,7 @@ class RefusesKeywords(LlamaForCausalLM):  # type: ignore[misc]
     ("kind", "reason"),
     [
         (LlamaForCausalLM, ""),
-        (DropsKeywords, "its logits differ from those of single rows"),
+        (DropsKeywords, "its own code does not take the lengths of the rows"),
         (RefusesKeywords, "the model does not accept further keyword arguments"),
     ],
 )

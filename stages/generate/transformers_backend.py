@@ -15,11 +15,13 @@ from stages.generate.decoder import Decoder, can_decode
 from stages.generate.fused_projections import fuse_projections
 from stages.generate.sampling import RowSampler
 from stages.generate.text_losses import window_losses
+from stages.generate.trials import cache_is_exact, pad_left, try_batches
 from stages.model import distributed
 from stages.model.compile import compile_elementwise
 from stages.model.load import load_model, stop_tokens
 from stages.model.placement import is_spread
-from stages.model.probe import TRIAL_ERRORS, logits_match, probe_rows, reason_of
+
+OWN_CACHE = "Transformers' generate gives other logits than the model without a cache"
 
 
 class TransformersBackend:
@@ -66,6 +68,8 @@ class TransformersBackend:
             return False
         longest = longest_prompt + self.settings.max_new_tokens
         reason = can_decode(self.model, longest) if self.can_pad else "its adapter is not merged"
+        if not reason and not cache_is_exact(self.model, longest_prompt):
+            reason = OWN_CACHE
         if reason:
             self._report(
                 f"using Transformers' generate, which is slower: the model does not fit the faster decoder: {reason}"
@@ -120,43 +124,28 @@ class TransformersBackend:
 
     def _generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, list[int]]]]:
         """With Transformers' generate, in batches of similar length: little padding, or none if the model takes none."""
-        lengths = [len(rows[index]["prompt_ids"]) for index in (0, -1)]  # the shortest and the longest
-        would_pad = self.can_pad and self.settings.batch_size > 1 and lengths[0] < lengths[1]
-        reason = self._why_not_pad(lengths[1]) if would_pad else ""
-        if reason:
-            self._report(f"only prompts of one length are in a batch, which is slower: {reason}")
-            self.can_pad = False
+        size = self._choose_batches(len(rows[-1]["prompt_ids"]))
         for _, group in groupby(range(len(rows)), key=lambda index: 0 if self.can_pad else len(rows[index]["prompt_ids"])):
             indices = list(group)
-            for start in range(0, len(indices), self.settings.batch_size):
-                batch = indices[start : start + self.settings.batch_size]
+            for start in range(0, len(indices), size):
+                batch = indices[start : start + size]
                 yield list(zip(batch, self._generate_halving([rows[index] for index in batch]), strict=True))
 
-    def _why_not_pad(self, longest_prompt: int) -> str:
-        """Why prompts cannot be padded; "" if the model gives the same logits then, as a recurrent model may not."""
-        rows = probe_rows(self.model, longest_prompt)
-        try:
-            same = logits_match(self._first_logits(rows), torch.cat([self._first_logits([row]) for row in rows]))
-        except TRIAL_ERRORS as error:
-            return reason_of(error)
-        return "" if same else "padding changes the model's answers"
-
-    def _first_logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The logits (rows, vocabulary) of the first new token of each prompt, in one batch."""
-        config = GenerationConfig(
-            max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-        )
-        with torch.no_grad():
-            logits: torch.Tensor = self.model.generate(**self._pad(prompts), generation_config=config).logits[0]
-        return logits.to(self.model.dtype)  # generate makes float32 of them; they are rounded as the model computes
-
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, padded on the left, so that every prompt ends in the last position."""
-        width = max(map(len, prompts))
-        ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    def _choose_batches(self, longest_prompt: int) -> int:
+        """The most prompts in a batch. Tries what the model takes, and says what it does not."""
+        if not self.can_pad:
+            return self.settings.batch_size
+        found = try_batches(self.model, longest_prompt)
+        if not cache_is_exact(self.model, longest_prompt):
+            self._report(f"{OWN_CACHE}; the answers are those of generate")
+        if self.settings.batch_size == 1 or found.padded:
+            return self.settings.batch_size
+        self.can_pad = False
+        if found.same_length:
+            self._report(f"only prompts of one length are in a batch, which is slower: {found.reason}")
+            return self.settings.batch_size
+        self._report(f"one prompt is answered at a time, which is slower: {found.reason}")
+        return 1
 
     def _generate_halving(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The new tokens of a batch. It is split in two if memory runs out."""
@@ -173,9 +162,12 @@ class TransformersBackend:
     def _generate_batch(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The new tokens of each row, padded after a stop token."""
         prompts = [row["prompt_ids"] for row in rows]
-        inputs = self._pad(prompts)
+        inputs = pad_left(prompts, self.model.device)
         sampler = RowSampler(self.settings.sampling, [row["id"] for row in rows], prompts=prompts, device=self.model.device)
         with torch.no_grad():
+            if inputs["input_ids"].shape[1] == 1 and self.model._is_stateful:
+                # RecurrentGemma takes a single token for the next one of the last prompt; this clears its state.
+                self.model(**inputs, use_cache=False)
             output = self.model.generate(
                 **inputs,
                 generation_config=self.config,

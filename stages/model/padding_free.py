@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 
 from stages.core.tokens import IGNORE
 from stages.model.collate import collate_padding_free
-from stages.model.recurrent import prepare_recurrent_layers
 from stages.model.probe import TRIAL_ERRORS, last_logits, logits_match, probe_rows, reason_of
+from stages.model.recurrent import prepare_recurrent_layers
 
 PADDING_FREE = "loratory_padding_free"
 """The name of this attention function in Transformers' AttentionInterface. There is none in its AttentionMaskInterface, so
@@ -68,10 +68,10 @@ class RowLayout:
         if device not in self._groups:
             lengths = torch.tensor(self.lengths)
             starts = lengths.cumsum(0) - lengths
-            sizes = torch.tensor([(length - 1).bit_length() for length in self.lengths])
+            sizes = [(length - 1).bit_length() for length in self.lengths]
             groups, order = [], []
-            for size in sizes.unique():
-                rows = (sizes == size).nonzero().squeeze(1)
+            for size in sorted(set(sizes)):
+                rows = torch.tensor([row for row, each in enumerate(sizes) if each == size])
                 steps = torch.arange(int(lengths[rows].max()))
                 real = steps < lengths[rows].unsqueeze(1)
                 positions = (starts[rows].unsqueeze(1) + steps).where(real, 0)

@@ -49,6 +49,7 @@ class RowFunction:
         """Why rows are computed as padded batches; None before the first padding-free batch, "" if they are not."""
 
     def __call__(self, *arguments: Any, row_layout: Any = None, **named: Any) -> Any:
+        """The function's result for its own arguments; `row_layout` is that of the batch, a `RowLayout`."""
         if row_layout is None:
             return self.function(*arguments, **named)
         row_layout.used = True
@@ -60,7 +61,7 @@ class RowFunction:
             except TRIAL_ERRORS as error:  # a ValueError by Transformers, if the package is not installed
                 if self.why_padded is not None:
                     raise
-                self.why_padded = reason_of(error).removeprefix("ValueError: ")
+                self.why_padded = reason_of(error).removeprefix("ValueError: ").removesuffix(".")
             else:
                 self.why_padded = ""
                 return result
@@ -77,15 +78,14 @@ class RowFunction:
         def pad(value: Any, positions: torch.Tensor) -> Any:
             return value.squeeze(0).movedim(dim - 1, 0)[positions].movedim(1, dim) if is_batch(value) else value
 
-        parts, rest = [], ()
+        parts = []
         for positions, real in groups:
             padded = [pad(value, positions) for value in arguments]
             result = self.function(*padded, **{name: pad(value, positions) for name, value in named.items()})
-            if isinstance(result, tuple):
-                result, *rest = result
-            parts.append(result.movedim(dim, 1).flatten(0, 1)[real])
-        result = torch.cat(parts)[order].movedim(0, dim - 1).unsqueeze(0)
-        return (result, *rest) if rest else result
+            out = result[0] if isinstance(result, tuple) else result
+            parts.append(out.movedim(dim, 1).flatten(0, 1)[real])
+        out = torch.cat(parts)[order].movedim(0, dim - 1).unsqueeze(0)
+        return (out, *result[1:]) if isinstance(result, tuple) else out  # behind it a state, None in training
 
 
 def prepare_recurrent_layers(model: Any) -> list[RowFunction]:

@@ -25,9 +25,11 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import linear
 
+from stages.core.problem import Problem
 from stages.model import four_bit
 from stages.model.adapter import PEFT_PREFIX
 from stages.model.lora import add_lora
+from stages.model.probe import TRIAL_ERRORS, reason_of
 from stages.model.shared_inputs import group_by_input, share_computation
 from stages.train.fp8 import fits, matmul, quantize_rows
 from stages.train.recompute import Recipe, Recompute
@@ -40,7 +42,8 @@ class LoraLayers:
     def __init__(self, adapted: Any, *, fp8: bool, keep_dequantized: bool, recompute: Recompute) -> None:
         """Replaces the forward method of every LoRA layer that is supported here; the others keep PEFT's.
 
-        If the model then computes other logits or gradients in a trial run, all layers keep PEFT's.
+        If the model then computes other logits or gradients in a trial run, all layers keep PEFT's. Raises Problem if the
+        trial run fails before.
 
         Args:
             adapted: A model with a LoRA adapter.
@@ -63,7 +66,12 @@ class LoraLayers:
         supported = {name: module for name, module in modules.items() if not reasons[name]}
         self.layers: dict[str, _FastLayer] = {}
         """By the name of the module in `adapted`."""
-        expected = try_training(adapted) if supported else None
+        try:
+            expected = try_training(adapted) if supported else None
+        except TRIAL_ERRORS as error:
+            raise Problem(
+                f"the base model cannot be trained: its own code fails: {reason_of(error)}; fetch another base"
+            ) from error
         for names in group_by_input(adapted, supported):
             group = _make_fast([supported[name] for name in names], self, in_fp8=fp8)
             share_computation([layer.module for layer in group], partial(_forward, group, recompute))

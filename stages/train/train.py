@@ -22,11 +22,12 @@ from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.experts import describe_experts
 from stages.model.padding_free import enable_padding_free
-from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
+from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
+from stages.train.causality import check_causal
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_causal, check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
@@ -194,6 +195,9 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         check_disk(trained, optim=params.optim, checkpoints=checkpoints, adapter=paths.adapter)
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
     longest = int(max(each.lengths.max(initial=0) for each in (rows, validation_rows)))
+    model.eval()
+    if params.method == "lora":  # with virtual tokens a row has more logits than tokens
+        check_causal(model)
     padding_free = _enable_padding_free(params, arguments, model, longest)
     initial_weights = initial_lora(model, params)  # before they are trained
     lora_layers = _make_faster(params, model)
@@ -268,7 +272,6 @@ def _make_arguments(params: Params, checkpoints: Path) -> TrainingArguments:
 
 def _enable_padding_free(params: Params, arguments: TrainingArguments, model: Any, longest_row: int) -> bool:
     """Whether rows are concatenated instead of padded. If they are padded, a line says why."""
-    model.eval()
     functions = prepare_recurrent_layers(model)
     if params.method != "lora":
         reason = f"{params.method} puts virtual tokens before each row"
