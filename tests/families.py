@@ -595,7 +595,15 @@ OTHERS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [32, 32],
         "axial_pos_embds_dim": [16, 48],
     },
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2},
+    "longcat_flash": {"head_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Fields of the configs of other model types, where small sizes must fit each other in a way of their own."""

@@ -5,6 +5,7 @@ with Transformers 4, and adapts the fused experts instead, also where they are l
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,17 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 @contextmanager
 def targets_as_given() -> Iterator[None]:
-    """Within the block, PEFT adds or loads adapters for exactly the layers and parameters that a config names."""
+    """Within the block, PEFT adds or loads adapters for exactly the layers and parameters that a config names.
+
+    It says that patterns of ranks for parameters are ignored, which is not so; the message is left out.
+    """
     before = conversion.convert_peft_config_for_transformers, conversion.convert_peft_adapter_state_dict_for_transformers
     conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     conversion.convert_peft_adapter_state_dict_for_transformers = lambda adapter_state_dict, **_: adapter_state_dict
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
+            yield
     finally:
         conversion.convert_peft_config_for_transformers, conversion.convert_peft_adapter_state_dict_for_transformers = before
 

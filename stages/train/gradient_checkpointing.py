@@ -16,6 +16,8 @@ def decoder_blocks(model: Any) -> list[torch.nn.Module]:
     """
     base = model.get_base_model()
     decoder = base.get_decoder()
+    if decoder is base.get_output_embeddings():  # ModernBERT's head is named decoder
+        decoder = base
     names = set(base._no_split_modules or ())
     found = [module for module in decoder.modules() if type(module).__name__ in names and module is not decoder]
     nested = {id(inner) for module in found for inner in module.modules() if inner is not module}
