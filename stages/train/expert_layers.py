@@ -114,7 +114,9 @@ def _why_different(fast: "_FastExperts", slow: ExpertsForward) -> str:
         found, expected = _try_experts(fast, slow.experts), _try_experts(slow, slow.experts)
     except TRIAL_ERRORS as error:
         return reason_of(error)
-    return "" if all(map(logits_match, found, expected)) else "which compute something else than their config says"
+    dtype = product_dtype(slow.experts, next(iter(slow.experts.shapes)))  # gradients in float32 are no more exact
+    same = all(logits_match(one.to(dtype), other.to(dtype)) for one, other in zip(found, expected, strict=True))
+    return "" if same else "which compute something else than their config says"
 
 
 def _try_experts(forward: Callable[..., torch.Tensor], experts: Experts) -> list[torch.Tensor]:
