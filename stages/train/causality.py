@@ -10,8 +10,8 @@ from stages.model.probe import TRIAL_ERRORS, last_logits, probe_ids, reason_of
 SEEN = 3
 """The tokens of the trial row that are also computed by themselves."""
 LARGEST_CHANGE = 0.2
-"""Of their logits, in standard deviations. Measured: 0.02 in SmolLM2 with int8, whose inputs are rounded; 0.8 in a BERT. A wrong
-refusal would cost more than a missed one."""
+"""Of their logits, in standard deviations. Measured: 0.02 in SmolLM2 with int8, whose inputs are rounded; 0.8 in a BERT. A
+wrong refusal would cost more than a missed one."""
 
 
 def check_causal(model: Any) -> None:
