@@ -27,6 +27,7 @@ from stages.model.quantize import Quantization, Quantized, load_quantized, quant
 from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
+from stages.train.causality import check_causal
 from stages.train.checkpoints import last_checkpoint, remove_incomplete
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
@@ -195,6 +196,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     # Before the layers are made faster: padding-free attention is tried on the unchanged model.
     longest = int(max(each.lengths.max(initial=0) for each in (rows, validation_rows)))
     model.eval()
+    if params.method == "lora":  # with virtual tokens a row has more logits than tokens
+        check_causal(model)
     padding_free = _enable_padding_free(params, arguments, model, longest)
     initial_weights = initial_lora(model, params)  # before they are trained
     lora_layers = _make_faster(params, model)
