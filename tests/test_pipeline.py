@@ -52,6 +52,7 @@ READ_BY = {
     "stages/core/disk.py": {"fetch", "fetch_data", "train", "merge"},
     "stages/core/tokens.py": ENCODED,
     "stages/model/adapter.py": {"train", "merge"},
+    "stages/model/base_weights.py": {"train", "merge"},
     "stages/model/checkpoints.py": {"train"} | GENERATE,
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
