@@ -56,7 +56,7 @@ class Failed(Exception):
     """A result is wrong, or the pipeline ended with a Problem after the training had begun."""
 
 
-def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization: str = "nf4") -> None:
+def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization: str = "nf4", experts: bool = True) -> None:
     """Fetches, trains, merges and generates, on the CPU and in float32; then checks what came out.
 
     The working directory must be the project, and the environment variable DVC_ROOT name a folder for checkpoints.
@@ -66,6 +66,7 @@ def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization:
         work: An empty folder for all outputs.
         facts: Gets what is found about the architecture, as far as it came.
         quantization: As in params.yaml.
+        experts: Whether experts get an adapter too, if the model has any.
 
     Raises Refused, Failed, or whatever a stage raises that is not a Problem.
     """
@@ -75,10 +76,17 @@ def run_chain(release: Path, work: Path, facts: dict[str, Any], *, quantization:
         _fetch(release, base, work / "tokenizer")
     if json.loads((release / "config.json").read_text()).get("quantization_config"):
         facts["dequantized"] = check_dequantized(release, base)
+    params = train_params(quantization=quantization, target_parameters="all-experts" if experts else [])
     with stage("train", facts):
-        _train(base, work, quantization=quantization)
+        try:
+            _train(params, base, work)
+        except Problem as problem:
+            if not experts or "train.target_parameters" not in str(problem):
+                raise
+            params = train_params(quantization=quantization)
+            _train(params, base, work)
     require(not facts.get("unfit"), f"train: has trained, though {facts.get('unfit')}")
-    check_training(base, adapter, facts)
+    check_training(params, base, adapter, facts)
     with stage("merge", facts):
         _merge(base, work)
     facts |= check_merged(base, merged, adapter)
@@ -197,24 +205,28 @@ def _fetch(release: Path, base: Path, tokenizer: Path) -> None:
         run(found[1])
 
 
-def _train(base: Path, work: Path, *, quantization: str) -> None:
-    from stages.train.train import Params, train
+def train_params(**changed: Any) -> Any:
+    """The parameters of `train` for a few steps in float32."""
+    from stages.train.train import Params
 
-    params = _params(
-        "train",
-        Params,
-        quantization=quantization,
-        dtype="float32",
-        r=4,
-        lora_alpha=8,
-        num_train_epochs=2,
-        per_device_train_batch_size=6,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=2,
-        eval_steps=100,
-        save_steps=100,
-    )
+    few: dict[str, Any] = {
+        "dtype": "float32",
+        "r": 4,
+        "lora_alpha": 8,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 6,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "eval_steps": 100,
+        "save_steps": 100,
+    }
+    return _params("train", Params, **few, **changed)
+
+
+def _train(params: Any, base: Path, work: Path) -> None:
+    from stages.train.train import train
+
     train(
         params,
         train_tokens=work / "train.arrow",
@@ -376,14 +388,13 @@ def load_trained(base: Path, adapter: Path) -> Any:
     return model
 
 
-def check_training(base: Path, adapter: Path, facts: dict[str, Any]) -> None:
+def check_training(params: Any, base: Path, adapter: Path, facts: dict[str, Any]) -> None:
     """Logits of rows in one batch, and gradients, against PEFT's of single rows. `facts` gets how they were computed."""
     from stages.model.collate import collate_padded, collate_padding_free
     from stages.model.logits import label_logits
     from stages.model.padding_free import enable_padding_free
-    from stages.train.lora_layers import LoraLayers
     from stages.train.loss import next_token_loss
-    from stages.train.recompute import Recompute
+    from stages.train.train import _make_faster
 
     model = load_trained(base, adapter)
     rows: list[dict[str, Any]] = [{"input_ids": row, "labels": [IGNORE, *row[1:]]} for row in CHECKED_ROWS]
@@ -397,7 +408,7 @@ def check_training(base: Path, adapter: Path, facts: dict[str, Any]) -> None:
     difference = float((found - wanted).abs().max() / wanted.std())
     how = "padded batch" if padded else "padding-free batch"
     require(difference < 1e-2, f"train: logits of rows in a {how} differ from those of single rows by {difference:.1e} std")
-    layers = LoraLayers(model, fp8=False, keep_dequantized=True, recompute=Recompute())
+    layers = _make_faster(params, model)
     facts |= {"peft": ", ".join(layers.skipped), "adapted": len(gradients) // 2}
     next_token_loss(*label_logits(model, batch), len(batch["targets"])).backward()  # type: ignore[no-untyped-call]
     _compare_gradients(_take_gradients(model), gradients)

@@ -93,4 +93,4 @@ def test_the_checks_find_what_is_wrong(release: Path, monkeypatch: pytest.Monkey
         plain = padding_free._causal_attention
         patch.setattr(padding_free, "_causal_attention", lambda *args, **named: plain(*args, **named | {"window": None}))
         with pytest.raises(chain.Failed, match=r"logits of rows in a padding-free batch differ"):
-            chain.check_training(base, adapter, {})
+            chain.check_training(chain.train_params(), base, adapter, {})

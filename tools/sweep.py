@@ -34,7 +34,7 @@ LIMIT = 240
 FAILED, REFUSED, PASSED, NOT_BUILT = "FAILED", "refused", "ok", "not built"
 
 
-def run_family(name: str, out: Path, quantization: str) -> None:
+def run_family(name: str, out: Path, options: dict[str, Any]) -> None:
     """Writes what became of a family to `out`, as JSON. Runs in a process of its own."""
     import torch
 
@@ -54,7 +54,7 @@ def run_family(name: str, out: Path, quantization: str) -> None:
         facts |= chain.look_at(work / "release")
         facts["stage"] = "fetch"
         (work / "run").mkdir()
-        chain.run_chain(work / "release", work / "run", facts, quantization=quantization)
+        chain.run_chain(work / "release", work / "run", facts, **options)
         facts |= {"result": PASSED, "text": ""}
     except chain.Refused as error:
         facts |= {"result": REFUSED, "text": " | ".join(error.messages)}
@@ -79,14 +79,14 @@ def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]} ({where})"
 
 
-def sweep(names: list[str], folder: Path, quantization: str) -> list[dict[str, Any]]:
+def sweep(names: list[str], folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """What became of each family, in order; a line is printed for each."""
     context = multiprocessing.get_context("fork")  # the imports of this process are there already
     found = []
     for name in names:
         out = folder / f"{name}.json"
         out.unlink(missing_ok=True)
-        process = context.Process(target=run_family, args=(name, out, quantization))
+        process = context.Process(target=run_family, args=(name, out, options))
         process.start()
         process.join(LIMIT)
         if process.is_alive():
@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="families of tests/families.py, or model types of Transformers")
     parser.add_argument("--only", choices=["popular", "others"])
     parser.add_argument("--quantization", choices=["nf4", "fp4", "int8", "none"], default="nf4")
+    parser.add_argument("--no-experts", action="store_true", help="experts get no adapter, as in params.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "sweep", help="a folder for results and logs")
     arguments = parser.parse_args()
     os.chdir(ROOT)
@@ -148,7 +149,8 @@ def main() -> int:
         *(other_types() if arguments.only != "popular" else []),
     ]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found = sweep(names, arguments.out, arguments.quantization)
+    options = {"quantization": arguments.quantization, "experts": not arguments.no_experts}
+    found = sweep(names, arguments.out, options)
     (arguments.out / "table.md").write_text(as_markdown(found), encoding="utf-8")
     counts = Counter(facts["result"] for facts in found)
     print(", ".join(f"{count} {result}" for result, count in counts.items()), f"({arguments.out / 'table.md'})")
