@@ -55,6 +55,7 @@ READ_BY = {
     "stages/model/checkpoints.py": {"train"} | GENERATE,
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
+    "stages/model/launch.py": {"train"} | GENERATE,
     "stages/model/limits.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
     "stages/model/four_bit.py": {"train", "merge"},

@@ -28,6 +28,7 @@ from stages.generate.vllm_backend import VllmBackend
 from stages.model import distributed
 from stages.model.checkpoints import CheckpointFolder
 from stages.model.device import DtypeName, pick_device, pick_dtype
+from stages.model.launch import launch
 from stages.model.load import one_copy_each
 from stages.model.placement import total_memory, weight_bytes
 
@@ -121,7 +122,7 @@ def generate(
         print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     with CheckpointFolder(f"generate-{model.name}", fingerprint(inputs)) as folder:
         if processes > 1:
-            distributed.launch(answer_share, processes, params, model, files, folder.path)
+            launch(answer_share, processes, params, model, files, folder.path)
         else:
             answer_share(params, model, files, folder.path)
         answers = [kept_answers(folder.path, rank) for rank in range(processes)]
@@ -161,7 +162,7 @@ def _describe(rows: Rows) -> str:
 def answer_share(params: Params, model: Path, files: Files, folder: Path) -> None:
     """This process's share of the prompts and of the raw text, except what `folder` already keeps.
 
-    The arguments are positional because torch's launcher passes no others to a process.
+    The arguments are positional because `launch` passes no others to a process.
     """
     distributed.select_gpu()
     logging.disable_progress_bar()

@@ -19,6 +19,7 @@ from stages.model.adapter import Adapter, add_adapter, initial_lora
 from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
+from stages.model.launch import launch
 from stages.model.padding_free import enable_padding_free
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
@@ -136,14 +137,16 @@ def train(
     paths = _Paths(train_tokens, validation_tokens, base, adapter, report, curves, machine)
     inputs = fingerprint(inputs_of("train", params.model_dump(), (train_tokens, validation_tokens, base), Path()))
     if not distributed.is_main():
-        _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
+        with distributed.failures_explained():
+            _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
         return None
     with CheckpointFolder("train", inputs) as checkpoints:
         remove_incomplete(checkpoints.path)
         if params.num_processes > 1 and distributed.world_size() == 1:
-            distributed.launch(_train_here, params.num_processes, params, paths, checkpoints.path)
+            launch(_train_here, params.num_processes, params, paths, checkpoints.path)
         else:
-            _train_here(params, paths, checkpoints.path)
+            with distributed.failures_explained():
+                _train_here(params, paths, checkpoints.path)
         return Done(_summary(paths), checkpoints.remove)
 
 
@@ -303,7 +306,7 @@ def _checkpointed_blocks(params: Params, model: Any) -> int | None:
 def _run_training(trainer: AdapterTrainer, checkpoints: Path) -> str | None:
     """Trains from the last checkpoint on, and returns its path; None if there was none.
 
-    Raises KeyboardInterrupt if the training was interrupted; its checkpoint is then saved.
+    Raises KeyboardInterrupt(number of the signal) if the training was interrupted; its checkpoint is then saved.
     """
     trainer.accelerator.wait_for_everyone()  # all processes must look for checkpoints before one of them writes a new one
     last = last_checkpoint(checkpoints)
@@ -312,7 +315,8 @@ def _run_training(trainer: AdapterTrainer, checkpoints: Path) -> str | None:
     with trainer.interruption.handled():
         trainer.train(resume_from_checkpoint=last)
     if trainer.interruption.requested and not trainer.finished:
-        raise KeyboardInterrupt
+        distributed.wait_for_all()  # the others must not see this process end before the checkpoint is complete
+        raise KeyboardInterrupt(trainer.interruption.requested)
     return last
 
 
