@@ -813,6 +813,7 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
             patched.setenv("TORCHELASTIC_RUN_ID", "0")
             patched.setenv("WORLD_SIZE", "2")
             patched.setenv("RANK", "1")
+            patched.setattr("stages.model.distributed.init_exchange", lambda: None)
             answer_share(*given)
         raise KeyboardInterrupt
 

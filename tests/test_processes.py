@@ -174,9 +174,21 @@ def write_pid(folder: str) -> None:
 def decide_differently() -> None:
     distributed.init_exchange()
     number = distributed.rank()
-    distributed.require_same({"the dtype": "bfloat16", "compiled parts": ["rotary"], "the decoder": None})
-    distributed.require_same({"the decoder": "used" if number else None})
-    distributed.require_same({"compiled parts": ["rotary", "norm"] if number else [], "the dtype": "bfloat16"})
+    distributed.require_same({"the dtype": "bfloat16", "compiled parts": ["rotary"]})
+    distributed.note("the same line")
+    distributed.require_same_notes()
+    distributed.note(f"line {number}")
+    distributed.require_same_notes(took_part=number == 0)
+    try:
+        distributed.require_same({"the dtype": "bfloat16", "the device": "cpu" if number else "cuda"})
+    except Problem as problem:
+        wrong = problem.messages[0]
+    for line in ["first", "rows are padded"] if number else ["first"]:
+        distributed.say_for_all(line)
+    try:
+        distributed.require_same_notes()
+    except Problem as problem:
+        raise Problem(wrong, *problem.messages) from None
 
 
 def agree_on_steps() -> None:
@@ -225,8 +237,9 @@ def agree_on_steps() -> None:
         (leave, r"^it ended with the exit status 3, and said nothing else$"),
         (
             decide_differently,
-            "^the processes differ in compiled parts: process 0: none; process 1: rotary, norm\n"
-            "all processes must compute in the same way; use the same GPUs, packages, parameters and data for them$",
+            "^the processes differ in the device: process 0: cuda; process 1: cpu\n"
+            "not the same in all processes, but only in process 1: rows are padded\n"
+            "all processes must compute in the same way; use the same GPUs, packages, code, parameters and data for them$",
         ),
     ],
 )

@@ -165,6 +165,7 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
     The arguments are positional because `launch` passes no others to a process.
     """
     distributed.select_gpu()
+    distributed.init_exchange()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     rank, processes = distributed.rank(), distributed.world_size()
@@ -176,6 +177,7 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
     batches = make_batches(windows.lengths.tolist(), batch_size=params.batch_size)[rank::processes]
     batches_left = [batch for batch in batches if not all(index in losses for index in batch)]
     if not len(left) and not batches_left:
+        distributed.require_same_notes(took_part=False)
         return
     load = VllmBackend if params.use_vllm else TransformersBackend
     backend: Backend = load(model, generation_settings(params), template_stops=rows.stop_tokens)
@@ -187,6 +189,9 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
             for batch in batches_left:
                 losses.add(list(zip(batch, backend.text_losses([windows[index] for index in batch]), strict=True)))
                 bar.update(len(batch))
+    if len(left):
+        backend.prepare(int(rows.prompts.lengths.max()))  # of all prompts: the same decisions in all processes
+    distributed.require_same_notes(took_part=len(left) > 0)
     if len(left):
         resumed = len(share) - len(left)
         with ProgressBar(desc, total=len(share), unit="prompts", initial=resumed, disable=hidden) as bar:

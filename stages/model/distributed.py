@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,11 +18,14 @@ from stages.core.problem import Problem
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: with train.fsdp they may load a large model one after the other."""
 
+SAME_WAY = "all processes must compute in the same way; use the same GPUs, packages, code, parameters and data for them"
 LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store|timed out waiting", re.IGNORECASE)
 """In the message of a RuntimeError: the process could not reach another one, which has failed before or was killed."""
 OWN_FAULT = re.compile("device-side assert|illegal memory access|misaligned address|invalid (argument|configuration|device)")
 """In the message of a CUDA error: not the GPU has failed, but a kernel."""
 
+_notes: list[str] = []
+"""Lines about how this process computes, since the last `require_same_notes`."""
 _exchange: Any = None
 """The gloo process group over which the processes agree, so that no GPU has to be waited for; None in a single process."""
 
@@ -131,35 +134,57 @@ def wait_for_all() -> None:
         torch.distributed.barrier(group=_exchange)
 
 
-def require_same(decisions: Mapping[str, object]) -> None:
-    """Raises Problem in all processes, naming each decision in which they differ. Called in all of them together.
+def note(line: str) -> None:
+    """Keeps a line about how this process computes, for `require_same_notes`."""
+    _notes.append(line)
 
-    A process that silently computes in another way than the others is slower, and they all wait for it, or its result
-    differs.
+
+def say_for_all(line: str) -> None:
+    """As `note`, and process 0 prints the line: it must hold for all processes."""
+    note(line)
+    if is_main():
+        with suppress(OSError):  # the terminal was closed
+            print(line, flush=True)
+
+
+def require_same_notes(*, took_part: bool = True) -> None:
+    """Raises Problem in all processes if they have not noted the same lines. Called in all of them together.
+
+    So a process that cannot use the fast way is not silently slower than the others, which would all wait for it.
 
     Args:
-        decisions: What was decided, by its name in the message. Lists and texts are shown as they are. None stands for
-            no decision, which differs from none.
+        took_part: Whether this process had anything to compute; otherwise it has no say.
     """
-    found = gather({name: None if value is None else _shown(value) for name, value in decisions.items()})
+    lines = list(dict.fromkeys(_notes))
+    _notes.clear()
+    given = gather(lines if took_part else None)
+    taking_part = [number for number, found in enumerate(given) if found is not None]
+    differing = []
+    for line in dict.fromkeys(line for number in taking_part for line in given[number]):
+        having = [number for number in taking_part if line in given[number]]
+        if len(having) < len(taking_part):
+            differing.append(f"not the same in all processes, but only in {_processes(having)}: {line}")
+    if differing:
+        raise Problem(*differing, SAME_WAY)
+
+
+def require_same(decisions: Mapping[str, object]) -> None:
+    """Raises Problem in all processes, naming each value in which they differ. Called in all of them together.
+
+    Args:
+        decisions: What was decided or found, by its name in the message.
+    """
+    found = gather({name: str(value) for name, value in decisions.items()})
     differing = []
     for name in decisions:
         by_value: dict[str, list[int]] = {}
         for number, values in enumerate(found):
-            if values[name] is not None:
-                by_value.setdefault(values[name], []).append(number)
+            by_value.setdefault(values[name], []).append(number)
         if len(by_value) > 1:
             each = "; ".join(f"{_processes(ranks)}: {value}" for value, ranks in by_value.items())
             differing.append(f"the processes differ in {name}: {each}")
     if differing:
-        remedy = "all processes must compute in the same way; use the same GPUs, packages, parameters and data for them"
-        raise Problem(*differing, remedy)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value) or "none"
+        raise Problem(*differing, SAME_WAY)
 
 
 def _processes(ranks: Sequence[int]) -> str:

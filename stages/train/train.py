@@ -169,22 +169,22 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     distributed.init_processes(cpu=not torch.cuda.is_available())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The name of the folder has a fingerprint of all that the stage reads; two machines may hold different copies.
+    distributed.require_same({"the data, parameters, code or packages (fingerprint)": checkpoints.name})
     rows = TokenRows(read_tokens(paths.train_tokens))
     validation_rows, all_validation_rows = read_validation_rows(paths.validation_tokens, params.max_eval_samples)
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
     virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
     lines = check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
-    if distributed.is_main():
-        for line in lines:
-            say(f"train: {line}")
+    for line in lines:
+        distributed.say_for_all(f"train: {line}")
     steps = count_steps(arguments, len(rows))
     set_intervals(arguments, steps)
-    if distributed.is_main():
-        for line in describe_validation(
-            arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
-        ):
-            say(f"train: {line}")
+    for line in describe_validation(
+        arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
+    ):
+        distributed.say_for_all(f"train: {line}")
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
@@ -211,6 +211,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         lora_layers=lora_layers,
         early_stopping_patience=params.early_stopping_patience,
     )
+    _require_same_way(trainer)
     # Before anything is measured: the largest batch shows whether the memory is enough.
     fit_memory(trainer, _checkpointed_blocks(params, model))
     before = trainer.measure()
@@ -229,9 +230,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
 def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
     """The quantized model, and the same one with a new adapter."""
     quantized = load_quantized(base, params, on_cpu=params.fsdp, one_gpu=True)
-    if distributed.is_main():
-        for line in describe_gaps(quantized, params, params):
-            say(f"train: {line}")
+    for line in describe_gaps(quantized, params, params):
+        distributed.say_for_all(f"train: {line}")
     return quantized, add_adapter(quantized.model, base, settings=params, wanted=params)
 
 
@@ -246,7 +246,8 @@ def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
         return quantized, model
 
     size = quantized_bytes(base, params)
-    quantized, model = load_in_turns(load, max(1, int(SPREAD * total_memory().main) // size))
+    at_a_time = distributed.smallest(max(1, int(SPREAD * total_memory().main) // size))  # machines may differ
+    quantized, model = load_in_turns(load, at_a_time)
     share_trained(model)
     return quantized, model
 
@@ -266,8 +267,8 @@ def _enable_padding_free(params: Params, arguments: TrainingArguments, model: An
         reason = "neftune_noise_alpha scales its noise by the length of a padded row"
     else:
         reason = enable_padding_free(model, longest_row)
-    if reason and distributed.is_main():
-        say(f"train: rows are padded, not padding-free: {reason}")
+    if reason:
+        distributed.say_for_all(f"train: rows are padded, not padding-free: {reason}")
     return not reason
 
 
@@ -276,11 +277,10 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     recompute = Recompute()
     lora = params.method == "lora"
     compiled = compile_elementwise(model, recompute.remember if lora else None)  # only LoRA layers recompute
-    if distributed.is_main():
-        if compiled.parts:
-            say(f"train: compiled: {', '.join(compiled.parts)}")
-        for reason in compiled.left_out:
-            say(f"train: {reason}; this is slower")
+    if compiled.parts:
+        distributed.say_for_all(f"train: compiled: {', '.join(compiled.parts)}")
+    for reason in compiled.left_out:
+        distributed.say_for_all(f"train: {reason}; this is slower")
     if not lora:
         return None
     layers = LoraLayers(
@@ -289,11 +289,27 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
         keep_dequantized=not params.fsdp,  # each process would keep all weights, not only its shard
         recompute=recompute,
     )
-    if layers.skipped and distributed.is_main():
-        say(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
-    if params.compute == "fp8" and layers.without_fp8 and distributed.is_main():
-        say(f"train: not in FP8, because a dimension is not a multiple of 16: {', '.join(layers.without_fp8)}")
+    if layers.skipped:
+        distributed.say_for_all(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
+    if params.compute == "fp8" and layers.without_fp8:
+        distributed.say_for_all(
+            f"train: not in FP8, because a dimension is not a multiple of 16: {', '.join(layers.without_fp8)}"
+        )
     return layers
+
+
+def _require_same_way(trainer: AdapterTrainer) -> None:
+    """Raises Problem if the processes do not all compute in the same way, with what differs."""
+    model = trainer.unwrapped_model
+    distributed.require_same(
+        {
+            "the device": model.device.type,
+            "the dtype": str(model.dtype).removeprefix("torch."),
+            "whether the loss is computed in parts": trainer.loss_in_parts,
+            "the number of trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+    )
+    distributed.require_same_notes()
 
 
 def _checkpointed_blocks(params: Params, model: Any) -> int | None:
