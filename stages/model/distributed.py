@@ -62,9 +62,12 @@ def _read_variable(name: str, *, default: int) -> int:
 
 
 def select_gpu() -> None:
-    """Makes the GPU of this process the current CUDA device."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    """Makes the GPU of this process the current CUDA device. Raises Problem if there is none for it."""
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and number >= gpus:
+        raise Problem(f"this machine has {gpus} GPUs, none for process {number} of it; start one process for each GPU")
+    if gpus:
+        torch.cuda.set_device(number)
 
 
 def init_processes(*, cpu: bool) -> None:
@@ -218,7 +221,7 @@ def explain_failure(error: Exception) -> tuple[Literal["problem", "lost", "bug"]
         return "problem", (f"its GPU has failed: {line}; see nvidia-smi. dvc repro resumes from what was finished",)
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error))):
         return "lost", (
-            f"it lost the other processes, one of which has failed or was killed: {line}; "
+            f"it lost the other processes, one of which has failed or was killed ({line.partition('. ')[0]}); "
             "dvc repro resumes from what was finished",
         )
     return "bug", ()
