@@ -9,10 +9,12 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
@@ -29,6 +31,13 @@ USAGE = "usage: python -m stages <stage> --name path ... | check | verify | disk
 
 FULL_DISK = ("No space left on device", "StorageFull", "PytorchStreamWriter failed writing", "unexpected pos")
 """How safetensors and torch report a full disk: in their own words, and not as an OSError."""
+
+PROCESS_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Variables that say which of several processes this is. A stage that believes a stray one writes nothing, or waits for
+processes that do not exist."""
+SET_BY_TORCHRUN = (*PROCESS_NUMBERS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+FOR_TORCHRUN = ("train",)
+"""Stages that torchrun may start; the others would do the same work several times."""
 
 
 def main(arguments: list[str]) -> int:
@@ -54,8 +63,12 @@ def main(arguments: list[str]) -> int:
                 run(name, parse_paths(rest))
     except Problem as problem:
         return fail(name, problem.messages)
-    except KeyboardInterrupt:
-        return fail(name, ("interrupted; nothing was recorded, dvc repro runs this stage again",), status=130)
+    except KeyboardInterrupt as interrupt:
+        # Python gives no number for Ctrl-C; a stage that handles other signals does.
+        number = int(interrupt.args[0] if interrupt.args else signal.SIGINT)
+        said_here = os.environ.get("RANK", "0") == "0"  # by one of several processes
+        messages = ("interrupted; nothing was recorded, dvc repro runs this stage again",) if said_here else ()
+        return fail(name, messages, status=128 + number)
     except Exception as error:
         remedy = find_remedy(error, rest)
         if remedy is None:
@@ -79,6 +92,7 @@ def run(name: str, paths: dict[str, str]) -> None:
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
     checked.
     """
+    check_process_numbers(name)
     started, dvc = time.monotonic(), started_by()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
     module = importlib.import_module(f"stages.{name}.{name}")
@@ -105,6 +119,20 @@ def run(name: str, paths: dict[str, str]) -> None:
         raise Problem("dvc ended before this stage; run dvc repro again: what was computed is kept, and is not repeated")
     done.clean_up()
     print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
+
+
+def check_process_numbers(name: str) -> None:
+    """Raises Problem if variables say that this is one of several processes, but torchrun has not started it for `name`."""
+    found = [f"{variable}={os.environ[variable]}" for variable in PROCESS_NUMBERS if variable in os.environ]
+    if not found:
+        return
+    if any(variable not in os.environ for variable in SET_BY_TORCHRUN):
+        raise Problem(
+            f"the environment has {', '.join(found)}, as for one of several processes, but torchrun did not start this one; "
+            f"run `unset {' '.join(PROCESS_NUMBERS)}` and start again"
+        )
+    if name not in FOR_TORCHRUN:
+        raise Problem(f"torchrun can start {' and '.join(FOR_TORCHRUN)} only; run {name} without it")
 
 
 def started_by() -> tuple[int, ...]:
@@ -212,9 +240,10 @@ def _path_of(error: Exception) -> str | None:
 
 
 def fail(name: str, messages: tuple[str, ...], status: int = 1) -> int:
-    """Prints what is wrong, one line each, and returns the exit status."""
-    for message in messages:
-        print(f"{name}: {message}", file=sys.stderr)
+    """Prints what is wrong, one line each, and returns the exit status. The terminal may be closed."""
+    with suppress(OSError):
+        for message in messages:
+            print(f"{name}: {message}", file=sys.stderr)
     return status
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from stages.core.problem import Problem
 from stages.model import distributed
+from stages.model.launch import launch
 from stages.train.checkpoints import COMPLETE
 from stages.train.fsdp import load_in_turns
 from tests.runs import run
@@ -85,7 +86,7 @@ def write_turns(at_a_time: int, path: str) -> None:
 
 
 def test_processes_load_one_after_the_other_if_main_memory_holds_one_copy(tmp_path: Path) -> None:
-    distributed.launch(write_turns, 2, 1, str(tmp_path / "turns"))
+    launch(write_turns, 2, 1, str(tmp_path / "turns"))
     assert (tmp_path / "turns").read_text().splitlines() == ["0 begins", "0 ends", "1 begins", "1 ends"]
 
 

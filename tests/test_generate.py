@@ -258,7 +258,7 @@ def test_the_reason_for_the_slower_generate_is_printed(
     assert not backend._prepare_decoder(5)
     assert capsys.readouterr().out == f"{line}its adapter is not merged\n"
     monkeypatch.setattr("stages.generate.transformers_backend.can_decode", lambda *_: "its attention needs a mask")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     backend.can_pad = True
@@ -810,14 +810,15 @@ def test_two_processes_give_the_answers_of_one_and_resume_from_kept_answers(
 
     def only_rank_1(function: Any, processes: int, *given: Any) -> None:
         with monkeypatch.context() as patched:
-            patched.setenv("MASTER_ADDR", "localhost")
+            patched.setenv("TORCHELASTIC_RUN_ID", "0")
             patched.setenv("WORLD_SIZE", "2")
             patched.setenv("RANK", "1")
+            patched.setattr("stages.model.distributed.init_exchange", lambda: None)
             answer_share(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("stages.model.distributed.launch", only_rank_1)
+        patched.setattr("stages.generate.generate.launch", only_rank_1)
         with pytest.raises(KeyboardInterrupt):
             answer(workspace, scratch / "two.jsonl", rows, num_processes=2)
     (kept,) = (scratch / ".checkpoints").glob("generate-merged-*/1.jsonl")

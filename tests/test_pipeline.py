@@ -56,6 +56,7 @@ READ_BY = {
     "stages/model/checkpoints.py": {"train"} | GENERATE,
     "stages/model/compile.py": {"train"} | GENERATE,
     "stages/model/distributed.py": {"train"} | GENERATE,
+    "stages/model/launch.py": {"train"} | GENERATE,
     "stages/model/limits.py": {"train"} | GENERATE,
     "stages/model/load.py": {"merge"} | GENERATE,
     "stages/model/expert_quantizer.py": {"train", "merge"},

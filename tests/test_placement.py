@@ -168,7 +168,7 @@ def test_processes_of_generate_need_a_gpu_for_each_copy(
         answer(workspace, scratch / "a.jsonl", num_processes=2)
     monkeypatch.setattr(load, "free_memory", lambda: NO_GPU_AND_LITTLE_MEMORY)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0")
     with pytest.raises(Problem, match=r"generate\.num_processes: each process has its own copy"):
         load_model(workspace.root / "models" / "merged", "float32")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from stages.model.limits import read_limits
 from stages.model.logits import label_logits
 from stages.model.padding_free import enable_padding_free
 from stages.model.quantize import Quantization, Quantized, load_quantized, round_trip
-from stages.train.batches import Shuffled, validation_batches
+from stages.train.batches import Deal, Shuffled, validation_batches
 from stages.train.callbacks import Progress
 from stages.train.checks import check_rows
 from stages.train.coverage import describe_gaps
@@ -98,6 +99,27 @@ def test_every_row_comes_once_per_epoch_in_an_order_that_depends_on_the_seed() -
     order.set_epoch(1)
     assert list(order) != first
     assert list(Shuffled(203, seed=2)) != first
+
+
+def test_the_rows_of_a_step_are_dealt_to_the_processes_by_length() -> None:
+    lengths = [random.Random(row).randrange(1, 500) for row in range(230)]
+    rows, processes = 8, 4
+    plain, dealt = (
+        Shuffled(230, seed=1, fill=26, deal=deal) for deal in (None, Deal(np.array(lengths, np.int32), rows, processes))
+    )
+    assert len(dealt) == len(list(dealt)) == 256
+    assert list(dealt) == list(dealt)
+    worst = []
+    for start in range(0, 256, rows * processes):
+        before, after = (list(order)[start : start + rows * processes] for order in (plain, dealt))
+        assert sorted(before) == sorted(after), "the same rows in each step"
+        tokens = [[([*lengths, 1])[row] for row in step] for step in (before, after)]
+        sums = [[sum(step[part : part + rows]) for part in range(0, len(step), rows)] for step in tokens]
+        worst.append([max(each) / (sum(each) / processes) for each in sums])
+    assert sum(old for old, _ in worst) / len(worst) > 1.2, "otherwise the next line shows nothing"
+    assert max(new for _, new in worst[:-1]) < 1.02  # the last one has six rows for four processes
+    assert Deal([5, 4, 3, 2, 2, 2], 3, 2).deal(range(6)) == [[0, 3, 4], [1, 2, 5]]
+    assert Deal([9, 1, 1, 1], 2, 2).deal([3, 2, 1, 0]) == [[0, 1], [3, 2]], "each gets its number of rows"
 
 
 def test_all_processes_get_the_same_number_of_validation_batches() -> None:

@@ -29,6 +29,13 @@ class Answer(NamedTuple):
 class Backend(Protocol):
     """A loaded model that answers prompts."""
 
+    def prepare(self, longest_prompt: int) -> None:
+        """Chooses how prompts are answered, and notes (`distributed.note`) why not in the fastest way.
+
+        Args:
+            longest_prompt: Tokens of the longest prompt that any of the processes will answer.
+        """
+
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """Answers all rows. Yields finished answers in groups, each answer with its row's index in `rows`.
 

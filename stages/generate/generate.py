@@ -28,6 +28,7 @@ from stages.generate.vllm_backend import VllmBackend
 from stages.model import distributed
 from stages.model.checkpoints import CheckpointFolder
 from stages.model.device import DtypeName, pick_device, pick_dtype
+from stages.model.launch import launch
 from stages.model.load import one_copy_each
 from stages.model.placement import total_memory, weight_bytes
 
@@ -121,7 +122,7 @@ def generate(
         print(f"generate: answering {_describe(rows)} (generate.max_predict_samples)", flush=True)
     with CheckpointFolder(f"generate-{model.name}", fingerprint(inputs)) as folder:
         if processes > 1:
-            distributed.launch(answer_share, processes, params, model, files, folder.path)
+            launch(answer_share, processes, params, model, files, folder.path)
         else:
             answer_share(params, model, files, folder.path)
         answers = [kept_answers(folder.path, rank) for rank in range(processes)]
@@ -161,9 +162,10 @@ def _describe(rows: Rows) -> str:
 def answer_share(params: Params, model: Path, files: Files, folder: Path) -> None:
     """This process's share of the prompts and of the raw text, except what `folder` already keeps.
 
-    The arguments are positional because torch's launcher passes no others to a process.
+    The arguments are positional because `launch` passes no others to a process.
     """
     distributed.select_gpu()
+    distributed.init_exchange()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     rank, processes = distributed.rank(), distributed.world_size()
@@ -175,6 +177,7 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
     batches = make_batches(windows.lengths.tolist(), batch_size=params.batch_size)[rank::processes]
     batches_left = [batch for batch in batches if not all(index in losses for index in batch)]
     if not len(left) and not batches_left:
+        distributed.require_same_notes(took_part=False)
         return
     load = VllmBackend if params.use_vllm else TransformersBackend
     backend: Backend = load(model, generation_settings(params), template_stops=rows.stop_tokens)
@@ -186,6 +189,9 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
             for batch in batches_left:
                 losses.add(list(zip(batch, backend.text_losses([windows[index] for index in batch]), strict=True)))
                 bar.update(len(batch))
+    if len(left):
+        backend.prepare(int(rows.prompts.lengths.max()))  # of all prompts: the same decisions in all processes
+    distributed.require_same_notes(took_part=len(left) > 0)
     if len(left):
         resumed = len(share) - len(left)
         with ProgressBar(desc, total=len(share), unit="prompts", initial=resumed, disable=hidden) as bar:

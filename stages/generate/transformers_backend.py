@@ -52,9 +52,13 @@ class TransformersBackend:
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
         if self.uses_decoder is None:
-            self.uses_decoder = self._prepare_decoder(len(rows[-1]["prompt_ids"]))
+            self.prepare(len(rows[-1]["prompt_ids"]))
         for group in self._decode(rows) if self.uses_decoder else self._generate(rows):
             yield [(index, self._to_answer(tokens)) for index, tokens in group]
+
+    def prepare(self, longest_prompt: int) -> None:
+        """See `Backend`."""
+        self.uses_decoder = self._prepare_decoder(longest_prompt)
 
     def text_losses(self, windows: Sequence[dict[str, Any]]) -> list[float]:
         """See `Backend`."""
@@ -63,8 +67,7 @@ class TransformersBackend:
     def _prepare_decoder(self, longest_prompt: int) -> bool:
         """Optimizes the model for `Decoder` if it fits; otherwise says why not, and leaves the model as it was."""
         if self.model.device.type != "cuda":
-            if distributed.is_main():
-                print("generate: no GPU: using Transformers' generate", flush=True)
+            distributed.say_for_all("generate: no GPU: using Transformers' generate")
             return False
         longest = longest_prompt + self.settings.max_new_tokens
         reason = can_decode(self.model, longest) if self.can_pad else "its adapter is not merged"
@@ -87,7 +90,8 @@ class TransformersBackend:
 
     @staticmethod
     def _report(message: str) -> None:
-        """Prints one line, which names the process if there are several."""
+        """Prints one line, which names the process if there are several; `generate` then compares those of all of them."""
+        distributed.note(message)
         process = f" (process {distributed.rank()})" if distributed.world_size() > 1 else ""
         print(f"generate: {message}{process}", flush=True)
 

@@ -61,6 +61,9 @@ class VllmBackend:
         )
         self._seed = sampling.seed
 
+    def prepare(self, longest_prompt: int) -> None:
+        """Nothing is to be chosen: vLLM has one way."""
+
     def generate(self, rows: Sequence[dict[str, Any]]) -> Iterator[list[tuple[int, Answer]]]:
         """See `Backend`."""
         for start in range(0, len(rows), ROWS_PER_CALL):

@@ -2,8 +2,9 @@
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import chain, islice, repeat
 
 import numpy as np
 import torch
@@ -39,8 +40,9 @@ class Shuffled(torch.utils.data.Sampler[int]):
     the answer, a batch of similar rows would teach only that answer (exact match on the sample fell from 87 % to 66 %).
     """
 
-    def __init__(self, count: int, seed: int, fill: int = 0) -> None:
-        self.count, self.seed, self.fill, self.epoch = count, seed, fill, 0
+    def __init__(self, count: int, seed: int, *, fill: int = 0, deal: "Deal | None" = None) -> None:
+        """`deal`: how the rows of a step are dealt to several processes; None leaves them in their order."""
+        self.count, self.seed, self.fill, self.deal, self.epoch = count, seed, fill, deal, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch."""
@@ -52,7 +54,47 @@ class Shuffled(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = array("q", range(self.count))  # a list would take five times the memory
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        return chain(order, repeat(self.count, self.fill))
+        rows = chain(order, repeat(self.count, self.fill))
+        return self.deal.steps(rows) if self.deal else rows
+
+
+class Deal:
+    """Deals the rows of each optimizer step to the processes, so that all have nearly the same number of tokens.
+
+    They wait for each other at the end of a step. A step has the same rows as without it, and a process the same number of
+    rows: with sharded weights all processes must compute the same number of micro-batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], rows: int, processes: int) -> None:
+        """Args:
+        lengths: Tokens of each row.
+        rows: Rows of a step in each process.
+        processes: How many there are.
+        """
+        self._lengths, self._rows, self._processes = lengths, rows, processes
+
+    def steps(self, order: Iterable[int]) -> Iterator[int]:
+        """The rows of all steps in their order, those of a step by process; len(lengths) is the empty row."""
+        rows = iter(order)
+        while step := list(islice(rows, self._rows * self._processes)):
+            yield from chain.from_iterable(self.deal(step))
+
+    def deal(self, step: Sequence[int]) -> list[list[int]]:
+        """The rows of each process. The longest row that is left goes to the process with the fewest tokens (Graham's LPT
+        rule), until it has all of its rows. So the n-th rows of all processes have similar lengths too, and with them the
+        micro-batches that sharded weights make them compute at the same time.
+        """
+        parts: list[list[int]] = [[] for _ in range(self._processes)]
+        fewest = [(0, process) for process in range(self._processes)]
+        for row in sorted(step, key=self._length, reverse=True):
+            tokens, process = heappop(fewest)
+            parts[process].append(row)
+            if len(parts[process]) < self._rows:
+                heappush(fewest, (tokens + self._length(row), process))
+        return parts
+
+    def _length(self, row: int) -> int:
+        return int(self._lengths[row]) if row < len(self._lengths) else 1
 
 
 def validation_batches(lengths: Sequence[int], rows: int, *, process: int, processes: int) -> Iterator[list[int]]:

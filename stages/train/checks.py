@@ -220,8 +220,8 @@ def _conflicts(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "must be false for prefix_tuning: the layers get the prefix as a key-value cache, and a layer that is "
             "recomputed would append to it a second time",
         )
-    if section["fsdp"] and section["num_processes"] == 1:
-        yield "fsdp", "must be false: train.num_processes is 1"
+    if section["fsdp"] and section["num_processes"] == 1 and distributed.world_size() == 1:
+        yield "fsdp", "must be false: train.num_processes is 1, and torchrun has not started several"
     if section["fsdp"] and section["quantization"] not in ("nf4", "none"):
         yield "fsdp", f"must be false: train.quantization is {section['quantization']}; nf4 or none can be sharded"
     if section["method"] == "lora" and section["target_parameters"]:

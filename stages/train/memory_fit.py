@@ -9,6 +9,7 @@ import torch
 
 from stages.core.problem import Problem
 from stages.core.tokens import IGNORE, TokenRows
+from stages.model import distributed
 from stages.train import memory
 from stages.train.callbacks import say
 from stages.train.gradient_checkpointing import checkpoint_blocks, decoder_blocks
@@ -40,12 +41,14 @@ def fit_memory(trainer: AdapterTrainer, checkpointed_blocks: int | None) -> None
         return
     blocks, longest = len(decoder_blocks(trainer.unwrapped_model)), int(rows.lengths.max())
     plan = _choose(trainer, checkpointed_blocks, blocks=blocks, longest=longest)
+    # All processes wait for the slowest, so all take the plan of the one with the least memory, which fits them all.
+    _, _, plan = min(distributed.gather((memory.free_bytes(), distributed.rank(), plan)))
     if plan is None:  # the smallest one; the trial shows whether it fits
         plan = Plan(longest, blocks if checkpointed_blocks is None else checkpointed_blocks, keeps_dequantized=False)
     checkpoint_blocks(trainer.unwrapped_model, plan.checkpointed_blocks)
     if trainer.lora_layers:
         trainer.lora_layers.keep_dequantized(plan.keeps_dequantized)
-    tokens = _try_largest_batch(trainer, plan.tokens, longest_first)
+    tokens = distributed.smallest(_try_largest_batch(trainer, plan.tokens, longest_first))
     trainer.collator.tokens = tokens
     if trainer.is_world_process_zero():
         weights = ""

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -9,34 +10,43 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from stages.model import distributed
+from stages.model.launch import SIGNALS, ends_at_once, ignored_signals
 from stages.train.callbacks import say
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interruption(TrainerCallback):  # type: ignore[misc]
-    """Whether the training was interrupted. As a callback, it saves a checkpoint and stops the training if so."""
+    """Whether the training was interrupted. As a callback, it saves a checkpoint and stops the training if so.
+
+    Several processes stop after the same step: after each step they exchange whether one of them got a signal.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0
+        """The number of the signal that interrupts the training; 0 if none does. With several processes it is the same in
+        all of them when the training has stopped."""
+        self._requested_at = 0.0
+        self._said = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Within the block, the first signal requests the interruption; a second one raises KeyboardInterrupt at once."""
+        """Within the block, the first signal requests the interruption.
+
+        In a single process a second one raises KeyboardInterrupt at once, unless it is the first one, repeated. Of several
+        processes only the one that has started them ends them.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set signal handlers
             return
 
-        def interrupt(_number: int, _frame: FrameType | None) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-            with suppress(RuntimeError):  # the signal came while the training itself was printing
-                say("train: interrupted; saving a checkpoint after this step")
+        def interrupt(number: int, _frame: FrameType | None) -> None:
+            if not self.requested:
+                self.requested, self._requested_at = number, time.monotonic()
+                self._say()
+            elif distributed.world_size() == 1 and ends_at_once(number, time.monotonic() - self._requested_at):
+                raise KeyboardInterrupt(number)
 
-        # nohup ignores SIGHUP, so that the run survives its terminal.
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        before = {number: signal.signal(number, interrupt) for number in SIGNALS if number not in ignored}
+        before = {number: signal.signal(number, interrupt) for number in set(SIGNALS) - ignored_signals()}
         try:
             yield
         finally:
@@ -45,5 +55,14 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the Trainer after each optimizer step."""
+        self.requested = distributed.largest(self.requested)
         if self.requested:
+            self._say()
             control.should_save = control.should_training_stop = True
+
+    def _say(self) -> None:
+        """Prints a line, once, in one process."""
+        if not self._said and distributed.is_main():
+            self._said = True
+            with suppress(RuntimeError):  # the signal came while the training itself was printing
+                say("train: interrupted; saving a checkpoint after this step")

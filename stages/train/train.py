@@ -21,6 +21,7 @@ from stages.model.checkpoints import CheckpointFolder, checkpoint_root
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.experts import describe_experts
+from stages.model.launch import launch
 from stages.model.padding_free import enable_padding_free
 from stages.model.placement import SPREAD, total_memory
 from stages.model.quantize import Quantization, Quantized, load_quantized, quantized_bytes
@@ -141,14 +142,16 @@ def train(
     paths = _Paths(train_tokens, validation_tokens, base, adapter, report, curves, machine)
     inputs = fingerprint(inputs_of("train", params.model_dump(), (train_tokens, validation_tokens, base), Path()))
     if not distributed.is_main():
-        _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
+        with distributed.failures_explained():
+            _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
         return None
     with CheckpointFolder("train", inputs) as checkpoints:
         remove_incomplete(checkpoints.path)
         if params.num_processes > 1 and distributed.world_size() == 1:
-            distributed.launch(_train_here, params.num_processes, params, paths, checkpoints.path)
+            launch(_train_here, params.num_processes, params, paths, checkpoints.path)
         else:
-            _train_here(params, paths, checkpoints.path)
+            with distributed.failures_explained():
+                _train_here(params, paths, checkpoints.path)
         return Done(_summary(paths), checkpoints.remove)
 
 
@@ -171,22 +174,22 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     distributed.init_processes(cpu=not torch.cuda.is_available())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The name of the folder has a fingerprint of all that the stage reads; two machines may hold different copies.
+    distributed.require_same({"the data, parameters, code or packages (fingerprint)": checkpoints.name})
     rows = TokenRows(read_tokens(paths.train_tokens))
     validation_rows, all_validation_rows = read_validation_rows(paths.validation_tokens, params.max_eval_samples)
     arguments = _make_arguments(params, checkpoints)  # what is wrong in them is found before the model is loaded
     check_learning_rate(arguments, len(rows))
     virtual_tokens = 0 if params.method == "lora" else params.num_virtual_tokens
     lines = check_rows(rows, validation_rows, paths.base, virtual_tokens=virtual_tokens)
-    if distributed.is_main():
-        for line in lines:
-            say(f"train: {line}")
+    for line in lines:
+        distributed.say_for_all(f"train: {line}")
     steps = count_steps(arguments, len(rows))
     set_intervals(arguments, steps)
-    if distributed.is_main():
-        for line in describe_validation(
-            arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
-        ):
-            say(f"train: {line}")
+    for line in describe_validation(
+        arguments, steps=steps, rows=rows, validation_rows=validation_rows, all_rows=all_validation_rows
+    ):
+        distributed.say_for_all(f"train: {line}")
 
     set_seed(params.seed)  # before the adapter is added: its initial weights are random
     quantized, model = _load_sharded(params, paths.base) if params.fsdp else _load(params, paths.base)
@@ -216,6 +219,7 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
         lora_layers=lora_layers,
         early_stopping_patience=params.early_stopping_patience,
     )
+    _require_same_way(trainer)
     # Before anything is measured: the largest batch shows whether the memory is enough.
     fit_memory(trainer, _checkpointed_blocks(params, model))
     before = trainer.measure()
@@ -238,12 +242,10 @@ def _load(params: Params, base: Path) -> tuple[Quantized, Any]:
         [*(f"{layer}.weight" for layer in quantized.layers), *quantized.experts],
         "into which merge would write the quantized weight",
     )
-    if distributed.is_main():
-        for line in describe_gaps(quantized, params, params):
-            say(f"train: {line}")
+    for line in describe_gaps(quantized, params, params):
+        distributed.say_for_all(f"train: {line}")
     model = add_adapter(quantized.model, base, settings=params, wanted=params)
-    if distributed.is_main():
-        say(f"train: {describe_weights(quantized, model, settings=params, wanted=params)}")
+    distributed.say_for_all(f"train: {describe_weights(quantized, model, settings=params, wanted=params)}")
     return quantized, model
 
 
@@ -258,7 +260,8 @@ def _load_sharded(params: Params, base: Path) -> tuple[Quantized, Any]:
         return quantized, model
 
     size = quantized_bytes(base, params)
-    quantized, model = load_in_turns(load, max(1, int(SPREAD * total_memory().main) // size))
+    at_a_time = distributed.smallest(max(1, int(SPREAD * total_memory().main) // size))  # machines may differ
+    quantized, model = load_in_turns(load, at_a_time)
     share_trained(model)
     return quantized, model
 
@@ -278,11 +281,11 @@ def _enable_padding_free(params: Params, arguments: TrainingArguments, model: An
         reason = "neftune_noise_alpha scales its noise by the length of a padded row"
     else:
         reason = enable_padding_free(model, longest_row)
-    if reason and distributed.is_main():
-        say(f"train: rows are padded, not padding-free: {reason}")
-    elif distributed.is_main():
+    if reason:
+        distributed.say_for_all(f"train: rows are padded, not padding-free: {reason}")
+    else:
         for line in describe_padding(functions):
-            say(f"train: {line}; this is slower")
+            distributed.say_for_all(f"train: {line}; this is slower")
     return not reason
 
 
@@ -291,14 +294,13 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
     recompute = Recompute()
     lora = params.method == "lora"
     compiled = compile_elementwise(model, recompute.remember if lora else None)  # only LoRA layers recompute
-    if distributed.is_main():
-        if compiled.parts:
-            say(f"train: compiled: {', '.join(compiled.parts)}")
-        for reason in compiled.left_out:
-            say(f"train: {reason}; this is slower")
+    if compiled.parts:
+        distributed.say_for_all(f"train: compiled: {', '.join(compiled.parts)}")
+    for reason in compiled.left_out:
+        distributed.say_for_all(f"train: {reason}; this is slower")
     experts = ExpertLayers(model)
-    if experts.skipped and distributed.is_main():
-        say(f"train: experts are computed twice, which is slower: {'; '.join(experts.skipped)}")
+    if experts.skipped:
+        distributed.say_for_all(f"train: experts are computed twice, which is slower: {'; '.join(experts.skipped)}")
     if not lora:
         return None
     layers = LoraLayers(
@@ -307,11 +309,27 @@ def _make_faster(params: Params, model: Any) -> LoraLayers | None:
         keep_dequantized=not params.fsdp,  # each process would keep all weights, not only its shard
         recompute=recompute,
     )
-    if layers.skipped and distributed.is_main():
-        say(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
-    if params.compute == "fp8" and layers.without_fp8 and distributed.is_main():
-        say(f"train: not in FP8, because a dimension is not a multiple of 16: {', '.join(layers.without_fp8)}")
+    if layers.skipped:
+        distributed.say_for_all(f"train: some layers use PEFT's slower implementation: {', '.join(layers.skipped)}")
+    if params.compute == "fp8" and layers.without_fp8:
+        distributed.say_for_all(
+            f"train: not in FP8, because a dimension is not a multiple of 16: {', '.join(layers.without_fp8)}"
+        )
     return layers
+
+
+def _require_same_way(trainer: AdapterTrainer) -> None:
+    """Raises Problem if the processes do not all compute in the same way, with what differs."""
+    model = trainer.unwrapped_model
+    distributed.require_same(
+        {
+            "the device": model.device.type,
+            "the dtype": str(model.dtype).removeprefix("torch."),
+            "whether the loss is computed in parts": trainer.loss_in_parts,
+            "the number of trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+    )
+    distributed.require_same_notes()
 
 
 def _checkpointed_blocks(params: Params, model: Any) -> int | None:
@@ -324,7 +342,7 @@ def _checkpointed_blocks(params: Params, model: Any) -> int | None:
 def _run_training(trainer: AdapterTrainer, checkpoints: Path) -> str | None:
     """Trains from the last checkpoint on, and returns its path; None if there was none.
 
-    Raises KeyboardInterrupt if the training was interrupted; its checkpoint is then saved.
+    Raises KeyboardInterrupt(number of the signal) if the training was interrupted; its checkpoint is then saved.
     """
     trainer.accelerator.wait_for_everyone()  # all processes must look for checkpoints before one of them writes a new one
     last = last_checkpoint(checkpoints)
@@ -333,7 +351,8 @@ def _run_training(trainer: AdapterTrainer, checkpoints: Path) -> str | None:
     with trainer.interruption.handled():
         trainer.train(resume_from_checkpoint=last)
     if trainer.interruption.requested and not trainer.finished:
-        raise KeyboardInterrupt
+        distributed.wait_for_all()  # the others must not see this process end before the checkpoint is complete
+        raise KeyboardInterrupt(trainer.interruption.requested)
     return last
 
 

@@ -12,7 +12,7 @@ from stages.core.jsonl import read_json, write_json
 from stages.core.problem import Problem
 from stages.core.tokens import TokenRows
 from stages.model.logits import label_logits
-from stages.train.batches import Shuffled, validation_batches
+from stages.train.batches import Deal, Shuffled, validation_batches
 from stages.train.callbacks import REMEDY, FiniteLoss, InvalidateWeights, Progress
 from stages.train.checkpoints import load_trainable, mark_complete, save_trainable, trainable_parameters
 from stages.train.collator import StepCollator
@@ -141,9 +141,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Shuffled:
         count, processes = len(self.train_dataset), self.accelerator.num_processes
+        if processes == 1:
+            return Shuffled(count, self.args.data_seed)
         # The empty row fills the last step of an epoch; Accelerate would fill it with rows that were already used.
-        fill = -count % (self.args.train_batch_size * processes) if processes > 1 else 0
-        return Shuffled(count, self.args.data_seed, fill)
+        rows = self.args.train_batch_size
+        deal = Deal(self.train_dataset.lengths, rows, processes)
+        return Shuffled(count, self.args.data_seed, fill=-count % (rows * processes), deal=deal)
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         # A run may have failed after its training, or be resumed from the last step of an epoch that max_steps cut short.
