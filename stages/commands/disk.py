@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, free_space, size_text
-from stages.core.output import without_writers
+from stages.core.output import checkpoint_root, without_writers
 from stages.core.params import parse_section, read_section, read_stages, read_yaml
 from stages.core.problem import Problem
 from stages.core.provenance import fingerprint, inputs_of
 from stages.core.snapshot import is_code
-from stages.model.checkpoints import checkpoint_root, owner_of
+from stages.model.checkpoints import owner_of
 
 ROOT = Path()
 NOT_WRITABLE = "kept: you may not write there"
