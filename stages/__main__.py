@@ -97,7 +97,7 @@ def run(name: str, paths: dict[str, str]) -> None:
         done = done or call(name, paths, snapshot)
         if done is None:  # one of several processes, which writes nothing
             return
-        safe = taken or not keeping or results.keep(snapshot, outputs, done.summary)
+        safe = taken or not keeping or results.keep(snapshot, outputs, done.summary, dvc_lives=started_by() == dvc)
         if provenance:
             inputs = [Path(path) for path in paths.values() if path in snapshot.data]
             write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), map(Path, outputs))

@@ -1,19 +1,24 @@
 """Keeps the outputs of a stage that has ended until DVC has recorded them, so that no finished work is done twice.
 
-DVC hashes, copies and records outputs after the stage's process has ended, which takes minutes for a large model. If DVC
-is killed before it has done so, the next `dvc repro` deletes the outputs and runs the stage again. So `keep` puts hard links
-to them into `.checkpoints/results/<stage>-<fingerprint>`, where the fingerprint names everything that the stage read;
-`take_up` gives them to the next run that reads the same; and `remove_recorded` removes those that dvc.lock names. A link
-takes no space while the output or DVC's cache has the same file.
+DVC hashes, copies and records outputs after the stage's process has ended. If DVC is killed before it has done so, the next
+`dvc repro` deletes the outputs and runs the stage again. So `keep` copies them into `.checkpoints/results/<stage>-<hash>`,
+where the hash is that of everything that the stage read; `take_up` gives them to the next run that reads the same; and
+`remove_recorded` removes those that dvc.lock names.
+
+Where the file system has reflinks, a copy takes neither time nor space. Elsewhere outputs of up to SMALL bytes are copied,
+which are those of all stages but `merge` and `fetch`. Larger ones get hard links, but only if DVC makes hard links of outputs
+too (cache.type) or has been killed: otherwise DVC would take an output with a second link for one that it must replace, and
+would copy it once more.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +32,9 @@ from stages.core.snapshot import Snapshot, hash_code, is_code
 MARK = "result.json"
 """In the folder of a kept result: what it is, and the hashes of its files."""
 SMALL = 10**9
-"""Bytes up to which a result is copied where it cannot be linked, and flushed to the disk. A larger one is hashed again
-when it is taken up, like any other, and a stage that makes one has no checkpoints that could be removed too early."""
+"""Bytes up to which a result is copied where there are no reflinks, and flushed to the disk."""
+FICLONE = 0x40049409
+"""The request of Linux that makes a reflink: include/uapi/linux/fs.h."""
 
 
 class Kept(NamedTuple):
@@ -58,36 +64,35 @@ def results_root() -> Path:
     return checkpoint_root() / "results"
 
 
-def keep(snapshot: Snapshot, outputs: Iterable[str], summary: str) -> bool:
+def keep(snapshot: Snapshot, outputs: Sequence[str], summary: str, *, dvc_lives: bool) -> bool:
     """Keeps outputs that are complete.
 
-    Returns whether they are safe: kept, or recorded already, which is so after `dvc repro --force`. If not, a line says why.
+    Returns whether checkpoints can be removed: false if a file could not be written, which a line says.
+
     Raises Problem if what the stage reads has changed since the snapshot: then nothing is kept.
     """
     folder = result_folder(snapshot)
     snapshot.check()  # after the inputs were hashed: the name stands for what was read
-    hashes = {output: hash_files(Path(output)) for output in outputs}
-    entry = _find_entry(read_lock(snapshot.root), hashes)
-    if entry is not None and _names(entry, hashes) and _names_inputs(entry, snapshot):
-        return True
+    partial = folder.with_suffix(".partial")
     try:
-        partial = folder.with_suffix(".partial")
-        remove(folder)
         remove(partial)
-        size = 0
-        for output, files in hashes.items():
-            for name in files:
-                place = partial / output / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(Path(output) / name, place)
-                size += place.stat().st_size
-        kept = Kept(snapshot.stage, summary, str(Path.cwd()), hashes, entry)
-        write_json(partial / MARK, kept._asdict())
-        for file in [*partial.rglob("*")] if size <= SMALL else [partial / MARK]:
-            _flush(file)
+        if not _copy_all({output: partial / output for output in outputs}, dvc_lives=dvc_lives):
+            remove(partial)
+            return True  # large, and not made from checkpoints
+        hashes = {output: hash_files(partial / output) for output in outputs}
+        entry = _find_entry(read_lock(snapshot.root), hashes)
+        if entry is not None and _names(entry, hashes) and _names_inputs(entry, snapshot):
+            remove(partial)
+            return True  # dvc repro --force: DVC has these outputs, and nobody wants to have them taken up
+        write_json(partial / MARK, Kept(snapshot.stage, summary, str(Path.cwd()), hashes, entry)._asdict())
+        if _size(partial) <= SMALL:
+            for file in partial.rglob("*"):
+                _flush(file)
+        remove(folder)
         partial.rename(folder)
         _flush(folder.parent)
     except OSError as error:
+        remove(partial)
         print(
             f"{snapshot.stage}: the result is not kept outside of the outputs ({error.strerror or error}): if dvc is killed "
             "before it has recorded them, this stage runs again",
@@ -120,15 +125,12 @@ def take_up(snapshot: Snapshot) -> str | None:
         )
         remove(folder)
         return None
-    for output, files in kept.hashes.items():
-        if "" in files:
-            with fresh_file(Path(output)) as file:
-                _link(folder / output, file)
-            continue
-        with fresh_folder(Path(output)) as made:
-            for name in files:
-                (made / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(folder / output / name, made / name)
+    with ExitStack() as stack:
+        fresh = {
+            output: stack.enter_context((fresh_file if "" in files else fresh_folder)(Path(output)))
+            for output, files in kept.hashes.items()
+        }
+        _copy_all({str(folder / output): place for output, place in fresh.items()}, dvc_lives=False)
     with fresh_file(folder / MARK) as file:
         write_json(file, kept._replace(project=str(Path.cwd()))._asdict())
     print(
@@ -175,7 +177,7 @@ def remove(folder: Path) -> None:
 
 def hash_files(path: Path) -> dict[str, str]:
     """Path below `path` → md5, of each file; "" for `path` itself if it is a file."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = _files_of(path)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         digests = list(pool.map(_md5_of, files))
     return {
@@ -206,14 +208,50 @@ def _damaged_files(folder: Path, kept: Kept) -> list[str]:
     ]
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy of a small file. Raises OSError if neither is possible."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        if source.stat().st_size > SMALL:
-            raise
-        shutil.copyfile(source, target)
+def _copy_all(places: Mapping[str, Path], *, dvc_lives: bool) -> bool:
+    """Copies files and folders. Returns false if they are too large to be copied and DVC, which lives, makes no links."""
+    size = sum(_size(Path(source)) for source in places)
+    link = size > SMALL and (not dvc_lives or _dvc_makes_hard_links())
+    for source, target in places.items():
+        for file in _files_of(Path(source)):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if _reflink(file, place):
+                continue
+            if link:
+                place.unlink()
+                place.hardlink_to(file)
+            elif size <= SMALL:
+                shutil.copyfile(file, place)
+            else:
+                return False
+    return True
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    """Makes a file that shares its blocks with `source`. Returns false, with an empty file, if the file system cannot."""
+    with source.open("rb") as read, target.open("wb") as written:
+        try:
+            fcntl.ioctl(written, FICLONE, read.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files_of(path))
+
+
+def _dvc_makes_hard_links() -> bool:
+    """Whether DVC's cache gets hard links to outputs, by its setting cache.type."""
+    from dvc.config import Config  # takes a while, and only a large result asks
+
+    kinds: list[str] = Config(".dvc")["cache"].get("type") or [""]
+    return kinds[0] == "hardlink"
 
 
 def _flush(path: Path) -> None:
