@@ -41,7 +41,8 @@ NOT_WRITABLE = "kept: you may not write there"
 LISTED_FROM = 10**6
 """Bytes from which an output is listed; leftovers are listed at any size."""
 KEPT_DAYS = 7
-"""Days without a change after which checkpoints and results of other data, code or parameters are deleted."""
+"""Days without a change after which checkpoints and results that the next `dvc repro` does not use are deleted."""
+OTHER_INPUTS = "made from other data, code or parameters: only a run with those again"
 TEMPORARY = Path(".dvc/tmp/exps")
 """Where DVC puts the copies of the project for `dvc exp run --temp`."""
 
@@ -191,18 +192,18 @@ def _checkpoint(folder: Path) -> Iterator[Item]:
             unknown = "so it is not known whether the next run resumes from it"
             yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
         elif folder.name not in current:
-            yield _of_other_inputs(shown, size, hours, lock, verb="resumes from it")
+            note = f"{OTHER_INPUTS} resumes from it"
+            yield _not_needed(shown, size, hours, lock, note)
         elif folder.name.rpartition("-")[0].replace("-", "@", 1) in (_stale_stages() or ()):
             yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
         else:
-            yield _leftover(shown, size, f"{age}; dvc has recorded the result of this run", lock)
+            note = f"the next run of {stage} resumes from it, but dvc has recorded a result, and will not run it"
+            yield _not_needed(shown, size, hours, lock, note)
 
 
-def _of_other_inputs(
-    shown: Path, size: int, hours: float, lock: Callable[[], AbstractContextManager[bool]], *, verb: str
-) -> Item:
-    """A checkpoint or result that the next run of its stage does not use."""
-    note = f"{_age(hours)}; made from other data, code or parameters: only a run with those again {verb}"
+def _not_needed(shown: Path, size: int, hours: float, lock: Callable[[], AbstractContextManager[bool]], reason: str) -> Item:
+    """A checkpoint or result that the next `dvc repro` does not use."""
+    note = f"{_age(hours)}; {reason}"
     if hours < 24 * KEPT_DAYS:
         return Item(shown, size, f"{note}; kept until it is {KEPT_DAYS} days old; to delete it now: rm -r {shown}")
     return _leftover(shown, size, note, lock)
@@ -236,7 +237,7 @@ def _result(folder: Path) -> Iterator[Item]:
     elif folder.name in current:
         yield Item(shown, size, f"{age}; the next run of {stage} takes up this result, which dvc has not recorded")
     else:
-        yield _of_other_inputs(shown, size, hours, lock, verb="takes up this result")
+        yield _not_needed(shown, size, hours, lock, f"{OTHER_INPUTS} takes up this result")
 
 
 @contextmanager

@@ -6,8 +6,8 @@ where the hash is that of everything that the stage read; `take_up` gives them t
 `remove_recorded` removes those that dvc.lock names.
 
 Where the file system has reflinks, a copy takes neither time nor space. Elsewhere outputs of up to SMALL bytes are copied,
-which are those of all stages but `merge` and `fetch`. Larger ones get hard links, but only if DVC makes hard links of outputs
-too (cache.type) or has been killed: otherwise DVC would take an output with a second link for one that it must replace, and
+which are those of all stages but `merge` and `fetch`. Larger ones get hard links, but only if DVC makes hard links of
+outputs too (cache.type) or has been killed: otherwise DVC would take an output with a second link for one to replace, and
 would copy it once more.
 """
 
