@@ -8,7 +8,8 @@ does one harm, runs `dvc repro` for the stage, and compares the hashes in dvc.lo
 counted:
 
     losses      a stage that had made all of its outputs is computed again
-    refusals    the rerun fails, though no process of the first run lives
+    refusals    the rerun fails, though no process of the first run lives (but for a .dvc/tmp/rwlock that DVC cannot read,
+                which is deleted, as the README says)
     silent      the rerun ends well with other bytes
     unnamed     a damaged file would have been used next, and no line names it
 
@@ -39,6 +40,7 @@ from stages.core.params import read_yaml  # noqa: E402
 STAGES = ("fetch", "fetch_data", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score")
 PATIENCE_S = 600
 """After this time a case is given up and counts as a refusal."""
+LOCK_OF_DVC = "Unable to read RWLock-file"
 TAKEN_UP = "takes up the result of an earlier run"
 
 
@@ -134,6 +136,10 @@ class Chain:
             damaged: What a line must name.
         """
         status, log = self.finish(self.start(stage))
+        if status and LOCK_OF_DVC in log:  # DVC was killed while it wrote it; the remedy is that of the README
+            (self.project / ".dvc/tmp/rwlock").unlink()
+            what += " (with an unreadable .dvc/tmp/rwlock)"
+            status, log = self.finish(self.start(stage))
         if status:
             return Outcome(what, "refusals", log)
         if self.recorded(stage) != self.expected[stage]:
@@ -229,7 +235,7 @@ def kill(target: str) -> Callable[[Chain, random.Random], Outcome]:
             if running and chance.random() < 0.5:
                 refused = _refused_by_name(chain, stage, running)
                 if refused:
-                    return Outcome(f"{what}, and a run beside the one that lives", refused)
+                    return Outcome(f"{what}, and a run beside the one that lives", *refused.split("\n", 1))
         else:
             os.killpg(dvc.pid, signal.SIGKILL)
         _, log = chain.finish(dvc)
@@ -244,7 +250,7 @@ def _refused_by_name(chain: Chain, stage: str, running: list[int]) -> str:
     dvc = chain.start(stage)
     log = chain.finish(dvc)[1]
     named = any(f"process {pid} is running" in log for pid in running)
-    return "" if named or dvc.returncode == 0 else "refusals"
+    return "" if named or dvc.returncode == 0 or LOCK_OF_DVC in log else f"refusals\n{log}"
 
 
 # Damaged files that only a rerun reads

@@ -87,7 +87,8 @@ def run(name: str, paths: dict[str, str]) -> None:
     provenance = paths.pop("provenance", None)
     outputs = declared_outputs(name, paths.values())
     main = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes, of which one writes
-    keeping = main and "DVC_ROOT" in os.environ
+    under_dvc = main and "DVC_ROOT" in os.environ
+    keeping = under_dvc and bool(outputs)
     with only_writer(name, outputs if main else [], kept=keeping):
         done: Done | None = None
         if keeping:
@@ -104,7 +105,7 @@ def run(name: str, paths: dict[str, str]) -> None:
         snapshot.check()
         if safe:
             done.clean_up()
-        if keeping and started_by() != dvc:  # dvc was killed: it will not record this result
+        if under_dvc and started_by() != dvc:  # dvc was killed: it will not record this result
             raise Problem(
                 "dvc ended before this stage; run dvc repro again: "
                 + ("it takes up this result in seconds" if safe else "what was computed is kept, and is not repeated")
