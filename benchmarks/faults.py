@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,8 @@ class Chain:
         until = time.monotonic() + PATIENCE_S
         while dvc.poll() is None or any(members(dvc.pid)):
             if time.monotonic() > until:
-                os.killpg(dvc.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(dvc.pid, signal.SIGKILL)
             time.sleep(0.05)
         return dvc.returncode, self._logs.read_text(errors="replace")
 
@@ -237,7 +239,8 @@ def kill(target: str) -> Callable[[Chain, random.Random], Outcome]:
                 if refused:
                     return Outcome(f"{what}, and a run beside the one that lives", *refused.split("\n", 1))
         else:
-            os.killpg(dvc.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(dvc.pid, signal.SIGKILL)
         _, log = chain.finish(dvc)
         finished |= "dvc ended before this stage" in log
         return chain.judge(stage, what, finished=finished)
