@@ -9,6 +9,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,8 @@ from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
-from stages.core.output import Done
+from stages.core import results
+from stages.core.output import Done, only_writer
 from stages.core.params import FILE as PARAMS_FILE
 from stages.core.params import parse_section, read_section, read_stage, read_stages, read_yaml
 from stages.core.problem import Problem
@@ -90,35 +92,67 @@ def run(name: str, paths: dict[str, str]) -> None:
     """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
 
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
-    checked.
+    checked. If DVC has started the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run
+    that reads the same takes it up.
     """
     check_process_numbers(name)
     started, dvc = time.monotonic(), started_by()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
+    provenance = paths.pop("provenance", None)
+    outputs = declared_outputs(name, paths.values())
+    main = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes, of which one writes
+    under_dvc = main and "DVC_ROOT" in os.environ
+    keeping = under_dvc and bool(outputs)
+    with only_writer(name, outputs if main else [], kept=keeping):
+        done: Done | None = None
+        if keeping:
+            results.remove_recorded(ROOT)
+            done = take_up(snapshot, paths)
+        taken = done is not None
+        done = done or call(name, paths, snapshot)
+        if done is None:  # one of several processes, which writes nothing
+            return
+        safe = taken or not keeping or results.keep(snapshot, outputs, done.summary, dvc_lives=started_by() == dvc)
+        if provenance:
+            inputs = [Path(path) for path in paths.values() if path in snapshot.data]
+            write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), map(Path, outputs))
+        snapshot.check()
+        if safe:
+            done.clean_up()
+        if under_dvc and started_by() != dvc:  # dvc was killed: it will not record this result
+            raise Problem(
+                "dvc ended before this stage; run dvc repro again: "
+                + ("it takes up this result in seconds" if safe else "what was computed is kept, and is not repeated")
+            )
+    print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
+
+
+def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
+    """Imports the stage and runs it. Raises Problem if the paths or the parameters are not what it wants."""
     module = importlib.import_module(f"stages.{name}.{name}")
     stage = getattr(module, name)
-    provenance = paths.pop("provenance", None)
     wanted = [parameter for parameter in signature(stage).parameters if parameter != "params"]
     if sorted(paths) != sorted(wanted):
         named = ", ".join(f"--{each.replace('_', '-')}" for each in wanted)
         found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
         raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
     params = parse_section(name, module.Params, snapshot.params)
-    missing = [path for path in paths.values() if path in snapshot.data and not Path(path).exists()]
+    missing = missing_inputs(paths, snapshot)
     if missing:
         raise Problem(*(f"{path}: not found; dvc repro makes it, if it is not a file of yours" for path in missing))
     done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
-    if done is None:  # one of several processes, which writes nothing
-        return
-    if provenance:
-        inputs = [Path(path) for path in paths.values() if path in snapshot.data]
-        outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]
-        write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), outputs)
-    snapshot.check()
-    if "DVC_ROOT" in os.environ and started_by() != dvc:  # dvc was killed: it will not record this result
-        raise Problem("dvc ended before this stage; run dvc repro again: what was computed is kept, and is not repeated")
-    done.clean_up()
-    print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
+    return done
+
+
+def take_up(snapshot: Snapshot, paths: Mapping[str, str]) -> Done | None:
+    """The result of a run that has ended and that DVC has not recorded, if that run has read the same; None otherwise."""
+    summary = None if missing_inputs(paths, snapshot) else results.take_up(snapshot)
+    return None if summary is None else Done(summary)
+
+
+def missing_inputs(paths: Mapping[str, str], snapshot: Snapshot) -> list[str]:
+    """The inputs on the command line that do not exist."""
+    return [path for path in paths.values() if path in snapshot.data and not Path(path).exists()]
 
 
 def check_process_numbers(name: str) -> None:
@@ -150,10 +184,13 @@ def started_by() -> tuple[int, ...]:
         return (parent,)
 
 
-def declared_outputs(name: str) -> set[str]:
-    """The cached outputs of a stage in dvc.yaml."""
-    outs = read_stage(name, ROOT).get("outs", [])
-    return {next(iter(out)) if isinstance(out, dict) else out for out in outs}
+def declared_outputs(name: str, paths: Iterable[str]) -> list[str]:
+    """Those of the paths that are outputs of a stage in dvc.yaml, metrics included."""
+    entry = read_stage(name, ROOT)
+    outs = [*(entry.get("outs") or []), *(entry.get("metrics") or [])]
+    names = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
+    patterns = [".+".join(map(re.escape, re.split(r"\$\{[^}]*\}", each))) for each in names]
+    return [path for path in paths if any(re.fullmatch(pattern, path) for pattern in patterns)]
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,10 @@
-"""The parts of benchmarks/full_size.py that would waste an hour on a GPU if they were wrong."""
+"""The parts of the benchmarks that would waste an hour, or count nothing, if they were wrong."""
 
+import os
+import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,3 +70,38 @@ def test_watch_gives_memory_to_the_stage_that_uses_it(tmp_path: Path) -> None:
     assert [used.complete for used in found] == [True, False]
     assert found[0].own < 100_000_000 < found[1].own <= found[1].mapped
     assert found[0].started < found[0].ended <= found[0].recorded <= found[1].started + 1 < time.time() + 1
+
+
+def test_each_damage_changes_the_file_and_says_how(tmp_path: Path) -> None:
+    faults = load_script("benchmarks/faults.py")
+    chance, file, found = random.Random(0), tmp_path / "folder" / "file", set()
+    file.parent.mkdir()
+    for _ in range(50):
+        file.write_bytes(b"abc")
+        how = faults.damage(file, chance)
+        left = file.read_bytes() if file.exists() else None
+        assert left != b"abc"
+        assert how.endswith(" folder/file")
+        if how.startswith("flip"):
+            assert left is not None
+            assert sum((a ^ b).bit_count() for a, b in zip(left, b"abc", strict=True)) == 1
+        found.add(how.split()[0])
+    assert found == {"flip", "cut", "delete"}
+
+
+def test_the_processes_of_a_session_are_found_until_they_end() -> None:
+    faults = load_script("benchmarks/faults.py")
+    shell = subprocess.Popen(["sh", "-c", "sleep 60 & wait"], start_new_session=True)
+    try:
+        while len([*faults.members(shell.pid)]) < 2:
+            time.sleep(0.01)
+        assert {words.split()[0] for _, words in faults.members(shell.pid)} == {"sh", "sleep"}
+        shell.kill()
+        while len(left := [*faults.members(shell.pid)]) > 1:  # the shell is a zombie at the end
+            time.sleep(0.01)
+        assert left[0][1].split()[0] == "sleep"
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    while [*faults.members(shell.pid)]:
+        time.sleep(0.01)

@@ -289,7 +289,7 @@ def interrupted(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, P
     monkeypatch.setattr(train_module, "_train_here", interrupt)
     monkeypatch.setattr(generate_module, "answer_share", interrupt)
     assert {launch("train"), launch("generate", "base"), launch("generate", "merged")} == {130}
-    folders = {path.name.rpartition("-")[0]: path for path in Path(".checkpoints").iterdir() if path.is_dir()}
+    folders = {path.name.rpartition("-")[0]: path for path in Path(".checkpoints").glob("*-*") if path.is_dir()}
     assert sorted(folders) == ["generate-base", "generate-merged", "train"]
     for folder in folders.values():
         (folder / "kept").write_bytes(bytes(10))

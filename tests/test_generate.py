@@ -476,6 +476,23 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> list[int
     return calls
 
 
+def test_every_flipped_bit_of_a_kept_result_is_noticed_and_costs_that_result_alone(tmp_path: Path) -> None:
+    answers = {index: Answer([5, 6, 7 + index], stopped=bool(index % 2)) for index in range(3)}
+    kept_answers(tmp_path, 0).add(list(answers.items()))
+    data = (tmp_path / "0.jsonl").read_bytes()
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "0.jsonl").write_bytes(flipped)
+        found = kept_answers(tmp_path, 0)
+        assert {index: found[index] for index in found}.items() <= answers.items()
+        assert len(found) == 2 or (data[bit // 8] == ord("\n") and len(found) == 1)
+        assert found.damaged == 1 or bit // 8 == len(data) - 1  # without its last newline it is one that was not finished
+        found.add([(index, answers[index]) for index in answers if index not in found])
+        again = kept_answers(tmp_path, 0)
+        assert {index: again[index] for index in again} == answers
+
+
 # Raw text
 
 

@@ -277,7 +277,7 @@ def test_a_moved_parameter_still_works(workspace: Workspace, scratch: Path, give
     ("rows", "given", "steps"),
     [
         (12, {}, 1),  # a warm-up of 0.05 is one step, and the only one
-        (1, {"warmup_steps": 5}, 1),
+        (1, {"warmup_steps": 1}, 1),
         (16, {"lr_scheduler_type": "inverse_sqrt"}, 1),
         (500, {"training_arguments": {"max_steps": 1}}, 1),
         (12, {"warmup_steps": 0}, 0),
@@ -286,7 +286,7 @@ def test_a_moved_parameter_still_works(workspace: Workspace, scratch: Path, give
         (12, {"num_train_epochs": 2}, 0),
         (12, {"num_train_epochs": 0.5, "gradient_accumulation_steps": 4}, 1),
         (17, {"gradient_accumulation_steps": 2}, 1),
-        (17, {"num_train_epochs": 2, "warmup_steps": 1000}, 0),
+        (17, {"num_train_epochs": 2, "warmup_steps": 4}, 0),
     ],
 )
 def test_a_training_whose_learning_rate_is_always_0_is_refused(
@@ -305,6 +305,19 @@ def test_a_training_whose_learning_rate_is_always_0_is_refused(
         f"params.yaml: train.warmup_steps: {rows} training rows in batches of {batch} are 1 optimizer step"
     )
     assert "set it to 0, lower train.per_device_train_batch_size" in line
+
+
+def test_a_warm_up_longer_than_the_training_is_refused(tmp_path: Path) -> None:
+    section = YAML(typ="safe").load(PROJECT / "params.yaml")["train"] | {"num_train_epochs": 1, "warmup_steps": 3}
+
+    def check(**given: Any) -> None:
+        arguments = make_arguments(section | given, checkpoints=tmp_path, dtype=torch.float32, cpu=True)
+        check_learning_rate(arguments, 2 * arguments.per_device_train_batch_size)
+
+    with pytest.raises(Problem, match=r"train\.warmup_steps: 3, but .* are 2 optimizer steps: .* set it to 0 or to a share"):
+        check()
+    check(warmup_steps=2)
+    check(lr_scheduler_type="constant")  # which has no warm-up
 
 
 def test_it_is_refused_before_the_model_is_loaded(

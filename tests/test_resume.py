@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from stages.model.checkpoints import CheckpointFolder
 from stages.train import train as stage_module
 from stages.train import trainer as trainer_module
 from stages.train.callbacks import say
-from stages.train.checkpoints import COMPLETE, last_checkpoint, remove_incomplete
+from stages.train.checkpoints import COMPLETE, STATE, _why_unusable, last_checkpoint, mark_complete, remove_unusable
 from stages.train.signals import Interruption
 from tests.runs import INPUTS, params, paths, run
 from tests.tiny import PROJECT, Workspace
@@ -234,7 +235,9 @@ def test_other_parameters_data_or_base_have_other_checkpoints(workspace: Workspa
 
 
 def test_a_second_run_is_refused_with_the_process_of_the_first(scratch: Path) -> None:
-    message = f"process {os.getpid()} is running train on the same data.*end it with: kill {os.getpid()}"
+    message = (
+        f"process {os.getpid()} is running train on the same data.*computes nothing again.*kill {os.getpid()}; it saves"
+    )
     first = CheckpointFolder("train", "same")
     with pytest.raises(Problem, match=message):
         CheckpointFolder("train", "same")
@@ -261,13 +264,113 @@ def test_a_run_killed_while_it_removes_its_checkpoints_leaves_no_half_of_one(
 
 
 def test_an_incomplete_checkpoint_is_not_used(scratch: Path) -> None:
-    for step, complete in ((2, True), (4, True), (6, False)):
-        (scratch / f"checkpoint-{step}").mkdir()
-        if complete:
-            (scratch / f"checkpoint-{step}" / COMPLETE).touch()
-    remove_incomplete(scratch)
+    for step in (2, 4, 6):
+        make_checkpoint(scratch, step, complete=step < 6)
+    assert remove_unusable(scratch, needs_best=True) == []  # that a run was killed is nothing to tell
     assert last_checkpoint(scratch) == str(scratch / "checkpoint-4")
     assert not (scratch / "checkpoint-6").exists()
+
+
+def make_checkpoint(folder: Path, step: int, *, complete: bool = True, best: int | None = None) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    state = {"best_model_checkpoint": f"/moved/checkpoint-{best}" if best else None}
+    (checkpoint / STATE).write_text(json.dumps(state))
+    (checkpoint / "optimizer.pt").write_bytes(bytes([step] * 100))
+    if complete:
+        mark_complete(checkpoint)
+    return checkpoint
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "why"),
+    [
+        (flip, "optimizer.pt", "optimizer.pt is not what was written"),
+        (cut, "optimizer.pt", "optimizer.pt is not what was written"),
+        (Path.unlink, "optimizer.pt", "optimizer.pt is missing"),
+        (flip, STATE, f"{STATE} is not what was written"),
+        (cut, COMPLETE, f"{COMPLETE} cannot be read"),
+        (Path.touch, "more", "more is not one of its files"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    scratch: Path, damage: Callable[[Path], None], file: str, why: str
+) -> None:
+    for step in (2, 4):
+        make_checkpoint(scratch, step)
+    damage(scratch / "checkpoint-4" / file)
+    assert remove_unusable(scratch, needs_best=True) == [f"checkpoint-4 is damaged ({why}) and is not used"]
+    assert last_checkpoint(scratch) == str(scratch / "checkpoint-2")
+    damage(scratch / "checkpoint-2" / file)
+    assert remove_unusable(scratch, needs_best=True) == [
+        f"checkpoint-2 is damaged ({why}) and is not used",
+        "no other checkpoint is left, so the training begins anew",
+    ]
+    assert last_checkpoint(scratch) is None
+
+
+def test_any_flipped_bit_of_the_mark_is_noticed(scratch: Path) -> None:
+    checkpoint = make_checkpoint(scratch, 2)
+    mark = (checkpoint / COMPLETE).read_bytes()
+    unnoticed = []
+    for bit in range(8 * len(mark)):
+        data = bytearray(mark)
+        data[bit // 8] ^= 1 << bit % 8
+        (checkpoint / COMPLETE).write_bytes(data)
+        if not _why_unusable(checkpoint):
+            unnoticed.append(json.loads(data))
+    assert all(found == json.loads(mark) for found in unnoticed)  # white space
+
+
+def test_a_checkpoint_is_not_used_without_the_best_one_that_it_needs(scratch: Path) -> None:
+    make_checkpoint(scratch, 2, best=2)
+    make_checkpoint(scratch, 4, best=4)
+    make_checkpoint(scratch, 6, best=4)
+    flip(scratch / "checkpoint-4" / "optimizer.pt")
+    assert remove_unusable(scratch, needs_best=False) == [
+        "checkpoint-4 is damaged (optimizer.pt is not what was written) and is not used"
+    ]
+    assert last_checkpoint(scratch) == str(scratch / "checkpoint-6")
+    assert remove_unusable(scratch, needs_best=True) == [
+        "checkpoint-6 is not used, since its best checkpoint, checkpoint-4, is not there"
+    ]
+    assert last_checkpoint(scratch) == str(scratch / "checkpoint-2")
+
+
+@pytest.mark.parametrize("damaged", ["the newest", "all"])
+def test_after_a_damage_the_bytes_are_those_of_an_uninterrupted_run(
+    workspace: Workspace,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damaged: str,
+) -> None:
+    given = {"lora_dropout": 0.1, "training_arguments": {"max_steps": 5}}
+    expected = outputs(run(workspace, scratch / "full", **given))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "write_adapter", disk_is_full)
+        with pytest.raises(OSError, match="No space left"):
+            run(workspace, scratch / "out", **given)
+    found = sorted(scratch.glob(".checkpoints/train-*/checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    assert [path.name for path in found] == ["checkpoint-4", "checkpoint-5"]
+    for path in found[-1:] if damaged == "the newest" else found:
+        flip(path / "optimizer.pt")
+    capsys.readouterr()
+    assert outputs(run(workspace, scratch / "out", **given)) == expected
+    printed = capsys.readouterr().out
+    assert "train: checkpoint-5 is damaged (optimizer.pt is not what was written) and is not used\n" in printed
+    assert ("train: resuming from checkpoint-4\n" in printed) == (damaged == "the newest")
+    assert ("so the training begins anew" in printed) == (damaged == "all")
 
 
 # A run that fails after its training
@@ -364,6 +467,19 @@ def test_a_loss_that_is_not_finite_names_the_rows(workspace: Workspace, scratch:
     with pytest.raises(Problem, match=r"loss is (nan|inf)") as caught:
         run(workspace, scratch / "out", learning_rate=1e30, training_arguments={"max_grad_norm": 1e30})
     assert "lower train.learning_rate" in str(caught.value)
+    assert not (scratch / "out" / "adapter").exists()
+
+
+def test_a_training_that_changes_nothing_is_an_error(workspace: Workspace, scratch: Path) -> None:
+    (scratch / "flat.py").write_text(
+        "def loss(logits, labels, num_items):\n    return (logits.float() * 0).sum() / num_items\n"
+    )
+    given = {"loss": str(scratch / "flat.py"), "training_arguments": {"max_steps": 2}}
+    with pytest.raises(Problem, match=r"nothing was trained: after 2 optimizer steps none of the .* weights has changed"):
+        run(workspace, scratch / "out", **given)
+    decay = {"max_steps": 2, "weight_decay": 0.1}
+    with pytest.raises(Problem, match=r"nothing was trained: .* computes what the base does: .* lora_B of zeros"):
+        run(workspace, scratch / "out", **given | {"training_arguments": decay})
     assert not (scratch / "out" / "adapter").exists()
 
 

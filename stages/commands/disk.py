@@ -1,7 +1,8 @@
 """python -m stages disk: what the project takes on the disk, and what runs that no longer exist have left there.
 
     python -m stages disk             lists it
-    python -m stages disk --remove    deletes what killed runs have left and no run is expected to use
+    python -m stages disk --remove    deletes what killed runs have left and no run is expected to use, and results that
+                                      were kept until DVC had recorded them
 
 Nothing is deleted that a live process uses, that the next run would resume from, or that is outside the project.
 Checkpoints of other data, code or parameters stay for KEPT_DAYS, since an experiment (`dvc exp run --temp -S ...`) that
@@ -27,19 +28,21 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, free_space, size_text
-from stages.core.output import without_writers
+from stages.core.output import checkpoint_root, without_writers
 from stages.core.params import parse_section, read_section, read_stages, read_yaml
 from stages.core.problem import Problem
 from stages.core.provenance import fingerprint, inputs_of
-from stages.core.snapshot import is_code
-from stages.model.checkpoints import checkpoint_root, owner_of
+from stages.core.results import is_recorded, read_kept, read_lock, result_folder, results_root
+from stages.core.snapshot import Snapshot, is_code
+from stages.model.checkpoints import owner_of
 
 ROOT = Path()
 NOT_WRITABLE = "kept: you may not write there"
 LISTED_FROM = 10**6
 """Bytes from which an output is listed; leftovers are listed at any size."""
 KEPT_DAYS = 7
-"""Days without a change after which checkpoints of other data, code or parameters are deleted."""
+"""Days without a change after which checkpoints and results that the next `dvc repro` does not use are deleted."""
+OTHER_INPUTS = "made from other data, code or parameters: only a run with those again"
 TEMPORARY = Path(".dvc/tmp/exps")
 """Where DVC puts the copies of the project for `dvc exp run --temp`."""
 
@@ -56,7 +59,7 @@ class Item(NamedTuple):
 
 def disk(*, remove: bool) -> None:
     """Lists what the project takes on the disk; with `remove`, deletes the leftovers that no run is expected to use."""
-    leftovers = [*_checkpoints(), *_downloads(), *_partial_outputs()]
+    leftovers = [*_checkpoints(), *_results(), *_downloads(), *_partial_outputs()]
     if remove:
         _remove(item for item in leftovers if item.lock)
         return
@@ -188,23 +191,76 @@ def _checkpoint(folder: Path) -> Iterator[Item]:
         elif (current := _current_checkpoints(stage)) is None:
             unknown = "so it is not known whether the next run resumes from it"
             yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
-        elif folder.name in current:
+        elif folder.name not in current:
+            note = f"{OTHER_INPUTS} resumes from it"
+            yield _not_needed(shown, size, hours, lock, note)
+        elif folder.name.rpartition("-")[0].replace("-", "@", 1) in (_stale_stages() or ()):
             yield Item(shown, size, f"{age}; the next run of {stage} resumes from it")
         else:
-            note = f"{age}; made from other data, code or parameters: only a run with those again resumes from it"
-            if hours < 24 * KEPT_DAYS:
-                yield Item(shown, size, f"{note}; kept until it is {KEPT_DAYS} days old; to delete it now: rm -r {shown}")
-            else:
-                yield _leftover(shown, size, note, lock)
+            note = f"the next run of {stage} resumes from it, but dvc has recorded a result, and will not run it"
+            yield _not_needed(shown, size, hours, lock, note)
+
+
+def _not_needed(shown: Path, size: int, hours: float, lock: Callable[[], AbstractContextManager[bool]], reason: str) -> Item:
+    """A checkpoint or result that the next `dvc repro` does not use."""
+    note = f"{_age(hours)}; {reason}"
+    if hours < 24 * KEPT_DAYS:
+        return Item(shown, size, f"{note}; kept until it is {KEPT_DAYS} days old; to delete it now: rm -r {shown}")
+    return _leftover(shown, size, note, lock)
+
+
+def _results() -> Iterator[Item]:
+    """Results that are kept until DVC has recorded them (`stages.core.results`)."""
+    yield from _each(_found(results_root(), "*-*"), _result)
+
+
+def _result(folder: Path) -> Iterator[Item]:
+    if not folder.is_dir():
+        return
+    shown, hours = _shown(folder), _hours(folder)
+    # What DVC's cache or the output has too takes no space.
+    size = sum(status.st_size for _, status in _walk(folder) if stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+    age, stage = _age(hours), folder.name.partition("-")[0]
+    lock = _free
+    kept = read_kept(folder)
+    if folder.suffix == ".partial" and hours < 1:
+        yield Item(shown, size, f"{age}; a process may be writing it")
+    elif folder.suffix:
+        yield _leftover(shown, size, f"{age}; left by a run that was killed", lock)
+    elif kept is None:
+        yield _leftover(shown, size, f"{age}; damaged, so no run can use it", lock)
+    elif is_recorded(kept, read_lock(ROOT)):
+        yield _leftover(shown, size, f"{age}; dvc has recorded this result of {stage}", lock)
+    elif (current := _current_results(stage)) is None:
+        unknown = "so it is not known whether the next run takes it up"
+        yield Item(shown, size, f"{age}; kept: stages before {stage} are out of date or running, {unknown}")
+    elif folder.name in current:
+        yield Item(shown, size, f"{age}; the next run of {stage} takes up this result, which dvc has not recorded")
+    else:
+        yield _not_needed(shown, size, hours, lock, f"{OTHER_INPUTS} takes up this result")
+
+
+@contextmanager
+def _free() -> Iterator[bool]:
+    """The lock of what needs none: a result that vanishes while a run takes it up is made again."""
+    yield True
+
+
+@cache
+def _current_results(stage: str) -> set[str] | None:
+    """The names of the results that the next runs of a stage would take up; None if that cannot be known yet."""
+    if _stages_before_are_stale(stage):
+        return None
+    try:
+        return {result_folder(Snapshot.take(stage, paths, ROOT)).name for _, paths in _commands(stage)}
+    except (Problem, OSError):
+        return None
 
 
 @cache
 def _current_checkpoints(stage: str) -> set[str] | None:
     """The names of the checkpoint folders that the next runs of a stage would use; None if that cannot be known yet."""
-    before = list(_stages())
-    before = before[: before.index(stage)] if stage in before else []
-    stale = _stale_stages()
-    if stale is None or any(name.partition("@")[0] in before for name in stale):
+    if _stages_before_are_stale(stage):
         return None
     try:
         module = importlib.import_module(f"stages.{stage}.{stage}")
@@ -216,6 +272,14 @@ def _current_checkpoints(stage: str) -> set[str] | None:
     except (Problem, OSError, ModuleNotFoundError):
         return None
     return names
+
+
+def _stages_before_are_stale(stage: str) -> bool:
+    """Whether what a stage reads is not yet what its next run will read, or is not known."""
+    before = list(_stages())
+    before = before[: before.index(stage)] if stage in before else []
+    stale = _stale_stages()
+    return stale is None or any(name.partition("@")[0] in before for name in stale)
 
 
 @cache

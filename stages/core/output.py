@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,60 @@ class Done(NamedTuple):
     """One line for the terminal: what was made."""
     clean_up: Callable[[], None] = lambda: None
     """Removes what only an interrupted run needs. Called last, when the outputs are written and the snapshot is checked."""
+
+
+def checkpoint_root() -> Path:
+    """The folder, outside all outputs, of what outlives a stopped run: checkpoints, finished results, locks."""
+    return Path(os.environ.get("DVC_ROOT", ".")).absolute() / ".checkpoints"
+
+
+@contextmanager
+def only_writer(stage: str, outputs: Sequence[str], *, kept: bool) -> Iterator[None]:
+    """While it holds, no other process can run a stage on the same outputs: two would write into the same unfinished files.
+
+    The lock belongs to this process alone. The system releases it when the process ends, however it ends, and also if a
+    child of it lives on.
+
+    Args:
+        stage: The stage's name, for the message.
+        outputs: Its outputs, of which the first names the lock.
+        kept: Whether the result will be kept for the next run (`stages.core.results`), for the message of another process.
+
+    Raises Problem if another process has the lock.
+    """
+    if not outputs:
+        yield
+        return
+    name = hashlib.sha256(str(Path(outputs[0]).absolute()).encode()).hexdigest()[:16]
+    path = checkpoint_root() / "locks" / f"{stage}-{name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="ascii") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise Problem(_explain_owner(stage, outputs[0], file.read().split())) from None
+        except OSError:  # a file system without locks
+            pass
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"{os.getpid()} {'kept' if kept else ''}")
+            file.flush()
+        yield
+
+
+def _explain_owner(stage: str, output: str, words: Sequence[str]) -> str:
+    """Who runs a stage, and what waiting and killing each do. `words` is the content of its lock."""
+    owner, end = (f"process {words[0]}", f"with: kill {words[0]}") if words else ("another process", "with Ctrl-C")
+    waiting = (
+        "dvc repro then takes up its result in seconds, also if its own dvc is dead"
+        if "kept" in words
+        else "dvc did not start it, so dvc repro runs the stage again nevertheless"
+    )
+    return (
+        f"{owner} is running {stage} and writes {output}. Wait until it has ended: {waiting}. Or end it {end}; then train "
+        "and generate go on from what they have finished, and other stages begin anew"
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Answers test prompts, and the prompts of data/prompts.json, with one model; and its losses on raw test text."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,8 @@ from stages.model.load import one_copy_each
 from stages.model.placement import total_memory, weight_bytes
 
 T = TypeVar("T")
+CHECKSUM = 9
+"""Bytes before the JSON of a kept result: eight hex digits and a space."""
 
 
 class Params(Section):
@@ -172,6 +175,8 @@ def answer_share(params: Params, model: Path, files: Files, folder: Path) -> Non
     rows = read_rows(*files, at_most=params.max_predict_samples)
     share = np.argsort(rows.prompts.lengths, kind="stable")[rank::processes]
     answers, losses = kept_answers(folder, rank), kept_losses(folder, rank)
+    if damaged := answers.damaged + losses.damaged:
+        print(f"generate: {damaged:,} results of an earlier run are damaged in {folder}, and are computed again", flush=True)
     left = share[[index not in answers for index in share.tolist()]]
     windows = rows.windows
     batches = make_batches(windows.lengths.tolist(), batch_size=params.batch_size)[rank::processes]
@@ -211,9 +216,12 @@ def generation_settings(params: Params) -> GenerationSettings:
 class KeptResults(Mapping[int, T]):
     """The results of one process so far by index, in a file of the checkpoint folder: an interrupted run can resume.
 
-    The file has a line of JSON for each result: [index of the prompt or window, result]. A result is read when it is asked
-    for; memory holds only where its line begins.
+    The file has a line for each result: its CRC-32, and JSON: [index of the prompt or window, result]. A result is read when
+    it is asked for; memory holds only where its line begins.
     """
+
+    damaged: int
+    """Lines that are not what was written. They are not used, so that their prompts are answered again."""
 
     def __init__(self, path: Path, read: Callable[[Any], T]) -> None:
         """Opens the results of an interrupted run; `read` makes one from its JSON.
@@ -223,6 +231,7 @@ class KeptResults(Mapping[int, T]):
         """
         self._path, self._read = path, read
         self._starts: dict[int, int] = {}
+        self.damaged = 0
         path.touch()
         with path.open("rb+") as file:
             start = 0
@@ -230,14 +239,17 @@ class KeptResults(Mapping[int, T]):
                 if not line.endswith(b"\n"):
                     file.truncate(start)
                     break
-                self._starts[json.loads(line)[0]] = start
+                if _is_whole(line):
+                    self._starts[json.loads(line[CHECKSUM:])[0]] = start
+                else:
+                    self.damaged += 1
                 start += len(line)
         self._end = start
 
     def __getitem__(self, index: int) -> T:
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
-            return self._read(json.loads(file.readline())[1])
+            return self._read(json.loads(file.readline()[CHECKSUM:])[1])
 
     def __contains__(self, index: object) -> bool:
         return index in self._starts
@@ -250,12 +262,20 @@ class KeptResults(Mapping[int, T]):
 
     def add(self, batch: Sequence[tuple[int, T]]) -> None:
         """Appends the results of a batch."""
-        lines = [json.dumps(result).encode() + b"\n" for result in batch]
+        lines = [_with_checksum(json.dumps(result).encode() + b"\n") for result in batch]
         with self._path.open("ab") as file:
             file.write(b"".join(lines))
         for (index, _), line in zip(batch, lines, strict=True):
             self._starts[index] = self._end
             self._end += len(line)
+
+
+def _with_checksum(line: bytes) -> bytes:
+    return f"{zlib.crc32(line):08x} ".encode() + line
+
+
+def _is_whole(line: bytes) -> bool:
+    return line == _with_checksum(line[CHECKSUM:])
 
 
 def kept_answers(folder: Path, rank: int) -> KeptResults[Answer]:

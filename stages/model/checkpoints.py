@@ -12,12 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from stages.core.output import checkpoint_root
 from stages.core.problem import Problem
-
-
-def checkpoint_root() -> Path:
-    """The folder that holds the checkpoint folders of all runs."""
-    return Path(os.environ.get("DVC_ROOT", ".")).absolute() / ".checkpoints"
 
 
 class CheckpointFolder:
@@ -45,8 +41,8 @@ class CheckpointFolder:
         except Timeout:
             raise Problem(
                 f"{owner_of(self.path)} is running {stage} on the same data, base, code and parameters. Wait until it has "
-                f"finished, or end it {_how_to_end(pid)}; it saves a checkpoint in {self.path}, from which this run then "
-                "resumes"
+                "ended: dvc repro then takes up its result, and computes nothing again. Or end it "
+                f"{_how_to_end(pid)}; it saves what it has finished in {self.path}, and dvc repro goes on from there"
             ) from None
         self.path.mkdir(parents=True, exist_ok=True)  # the process that had the lock may have removed it
         pid.write_text(str(os.getpid()))

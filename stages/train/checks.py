@@ -150,8 +150,13 @@ def memory_problems(section: Mapping[str, Any], base: Path, *, memory: Memory) -
     return problems
 
 
+WITHOUT_WARMUP = "constant"
+"""The schedule that ignores the warm-up."""
+
+
 def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
-    """Raises Problem if the learning rate of every optimizer step is 0, so that nothing would be trained.
+    """Raises Problem if the learning rate is never reached, since the warm-up is longer than the training, or if it is 0 in
+    every optimizer step, so that nothing would be trained.
 
     A warm-up begins at 0: so it is with a single step.
 
@@ -161,6 +166,16 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
     """
     batch, steps = arguments.per_device_train_batch_size * arguments.world_size, count_steps(arguments, rows)
     warmup = arguments.get_warmup_steps(steps)
+    found = f"{rows:,} training rows in batches of {batch:,} are {steps} optimizer step{'s' if steps > 1 else ''}"
+    more = "lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data"
+    if warmup > steps and arguments.lr_scheduler_type != WITHOUT_WARMUP:
+        raise Problem(
+            bad_param(
+                "train.warmup_steps",
+                f"{arguments.warmup_steps:g}, but {found}: the learning rate would never be reached; set it to 0 or to a "
+                f"share of all steps, such as 0.05, {more}",
+            )
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
@@ -174,12 +189,11 @@ def check_learning_rate(arguments: TrainingArguments, rows: int) -> None:
             return
         optimizer.step()
         scheduler.step()
-    found = f"{rows:,} training rows in batches of {batch:,} are {steps} optimizer step{'s' if steps > 1 else ''}"
     raise Problem(
         bad_param(
             "train.warmup_steps",
             f"{found}, and the learning rate is 0 in all of them, since the warm-up of {warmup} begins at 0: nothing would "
-            "be trained; set it to 0, lower train.per_device_train_batch_size, raise train.num_train_epochs, or add data",
+            f"be trained; set it to 0, {more}",
         )
     )
 

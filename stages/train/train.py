@@ -11,13 +11,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from stages.core.jsonl import read_json
-from stages.core.output import Done
+from stages.core.output import Done, checkpoint_root
 from stages.core.provenance import fingerprint, inputs_of
 from stages.core.tokens import TokenRows, read_tokens
 from stages.model import distributed
 from stages.model.adapter import Adapter, add_adapter, initial_lora
 from stages.model.base_weights import BaseWeights
-from stages.model.checkpoints import CheckpointFolder, checkpoint_root
+from stages.model.checkpoints import CheckpointFolder
 from stages.model.compile import compile_elementwise
 from stages.model.device import pick_device, pick_dtype
 from stages.model.experts import describe_experts
@@ -29,10 +29,11 @@ from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
 from stages.train.causality import check_causal
-from stages.train.checkpoints import last_checkpoint, remove_incomplete
+from stages.train.checkpoints import last_checkpoint, remove_unusable
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
 from stages.train.coverage import describe_gaps, describe_weights
+from stages.train.effect import check_effect, weight_digests
 from stages.train.expert_layers import ExpertLayers
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
@@ -135,8 +136,8 @@ def train(
     with the same parameters, data, base, code and packages. Checkpoints are removed by `Done.clean_up`, which is called
     after everything else: a run that fails after its training does not have to train again.
 
-    Raises Problem if another process runs the same training, if a parameter does not fit the model or the memory, or if
-    the loss is not finite.
+    Raises Problem if another process runs the same training, if a parameter does not fit the model or the memory, if the
+    loss is not finite, or if nothing was trained.
     """
     check_parameters(params.model_dump(), base)
     paths = _Paths(train_tokens, validation_tokens, base, adapter, report, curves, machine)
@@ -146,7 +147,10 @@ def train(
             _train_here(params, paths, checkpoint_root() / f"train-{inputs}")
         return None
     with CheckpointFolder("train", inputs) as checkpoints:
-        remove_incomplete(checkpoints.path)
+        for line in remove_unusable(
+            checkpoints.path, needs_best=bool(params.training_arguments.get("load_best_model_at_end"))
+        ):
+            say(f"train: {line}")
         if params.num_processes > 1 and distributed.world_size() == 1:
             launch(_train_here, params.num_processes, params, paths, checkpoints.path)
         else:
@@ -223,11 +227,17 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     # Before anything is measured: the largest batch shows whether the memory is enough.
     fit_memory(trainer, _checkpointed_blocks(params, model))
     before = trainer.measure()
+    initial = weight_digests(model) if distributed.is_main() else {}
     resumed_from = _run_training(trainer, checkpoints)
     after = trainer.measure()
 
     if not distributed.is_main():
         return
+    check_effect(model, initial, steps=trainer.state.global_step, learning_rate=params.learning_rate)
+    if after["loss"] == before["loss"]:
+        say(
+            f"train: the validation loss, {after['loss']:.4f}, has not changed by a bit: the weights have changed too little"
+        )
     training = _describe_training(params, model, quantized, rows=rows, lora_layers=lora_layers)
     write_adapter(paths.adapter, model, initial_lora=initial_weights, training=training)
     write_report(paths.report, trainer, validation_rows=all_validation_rows, before=before, after=after)

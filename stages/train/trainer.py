@@ -149,6 +149,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return Shuffled(count, self.args.data_seed, fill=-count % (rows * processes), deal=deal)
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        # The state of a checkpoint has the path of the best one. If the project was moved since, the Trainer ignores it.
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
         # A run may have failed after its training, or be resumed from the last step of an epoch that max_steps cut short.
         # The Trainer would train one more step.
         if self.finished:
