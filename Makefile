@@ -8,8 +8,9 @@ export DVC_NO_ANALYTICS := true
 .PHONY: repro test test-gpu check table schema format
 
 repro: .venv/installed
-	@dvc status -q || python -m stages check
+	@python -m stages check
 	@set -o pipefail; dvc repro | sed -u $(HIDDEN_ADVICE)
+	@python -m stages check
 	@echo
 	@echo "models/merged          the fine-tuned model, a Hugging Face folder"
 	@echo "models/adapter         the LoRA adapter alone"

@@ -136,7 +136,10 @@ def keep_record(snapshot: Snapshot, read: Mapping[str, Mapping[str, File]], path
     outputs = [path for path in paths if path not in snapshot.data and path not in folders]
     outputs = [path for path in outputs if Path(path).exists() and machine not in Path(path).parents]
     code = {
-        dep: {str(file.relative_to(dep)) if file != Path(dep) else "": File(file.stat().st_size, md5_of(file)) for file in files}
+        dep: {
+            str(file.relative_to(dep)) if file != Path(dep) else "": File(file.stat().st_size, md5_of(file))
+            for file in files
+        }
         for dep, files in snapshot.code_files.items()
     }
     record = Record(

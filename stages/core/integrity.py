@@ -14,8 +14,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.core.jsonl import read_json, write_json
@@ -30,8 +31,8 @@ LARGE = 2 * 10**9
 of a safetensors file, which is checked when it is opened, and the manifest are left."""
 WEIGHTS = ".safetensors"
 HASHING_THREADS = 4
-IGNORED = ("*.partial", "*.py[cod]", "__pycache__", ".*")
-"""Names that DVC does not see in an output, by .dvcignore."""
+IGNORED = ("*.partial", "*.py[cod]", "__pycache__", ".*_cache", ".fetch-*", ".venv", ".checkpoints", ".git", ".hg", ".dvc")
+"""Names that DVC does not see in an output: those of .dvcignore, and its own."""
 
 
 class File(NamedTuple):
@@ -65,7 +66,7 @@ def scan(path: Path, *, large: int = LARGE) -> dict[str, File]:
     files = {}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
-        if file.is_file() and not any(PurePosixPath(part).match(name) for part in relative.parts for name in IGNORED):
+        if file.is_file() and not any(fnmatchcase(part, name) for part in relative.parts for name in IGNORED):
             files[relative.as_posix()] = file
     sizes = {name: file.stat().st_size for name, file in files.items()}
     weights = {name for name in files if name.endswith(WEIGHTS)}

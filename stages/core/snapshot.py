@@ -85,7 +85,6 @@ class Snapshot:
                 "recorded; run dvc repro again. For long runs, dvc exp run --temp works on a copy, out of reach of edits"
             )
 
-
     @property
     def inputs(self) -> list[str]:
         """The data that the stage reads: the dependencies that the command line or a parameter names, or the folder of."""
