@@ -1,6 +1,6 @@
 """Runs one stage: python -m stages <stage> --name path ..., as dvc.yaml does.
 
-python -m stages check     reads all parameters, and looks for what a killed dvc leaves and for edits that dvc recorded too late
+python -m stages check     reads all parameters, and finds what a killed dvc has left and edits that no stage has read
 python -m stages verify    compares the outputs with reports/provenance
 python -m stages disk      lists what takes space, and what killed runs have left; with --remove, deletes what they left
 """
@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
@@ -241,7 +242,10 @@ def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     if any(words in str(error) for words in FULL_DISK):
-        number = errno.ENOSPC
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY  # torch does not say which it was
+        number = errno.EFBIG if limited and "No space left" not in str(error) else errno.ENOSPC
+    if "File too large (os error" in str(error):  # safetensors
+        number = errno.EFBIG
     if number == errno.ENOENT and not any(argument in str(error) for argument in arguments):
         return None
     return {

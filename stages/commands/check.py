@@ -1,8 +1,8 @@
 """python -m stages check: what a killed dvc leaves, and edits that dvc.lock records though no stage has read them.
 
-DVC hashes the inputs of a stage when the stage has ended. What is edited between the last look of the stage (`Snapshot.check`)
-and DVC's, some milliseconds, is recorded as if it had made the result. Each stage leaves what it has read in
-reports/machine/files; here it is compared with dvc.lock. No stage imports this file: an edit of it reruns nothing.
+DVC hashes the inputs of a stage when the stage has ended. What is edited between the last look of the stage, at its end
+(`Snapshot.check`), and DVC's, some milliseconds later, is recorded as if it had made the result. Each stage leaves what it
+has read in reports/machine/files; here it is compared with dvc.lock. No stage imports this file: an edit reruns nothing.
 """
 
 import json
@@ -64,7 +64,7 @@ def _hash_deps(stage: str, code: set[str], root: Path) -> dict[str, str]:
 def _compare(record: Record, entry: Mapping[str, Any], root: Path) -> list[str]:
     """One message if dvc.lock records for a run other inputs than the run has read; if not, that is noted."""
     wrote, outs = record.wrote, {out["path"]: out for out in entry.get("outs", ())}
-    if not all(path in wrote and _is_same(wrote[path], out) for path, out in outs.items()):
+    if not outs or not all(path in wrote and _is_same(wrote[path], out) for path, out in outs.items()):
         return []  # of another run, or dvc was killed before it recorded this one
     others = [
         dep["path"]
@@ -79,8 +79,8 @@ def _compare(record: Record, entry: Mapping[str, Any], root: Path) -> list[str]:
         others.append(f"params.yaml ({name})")
     if others:
         return [
-            f"{', '.join(others)}: edited in the moment in which {record.stage} ended. dvc.lock records the edit, but the result "
-            f"is that of the state before. Run dvc repro -f -s {record.stage}, then dvc repro"
+            f"{', '.join(others)}: edited in the moment in which {record.stage} ended. dvc.lock records the edit, but "
+            f"the result is that of the state before. Run dvc repro -f -s {record.stage}, then dvc repro"
         ]
     with suppress(OSError):
         write_record(record._replace(recorded=True), root)
@@ -114,8 +114,8 @@ def _broken_rwlocks(root: Path) -> Iterator[str]:
             command = _command_of(each.get("pid"))
             if command and "dvc" not in command:
                 yield (
-                    f"{path}: names process {each['pid']} as a dvc that was killed since, and another process has this number "
-                    f"now ({command[:60]}); dvc would wait for it: rm {path}"
+                    f"{path}: names process {each['pid']} as a dvc that was killed since, and another process has "
+                    f"this number now ({command[:60]}); dvc commands are refused: rm {path}"
                 )
 
 
@@ -148,9 +148,9 @@ def _detached_head(root: Path) -> Iterator[str]:
     branches = _git(root, "branch", "--format=%(refname:short)", "--points-at", "HEAD").splitlines()
     branch = next((name for name in branches if not name.startswith("(")), "<your branch>")
     yield (
-        "git: HEAD is detached, since dvc exp run was killed: commits would belong to no branch, and params.yaml may have the "
-        f"values of the experiment. Run git checkout {branch}, look at git diff, and if edits of yours are missing, at git "
-        "stash list"
+        "git: HEAD is detached, since dvc exp run was killed: commits would belong to no branch, and params.yaml may have "
+        f"the values of the experiment. Run git checkout {branch}, look at git diff, and if edits of yours are missing, at "
+        "git stash list"
     )
 
 

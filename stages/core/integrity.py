@@ -27,8 +27,8 @@ from stages.core.problem import Problem
 LOCK = "dvc.lock"
 RECORDS = Path("reports/machine/files")
 LARGE = 2 * 10**9
-"""Bytes of a folder from which its weights are compared by their size alone. Hashing fewer takes seconds; of more, the header
-of a safetensors file, which is checked when it is opened, and the manifest are left."""
+"""Bytes of the weights of a folder from which they are compared by their size alone: hashing fewer takes seconds. The header
+of a safetensors file is checked when it is opened, and `python -m stages verify` hashes all."""
 WEIGHTS = ".safetensors"
 HASHING_THREADS = 4
 IGNORED = ("*.partial", "*.py[cod]", "__pycache__", ".*_cache", ".fetch-*", ".venv", ".checkpoints", ".git", ".hg", ".dvc")
@@ -160,8 +160,8 @@ def _find_damage(
         return _manifest_differences(root / path, path, files)
     what = "; ".join(name for name in names[:3] if name)
     return [
-        f"{path}: is not what {by} {stage}{f': {what} differs' if what else ''}. It is damaged, or was edited or made without "
-        f"DVC. rm -r {whole} && dvc checkout {whole} puts back what {LOCK} records; dvc repro -f -s {stage} makes it again; "
+        f"{path}: is not what {by} {stage}{f': {what} differs' if what else ''}. It is damaged, or was edited or made "
+        f"without DVC. rm -r {whole} && dvc checkout {whole} puts back what {LOCK} records; dvc repro -f -s {stage} makes it again; "
         f"dvc commit {stage} keeps it as it is"
     ]
 
