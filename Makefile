@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test test-gpu check table schema format
+.PHONY: repro pull test test-gpu check table schema format
 
 repro: .venv/installed
 	@python -m stages check
@@ -17,6 +17,11 @@ repro: .venv/installed
 	@echo "reports/report.html    the report: open it in a browser"
 	@echo "reports/masks.html     training rows with the tokens in the loss marked"
 	@echo "make table             this run next to others"
+
+# In a fresh clone: what dvc push has put into the remote. The merged model is not there, since merge makes it again.
+pull: .venv/installed
+	dvc pull --allow-missing
+	@test -e models/merged || echo "models/merged is in no remote: make repro makes it again, and runs no other stage"
 
 # DVC's advice on settings and remotes that the project does not use.
 HIDDEN_ADVICE := -e '/^Use .dvc push. to send/d' -e '/^To enable auto staging/,/core.autostage/d'

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_an_rwlock_that_names_a_process_that_is_no_dvc_is_named(root: Path) -> N
     write(2**22 + 1)  # nobody: DVC removes it by itself
     assert find_problems(root) == []
     with subprocess.Popen(["sleep", "60"]) as other:
+        while "sleep" not in check_module._command_of(other.pid):  # the system takes a moment
+            time.sleep(0.01)
         write(other.pid)
         (message,) = find_problems(root)
         other.kill()

@@ -96,8 +96,8 @@ def test_the_message_names_the_file_the_stage_and_what_to_do(root: Path) -> None
         check_inputs(["data/examples"], root)
     assert caught.value.messages == (
         "data/examples: is not what dvc.lock records of ingest: test.jsonl differs. It is damaged, or was edited or "
-        "made without DVC. rm -r data/examples && dvc checkout data/examples puts back what dvc.lock records; dvc repro -f -s "
-        "ingest makes it again; dvc commit ingest keeps it as it is",
+        "made without DVC. rm -r data/examples && dvc checkout data/examples puts back what dvc.lock records; dvc repro "
+        "-f -s ingest makes it again; dvc commit ingest keeps it as it is",
     )
 
 
