@@ -1,4 +1,6 @@
-"""Runs one stage and writes down what it opens, changes, imports and asks: python tests/audited.py <notes> <stage> --name path ...
+"""Runs one stage and writes down what it opens, changes, imports and asks for.
+
+    python tests/audited.py <notes> <stage> --name path ...
 
 `sys.addaudithook` sees what Python does; what compiled code opens, as pyarrow or safetensors, it does not see.
 """
@@ -23,7 +25,7 @@ def main() -> None:
         """The path from the project's root, if it is in it; with ".." or absolute, where it is outside."""
         if not isinstance(path, str | bytes | os.PathLike):
             return None
-        full = os.path.abspath(os.fsdecode(path))
+        full = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - links are not followed
         return full.removeprefix(root) if full.startswith(root) else full
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
@@ -44,16 +46,19 @@ def main() -> None:
     def asker() -> str:
         """The file of the project that asks; "" if a library does."""
         frame = sys._getframe(2)
-        while frame and frame.f_code.co_filename.startswith(("<frozen", __file__)) or Path(
-            frame.f_code.co_filename
-        ).name in ("os.py", "_collections_abc.py"):
-            frame = frame.f_back  # type: ignore[assignment]
-        name = os.path.abspath(frame.f_code.co_filename)
+        while Path(frame.f_code.co_filename).name in (
+            "os.py",
+            "_collections_abc.py",
+            "<frozen os>",
+            "<frozen _collections_abc>",
+        ):
+            assert frame.f_back
+            frame = frame.f_back
+        name = str(Path(frame.f_code.co_filename).absolute())
         return name if name.startswith(f"{root}stages{os.sep}") else ""
 
     def write() -> None:
-        text = json.dumps({key: sorted(values) for key, values in found.items()})
-        notes.write_text(text)
+        notes.write_text(json.dumps({key: sorted(values) for key, values in found.items()}))
 
     get = type(os.environ).__getitem__
 
@@ -74,7 +79,25 @@ def main() -> None:
             found["params"].add(name)
         return plain(self, name)
 
+    class Noted(dict[str, Any]):
+        """The values of a section, which notes those that are asked for by name."""
+
+        def __getitem__(self, name: str) -> Any:
+            found["params"].add(name)
+            return super().__getitem__(name)
+
+        def get(self, name: str, *default: Any) -> Any:
+            found["params"].add(name)
+            return super().get(name, *default)
+
+    dump = Section.model_dump
+
+    def model_dump(self: Any, **settings: Any) -> Any:
+        found["params"].update(map(str, settings.get("include") or ()))
+        return Noted(dump(self, **settings))
+
     Section.__getattribute__ = getattribute  # type: ignore[method-assign]
+    Section.model_dump = model_dump  # type: ignore[method-assign]
     atexit.register(write)
     sys.argv = sys.argv[1:]
     try:
