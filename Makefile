@@ -5,17 +5,23 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test test-gpu check table schema format
+.PHONY: repro pull test test-gpu check table schema format
 
 repro: .venv/installed
-	@dvc status -q || python -m stages check
+	@python -m stages check
 	@set -o pipefail; dvc repro | sed -u $(HIDDEN_ADVICE)
+	@python -m stages check
 	@echo
 	@echo "models/merged          the fine-tuned model, a Hugging Face folder"
 	@echo "models/adapter         the LoRA adapter alone"
 	@echo "reports/report.html    the report: open it in a browser"
 	@echo "reports/masks.html     training rows with the tokens in the loss marked"
 	@echo "make table             this run next to others"
+
+# In a fresh clone: what dvc push has put into the remote. The merged model is not there, since merge makes it again.
+pull: .venv/installed
+	dvc pull --allow-missing
+	@test -e models/merged || echo "models/merged is in no remote: make repro makes it again, and runs no other stage"
 
 # DVC's advice on settings and remotes that the project does not use.
 HIDDEN_ADVICE := -e '/^Use .dvc push. to send/d' -e '/^To enable auto staging/,/core.autostage/d'

@@ -1,14 +1,16 @@
 """Runs one stage: python -m stages <stage> --name path ..., as dvc.yaml does.
 
-python -m stages check     reads all parameters
+python -m stages check     reads all parameters, and finds what a killed dvc has left and edits that no stage has read
 python -m stages verify    compares the outputs with reports/provenance
 python -m stages disk      lists what takes space, and what killed runs have left; with --remove, deletes what they left
 """
 
+import atexit
 import errno
 import importlib
 import logging
 import os
+<<<<<<< HEAD
 import re
 import signal
 import sys
@@ -21,6 +23,18 @@ from pathlib import Path
 
 from stages.core import results
 from stages.core.output import Done, only_writer
+=======
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from pathlib import Path
+
+from stages.core.integrity import File, Record, check_inputs, md5_of, scan, write_record
+from stages.core.output import Done
+>>>>>>> inputs
 from stages.core.params import FILE as PARAMS_FILE
 from stages.core.params import parse_section, read_section, read_stage, read_stages, read_yaml
 from stages.core.problem import Problem
@@ -42,8 +56,11 @@ FOR_TORCHRUN = ("train",)
 """Stages that torchrun may start; the others would do the same work several times."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the stage or command that the first argument names, and returns the exit status."""
+def main(arguments: list[str], *, shut_down: Callable[[], None] = lambda: None) -> int:
+    """Runs the stage or command that the first argument names, and returns the exit status.
+
+    `shut_down` is called before the last comparison of a stage's inputs: nothing that takes time may follow it.
+    """
     if not arguments:
         print(USAGE, file=sys.stderr)
         return 2
@@ -62,7 +79,7 @@ def main(arguments: list[str]) -> int:
             case "disk":  # imported by its name: no stage depends on it
                 importlib.import_module("stages.commands.disk").disk(remove=bool(rest))
             case _:
-                run(name, parse_paths(rest))
+                run(name, parse_paths(rest), shut_down=shut_down)
     except Problem as problem:
         return fail(name, problem.messages)
     except KeyboardInterrupt as interrupt:
@@ -88,16 +105,21 @@ def parse_paths(words: list[str]) -> dict[str, str]:
     return {option.removeprefix("--").replace("-", "_"): value for option, value in zip(options, values, strict=True)}
 
 
-def run(name: str, paths: dict[str, str]) -> None:
+def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lambda: None) -> None:
     """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
 
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
+<<<<<<< HEAD
     checked. If DVC has started the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run
     that reads the same takes it up.
+=======
+    checked. Then it is checked once more, as the last act: DVC hashes the inputs a few milliseconds later.
+>>>>>>> inputs
     """
     check_process_numbers(name)
     started, dvc = time.monotonic(), started_by()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
+<<<<<<< HEAD
     provenance = paths.pop("provenance", None)
     outputs = declared_outputs(name, paths.values())
     main = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes, of which one writes
@@ -129,6 +151,10 @@ def run(name: str, paths: dict[str, str]) -> None:
 
 def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
     """Imports the stage and runs it. Raises Problem if the paths or the parameters are not what it wants."""
+=======
+    # Of several processes the first one alone looks: the others wait for it, or share its input.
+    read = check_inputs(snapshot.inputs, ROOT) if os.environ.get("RANK", "0") == "0" else {}
+>>>>>>> inputs
     module = importlib.import_module(f"stages.{name}.{name}")
     stage = getattr(module, name)
     wanted = [parameter for parameter in signature(stage).parameters if parameter != "params"]
@@ -140,6 +166,7 @@ def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
     missing = missing_inputs(paths, snapshot)
     if missing:
         raise Problem(*(f"{path}: not found; dvc repro makes it, if it is not a file of yours" for path in missing))
+<<<<<<< HEAD
     done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
     return done
 
@@ -167,6 +194,57 @@ def check_process_numbers(name: str) -> None:
         )
     if name not in FOR_TORCHRUN:
         raise Problem(f"torchrun can start {' and '.join(FOR_TORCHRUN)} only; run {name} without it")
+=======
+    try:
+        done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
+    except Problem:
+        raise
+    except Exception:
+        check_inputs(snapshot.inputs, ROOT, large=sys.maxsize)  # a damage that only hashing all the weights shows
+        raise
+    if done is None:  # one of several processes, which writes nothing
+        return
+    if provenance:
+        inputs = [Path(path) for path in paths.values() if path in snapshot.data]
+        outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]
+        write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), outputs)
+    keep_record(snapshot, read, [*paths.values(), *([provenance] if provenance else [])])
+    snapshot.check()
+    if "DVC_ROOT" in os.environ and started_by() != dvc:  # dvc was killed: it will not record this result
+        raise Problem("dvc ended before this stage; run dvc repro again: what was computed is kept, and is not repeated")
+    done.clean_up()
+    print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
+    shut_down()
+    snapshot.check()
+
+
+def keep_record(snapshot: Snapshot, read: Mapping[str, Mapping[str, File]], paths: Iterable[str]) -> None:
+    """Writes down what was read and written: a later stage and `check` compare with it.
+
+    Args:
+        snapshot: Of the stage.
+        read: The inputs as they were at its start.
+        paths: All paths of its command line.
+    """
+    folders = {str(parent) for dep in snapshot.data for parent in Path(dep).parents}
+    machine = Path("reports/machine")  # what differs between equal runs is no output
+    outputs = [path for path in paths if path not in snapshot.data and path not in folders]
+    outputs = [path for path in outputs if Path(path).exists() and machine not in Path(path).parents]
+    code = {
+        dep: {
+            str(file.relative_to(dep)) if file != Path(dep) else "": File(file.stat().st_size, md5_of(file))
+            for file in files
+        }
+        for dep, files in snapshot.code_files.items()
+    }
+    record = Record(
+        stage=snapshot.name_in_lock,
+        read={dep: dict(files) for dep, files in read.items()} | code,
+        params=snapshot.params,
+        wrote={path: scan(Path(path)) for path in outputs},
+    )
+    write_record(record, ROOT)
+>>>>>>> inputs
 
 
 def started_by() -> tuple[int, ...]:
@@ -204,13 +282,21 @@ def quiet_libraries() -> None:
 
 
 def check() -> None:
-    """Reads every section of params.yaml as its stage would. Raises one Problem with everything that is wrong."""
+    """Reads every section of params.yaml as its stage would, and looks at what DVC has recorded.
+
+    Raises one Problem with everything that is wrong.
+    """
+    # Imported by its name: no stage depends on it.
+    project = importlib.import_module("stages.commands.check")
+    messages: list[str] = project.find_problems(ROOT)
     stages = read_stages(ROOT)
     sections = read_yaml(ROOT / PARAMS_FILE)
     if not isinstance(sections, Mapping):
         raise Problem(f"{PARAMS_FILE}: wanted a section for each stage, found {sections!r}")
-    messages = [f"{PARAMS_FILE}: {extra}: no stage has this name" for extra in sections if extra not in stages]
+    messages += [f"{PARAMS_FILE}: {extra}: no stage has this name" for extra in sections if extra not in stages]
     for name in stages:
+        if project.is_recorded(name, ROOT):  # it has run with these parameters and this code
+            continue
         try:
             parse_section(name, importlib.import_module(f"stages.{name}.{name}").Params, read_section(name, ROOT))
         except Problem as problem:
@@ -254,12 +340,16 @@ def find_remedy(error: Exception, arguments: Iterable[str]) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     if any(words in str(error) for words in FULL_DISK):
-        number = errno.ENOSPC
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY  # torch does not say which it was
+        number = errno.EFBIG if limited and "No space left" not in str(error) else errno.ENOSPC
+    if "File too large (os error" in str(error):  # safetensors
+        number = errno.EFBIG
     if number == errno.ENOENT and not any(argument in str(error) for argument in arguments):
         return None
     return {
         errno.ENOSPC: "the disk is full; free some space (python -m stages disk lists what can go) and run dvc repro again",
         errno.EDQUOT: "the disk quota is used up; free some space (python -m stages disk lists what can go)",
+        errno.EFBIG: "the file would be larger than this process may write; raise the limit (ulimit -f unlimited)",
         errno.EACCES: "no permission; check the owner and mode of this path and of the folder that holds it",
         errno.EROFS: "the file system is read-only",
         errno.ENAMETOOLONG: "the name is too long for the file system; shorten it",
@@ -284,5 +374,17 @@ def fail(name: str, messages: tuple[str, ...], status: int = 1) -> int:
     return status
 
 
+def shut_down_python() -> None:
+    """Does what Python does at its end, so that the process can end at once after the last comparison of its inputs."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:], shut_down=shut_down_python)
+    if status:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

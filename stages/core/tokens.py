@@ -32,6 +32,9 @@ PROMPTS = pa.schema(
 `reference` is what `decode_answer` makes of the answer's tokens, as `generate` writes the answers of the models."""
 
 
+SCHEMAS = (TRAINING, PROMPTS)
+
+
 @contextmanager
 def open_tokens(path: Path, schema: pa.Schema, stop_token_ids: Sequence[int]) -> Iterator[Any]:
     """A stream to write batches of `schema` into. The schema's metadata holds `stop_token_ids`, which end an answer."""
@@ -41,12 +44,42 @@ def open_tokens(path: Path, schema: pa.Schema, stop_token_ids: Sequence[int]) ->
 
 
 def read_tokens(path: Path) -> pa.Table:
-    """The table, memory-mapped and not copied. Raises Problem if the file is damaged or not from `encode`."""
+    """The table, memory-mapped and not copied. Raises Problem if the file is damaged or not from `encode`.
+
+    Arrow has no checksums: the lists are checked against their offsets, and labels against tokens, by length.
+    """
     try:
         with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_stream(file).read_all()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise Problem(f"{path}: not a complete Arrow file: {error}; run dvc repro encode") from None
+            table = pa.ipc.open_stream(file).read_all()
+        table.validate(full=True)
+        wrong = _shape_problem(table)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        wrong = " ".join(str(error).split())
+    if wrong:
+        raise Problem(f"{path}: not a complete Arrow file: {wrong}; run dvc repro encode")
+    return table
+
+
+def _shape_problem(table: pa.Table) -> str:
+    """What `encode` did not write, "" if all is as it writes it."""
+    if not any(table.schema.equals(schema) for schema in SCHEMAS):
+        return f"its columns are {', '.join(table.schema.names)}, not those of data/tokens"
+    stops = (table.schema.metadata or {}).get(b"stop_token_ids")
+    if stops is None or not all(word.isdigit() for word in stops.split()):
+        return "it does not name the stop tokens"
+    if any(column.null_count for column in table.columns):
+        return "it has rows without a value"
+    lists = [table[name] for name in ("input_ids", "labels", "prompt_ids") if name in table.schema.names]
+    if any(chunk.values.null_count for column in lists for chunk in column.chunks):
+        return "it has tokens without a value"
+    if any(pc.min(chunk.flatten()).as_py() < 0 for chunk in lists[0].chunks if len(chunk.flatten())):
+        return "it has token ids below 0"
+    lengths = [pc.list_value_length(column) for column in lists]
+    if any(not each.equals(lengths[0]) for each in lengths[1:]):
+        return "a row has other numbers of tokens and of labels"
+    return ""
 
 
 def stop_token_ids(table: pa.Table) -> list[int]:

@@ -26,6 +26,9 @@ from stages.encode.template import fix_variables
 from stages.encode.tokenizer import FastTokenizerMismatch
 from stages.encode.workers import encode_chunks
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
+"""How a file begins that git-lfs has not replaced by the file itself."""
+
 
 class Params(Section):
     """How a conversation becomes tokens and labels."""
@@ -139,7 +142,10 @@ def _fix_variables(params: Params) -> str:
 def _read_template(path: str) -> str:
     """The template's text. Raises Problem if it is not a text file."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not text.startswith(LFS_POINTER):
+            return text
+        message = "is a git-lfs pointer and not the template itself; fetch the file with: git lfs pull"
     except (FileNotFoundError, NotADirectoryError):
         message = "not found; write the path of a chat template, such as stages/templates/chatml.jinja"
     except IsADirectoryError:

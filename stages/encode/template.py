@@ -4,13 +4,19 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
 import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from stages.core.params import bad_param
+from stages.core.problem import Problem
 
 DATE = "date"
 """The variable that fixes `strftime_now`, which would give other tokens tomorrow."""
@@ -20,6 +26,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 """What UTF-8 cannot hold."""
 DIRECTIVE = re.compile(r"%-?[A-Za-z]")
 """A part of a date format."""
+MAX_RENDERING_S = 30.0
+"""A rendering takes about a millisecond; one that takes this long does not end."""
+MAX_REPEATED = 10**7
+"""Characters, or list items, that `*` may make: "x" * 10**12 would take all memory at once, and no signal stops it."""
 
 
 class ChatTemplate:
@@ -41,16 +51,20 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. Raises jinja2.TemplateError if the template refuses it or fails."""
+        """The text of a conversation.
+
+        Raises jinja2.TemplateError if the template refuses it or fails, and Problem if it does not end.
+        """
         try:
-            return self._template.render(
-                messages=messages,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            with _time_limit():
+                return self._template.render(
+                    messages=messages,
+                    tools=list(tools) or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
             raise jinja2.TemplateError(f"the template fails: {type(error).__name__}: {error}") from None
         except jinja2.UndefinedError as error:
             if "strftime_now" in str(error):
@@ -59,6 +73,30 @@ class ChatTemplate:
                     'encode.template_kwargs: {date: "2026-01-31"}'
                 ) from None
             raise jinja2.TemplateError(f"the template fails: {error}") from None
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raises Problem in the block if it takes longer than MAX_RENDERING_S. Only a main thread can be stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGALRM) is not _stop:
+        signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, MAX_RENDERING_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _stop(*_: object) -> None:
+    raise Problem(
+        bad_param(
+            "encode.template",
+            f"the template has run for {MAX_RENDERING_S:g} s on one conversation, and does not end; correct its loops",
+        )
+    )
 
 
 def fix_variables(source: str, variables: Mapping[str, Any]) -> str:
@@ -127,10 +165,28 @@ def _literal(value: Any) -> str:
     raise TypeError(type(value).__name__)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox of Transformers, with a limit for what `*` and `**` make."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The value of `left * right` or `left ** right`. Raises ValueError if it is too large."""
+        size = 0
+        match operator, left, right:
+            case "**", int(), int():
+                size = left.bit_length() * right
+            case "*", int(), str() | list() | tuple():
+                size = left * len(right)
+            case "*", str() | list() | tuple(), int():
+                size = len(left) * right
+        if size > MAX_REPEATED:
+            raise ValueError(f"{operator} makes more than {MAX_REPEATED:,} characters, items or bits")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     return environment

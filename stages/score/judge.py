@@ -10,12 +10,14 @@ import http.client
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from stages.core.jsonl import read_json, write_json
 from stages.core.output import fresh_file
@@ -26,7 +28,13 @@ from stages.score.intervals import Interval, mean_interval
 from stages.score.predictions import PredictedRow
 from stages.score.thinking import split_thinking
 
+T = TypeVar("T")
+
 TRIES, FIRST_WAIT_S, TIMEOUT_S = 5, 1.0, 120
+"""Tries for each request, the wait before the second, which doubles, and the time in which a whole reply must be there."""
+MAX_REPLY_BYTES = 10**7
+"""A hundred times what MAX_TOKENS can be."""
+VERDICTS = ("A", "B", "TIE")
 KEY = "JUDGE_API_KEY"
 """The environment variable with the API key of the endpoint, if it needs one."""
 MAX_TOKENS = 4096
@@ -120,8 +128,9 @@ class Judge:
         messages = [{"role": "user", "content": text}]
         name = hashlib.sha256(json.dumps([self.url, self.model, messages], sort_keys=True).encode()).hexdigest()
         path = self.cache / f"{name}.json"
-        if path.exists():
-            return str(read_json(path))
+        with suppress(OSError, ValueError):  # a damaged one is asked for again
+            if (kept := read_json(path)) in VERDICTS:
+                return str(kept)
         reply = self._post({"model": self.model, "messages": messages})
         verdict = _verdict(reply)
         if verdict is None:  # not cached: another setting of the endpoint may give one
@@ -149,17 +158,16 @@ class Judge:
             if os.environ.get(KEY):
                 request.add_header("Authorization", f"Bearer {os.environ[KEY]}")
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-                    return str(json.load(reply)["choices"][0]["message"]["content"] or "")  # null: it only thought
-            except urllib.error.HTTPError as error:
-                refusal = error.read(2000).decode(errors="replace")
-                if error.code == 400 and self._accept(refusal):
+                status, text = _within(TIMEOUT_S, lambda request=request: _read_reply(request))
+                if status is None:
+                    return str(json.loads(text)["choices"][0]["message"]["content"] or "")  # null: it only thought
+                refusal = text.decode(errors="replace")
+                if status == 400 and self._accept(refusal):
                     continue
-                reason = f"status {error.code}: {refusal[:200]}"
-                retry = error.code == 429 or error.code >= 500
+                reason, retry = f"status {status}: {refusal[:200]}", status == 429 or status >= 500
             except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
                 reason, retry = str(getattr(error, "reason", error)), not isinstance(error, http.client.InvalidURL)
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 reason, retry = "the reply is not a chat completion", False
             if not retry or attempt == TRIES:
                 break
@@ -171,6 +179,43 @@ class Judge:
                 f"variable {KEY}, and run dvc repro again; '' turns the judge off",
             )
         )
+
+
+def _read_reply(request: urllib.request.Request) -> tuple[int | None, bytes]:
+    """The body of the reply, and its status if that is an error. Raises OSError and http.client.HTTPException."""
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+            body: bytes = reply.read(MAX_REPLY_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(2000)
+    if len(body) > MAX_REPLY_BYTES:
+        raise ValueError
+    return None, body
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """What `function` returns or raises; TimeoutError if it takes longer.
+
+    The timeout of a socket begins anew with each byte: an endpoint that drips bytes would be read for days. So the reply is
+    read in a thread that is left behind; it does not keep the process alive.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no complete reply within {seconds:g} s")
+    return results[0]
 
 
 def _verdict(reply: str) -> str | None:
