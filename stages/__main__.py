@@ -10,31 +10,20 @@ import errno
 import importlib
 import logging
 import os
-<<<<<<< HEAD
 import re
+import resource
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
 from stages.core import results
-from stages.core.output import Done, only_writer
-=======
-import resource
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from inspect import signature
-from pathlib import Path
-
 from stages.core.integrity import File, Record, check_inputs, md5_of, scan, write_record
-from stages.core.output import Done
->>>>>>> inputs
+from stages.core.output import Done, only_writer
 from stages.core.params import FILE as PARAMS_FILE
 from stages.core.params import parse_section, read_section, read_stage, read_stages, read_yaml
 from stages.core.problem import Problem
@@ -109,20 +98,16 @@ def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lam
     """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
 
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
-<<<<<<< HEAD
-    checked. If DVC has started the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run
-    that reads the same takes it up.
-=======
-    checked. Then it is checked once more, as the last act: DVC hashes the inputs a few milliseconds later.
->>>>>>> inputs
+    checked. Then it is checked once more, as the last act: DVC hashes the inputs a few milliseconds later. If DVC has started
+    the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run that reads the same takes it up.
     """
     check_process_numbers(name)
     started, dvc = time.monotonic(), started_by()
     snapshot = Snapshot.take(name, paths.values(), ROOT)  # before the stage's imports, which take seconds
-<<<<<<< HEAD
+    main = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes, of which one looks and writes
+    read = check_inputs(snapshot.inputs, ROOT) if main else {}
     provenance = paths.pop("provenance", None)
     outputs = declared_outputs(name, paths.values())
-    main = os.environ.get("RANK", "0") == "0"  # torchrun starts several processes, of which one writes
     under_dvc = main and "DVC_ROOT" in os.environ
     keeping = under_dvc and bool(outputs)
     with only_writer(name, outputs if main else [], kept=keeping):
@@ -138,6 +123,7 @@ def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lam
         if provenance:
             inputs = [Path(path) for path in paths.values() if path in snapshot.data]
             write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), map(Path, outputs))
+        keep_record(snapshot, read, [*paths.values(), *([provenance] if provenance else [])])
         snapshot.check()
         if safe:
             done.clean_up()
@@ -146,73 +132,6 @@ def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lam
                 "dvc ended before this stage; run dvc repro again: "
                 + ("it takes up this result in seconds" if safe else "what was computed is kept, and is not repeated")
             )
-    print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
-
-
-def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
-    """Imports the stage and runs it. Raises Problem if the paths or the parameters are not what it wants."""
-=======
-    # Of several processes the first one alone looks: the others wait for it, or share its input.
-    read = check_inputs(snapshot.inputs, ROOT) if os.environ.get("RANK", "0") == "0" else {}
->>>>>>> inputs
-    module = importlib.import_module(f"stages.{name}.{name}")
-    stage = getattr(module, name)
-    wanted = [parameter for parameter in signature(stage).parameters if parameter != "params"]
-    if sorted(paths) != sorted(wanted):
-        named = ", ".join(f"--{each.replace('_', '-')}" for each in wanted)
-        found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
-        raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
-    params = parse_section(name, module.Params, snapshot.params)
-    missing = missing_inputs(paths, snapshot)
-    if missing:
-        raise Problem(*(f"{path}: not found; dvc repro makes it, if it is not a file of yours" for path in missing))
-<<<<<<< HEAD
-    done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
-    return done
-
-
-def take_up(snapshot: Snapshot, paths: Mapping[str, str]) -> Done | None:
-    """The result of a run that has ended and that DVC has not recorded, if that run has read the same; None otherwise."""
-    summary = None if missing_inputs(paths, snapshot) else results.take_up(snapshot)
-    return None if summary is None else Done(summary)
-
-
-def missing_inputs(paths: Mapping[str, str], snapshot: Snapshot) -> list[str]:
-    """The inputs on the command line that do not exist."""
-    return [path for path in paths.values() if path in snapshot.data and not Path(path).exists()]
-
-
-def check_process_numbers(name: str) -> None:
-    """Raises Problem if variables say that this is one of several processes, but torchrun has not started it for `name`."""
-    found = [f"{variable}={os.environ[variable]}" for variable in PROCESS_NUMBERS if variable in os.environ]
-    if not found:
-        return
-    if any(variable not in os.environ for variable in SET_BY_TORCHRUN):
-        raise Problem(
-            f"the environment has {', '.join(found)}, as for one of several processes, but torchrun did not start this one; "
-            f"run `unset {' '.join(PROCESS_NUMBERS)}` and start again"
-        )
-    if name not in FOR_TORCHRUN:
-        raise Problem(f"torchrun can start {' and '.join(FOR_TORCHRUN)} only; run {name} without it")
-=======
-    try:
-        done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
-    except Problem:
-        raise
-    except Exception:
-        check_inputs(snapshot.inputs, ROOT, large=sys.maxsize)  # a damage that only hashing all the weights shows
-        raise
-    if done is None:  # one of several processes, which writes nothing
-        return
-    if provenance:
-        inputs = [Path(path) for path in paths.values() if path in snapshot.data]
-        outputs = [Path(path) for path in paths.values() if path not in snapshot.data and path in declared_outputs(name)]
-        write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), outputs)
-    keep_record(snapshot, read, [*paths.values(), *([provenance] if provenance else [])])
-    snapshot.check()
-    if "DVC_ROOT" in os.environ and started_by() != dvc:  # dvc was killed: it will not record this result
-        raise Problem("dvc ended before this stage; run dvc repro again: what was computed is kept, and is not repeated")
-    done.clean_up()
     print(f"{name}: {done.summary} ({duration(time.monotonic() - started)})", flush=True)
     shut_down()
     snapshot.check()
@@ -244,7 +163,54 @@ def keep_record(snapshot: Snapshot, read: Mapping[str, Mapping[str, File]], path
         wrote={path: scan(Path(path)) for path in outputs},
     )
     write_record(record, ROOT)
->>>>>>> inputs
+
+
+def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
+    """Imports the stage and runs it. Raises Problem if the paths or the parameters are not what it wants."""
+    module = importlib.import_module(f"stages.{name}.{name}")
+    stage = getattr(module, name)
+    wanted = [parameter for parameter in signature(stage).parameters if parameter != "params"]
+    if sorted(paths) != sorted(wanted):
+        named = ", ".join(f"--{each.replace('_', '-')}" for each in wanted)
+        found = ", ".join(f"--{each.replace('_', '-')}" for each in paths) or "none"
+        raise Problem(f"wanted the paths {named}; found {found}; see its cmd in dvc.yaml")
+    params = parse_section(name, module.Params, snapshot.params)
+    missing = missing_inputs(paths, snapshot)
+    if missing:
+        raise Problem(*(f"{path}: not found; dvc repro makes it, if it is not a file of yours" for path in missing))
+    try:
+        done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
+    except Problem:
+        raise
+    except Exception:
+        check_inputs(snapshot.inputs, ROOT, large=sys.maxsize)  # a damage that only hashing all the weights shows
+        raise
+    return done
+
+
+def take_up(snapshot: Snapshot, paths: Mapping[str, str]) -> Done | None:
+    """The result of a run that has ended and that DVC has not recorded, if that run has read the same; None otherwise."""
+    summary = None if missing_inputs(paths, snapshot) else results.take_up(snapshot)
+    return None if summary is None else Done(summary)
+
+
+def missing_inputs(paths: Mapping[str, str], snapshot: Snapshot) -> list[str]:
+    """The inputs on the command line that do not exist."""
+    return [path for path in paths.values() if path in snapshot.data and not Path(path).exists()]
+
+
+def check_process_numbers(name: str) -> None:
+    """Raises Problem if variables say that this is one of several processes, but torchrun has not started it for `name`."""
+    found = [f"{variable}={os.environ[variable]}" for variable in PROCESS_NUMBERS if variable in os.environ]
+    if not found:
+        return
+    if any(variable not in os.environ for variable in SET_BY_TORCHRUN):
+        raise Problem(
+            f"the environment has {', '.join(found)}, as for one of several processes, but torchrun did not start this one; "
+            f"run `unset {' '.join(PROCESS_NUMBERS)}` and start again"
+        )
+    if name not in FOR_TORCHRUN:
+        raise Problem(f"torchrun can start {' and '.join(FOR_TORCHRUN)} only; run {name} without it")
 
 
 def started_by() -> tuple[int, ...]:
