@@ -98,8 +98,10 @@ def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lam
     """Calls the public function of stages/<name>/<name>.py with its typed parameters and paths.
 
     Checkpoints and downloads are removed last: after the outputs and their provenance are written and the snapshot has been
-    checked. Then it is checked once more, as the last act: DVC hashes the inputs a few milliseconds later. If DVC has started
-    the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run that reads the same takes it up.
+    checked. Then it is checked once more, as the last act: DVC hashes the inputs a few milliseconds later.
+
+    If DVC has started the stage, its result is kept until DVC has recorded it (`stages.core.results`), and a run that reads
+    the same takes it up.
     """
     check_process_numbers(name)
     started, dvc = time.monotonic(), started_by()
