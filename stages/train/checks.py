@@ -24,7 +24,7 @@ from stages.model.placement import (
     total_memory,
     weight_bytes,
 )
-from stages.model.probe import last_logits, logits_match, probe_ids
+from stages.model.probe import last_logits, probe_ids
 from stages.model.quantize import Quantization, quantized_bits
 from stages.train import fp8
 from stages.train.arguments import KEPT_CHECKPOINTS, count_steps, make_arguments, parse_training_arguments
@@ -32,6 +32,9 @@ from stages.train.callbacks import say
 from stages.train.loss import Loss, load_loss
 
 BYTES_FLOAT32 = 4
+NOT_CAUSAL = 0.2
+"""The share of the logits' standard deviation by which those of a text's start may change with its end. Measured: 0.02 in
+SmolLM2 with int8, whose inputs are rounded, and 0.8 in a BERT."""
 
 
 def check_parameters(section: Mapping[str, Any], base: Path) -> None:
@@ -115,7 +118,7 @@ def check_causal(model: Any, base: Path) -> None:
     ids = probe_ids(model)
     with torch.no_grad():
         whole, start = (last_logits(model, [count], input_ids=ids[:, :count]) for count in (ids.shape[1], 3))
-    if not logits_match(start, whole[:3]):
+    if (start - whole[:3]).float().std() > NOT_CAUSAL * whole.float().std():
         raise Problem(
             f"{base}: later tokens change what the {type(model).__name__} predicts for earlier ones, so that it is not a "
             "causal language model, or config.json does not make it one (is_decoder); fetch a model that generates text"
