@@ -98,12 +98,26 @@ def loratory(base: Path, way: str) -> Any:
     return model
 
 
+def mend_peft() -> None:
+    """PEFT 0.21 removes its parametrization beside one of bitsandbytes only if it is of another class: step 2 would fail."""
+    import torch
+    from peft.tuners.lora import layer
+
+    class Proxy(layer._LoraParameterProxy):  # type: ignore[misc]
+        def __init__(self, lhs: Any, rhs: Any, scaling: float) -> None:
+            torch.nn.Module.__init__(self)
+            self.lhs, self.rhs, self.scaling = lhs, rhs, scaling
+
+        forward = layer._LoraFactorsProxy.forward
+
+    layer._LoraFactorsProxy = Proxy
+
+
 def peers(base: Path, way: str) -> Any:
     """The model as Transformers and PEFT make it, with bitsandbytes as axolotl uses it for experts."""
     import torch
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import layer as lora_layer
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from stages.model.device import pick_device, pick_dtype
@@ -116,9 +130,7 @@ def peers(base: Path, way: str) -> Any:
     )
     names = [name for name, module in model.named_modules() if name.endswith("mlp.experts")]
     if way == "bitsandbytes":
-        # PEFT 0.21 removes its parametrization from one of bitsandbytes only if it is of this class; else it fails in step 2.
-        proxy = (lora_layer._LoraFactorsProxy, lora_layer._LoraParameterProxy)
-        lora_layer._LoraFactorsProxy = type("_LoraFactorsProxy", proxy, {})
+        mend_peft()
         for name in names:
             for parameter in ("gate_up_proj", "down_proj"):
                 replace_parameter_4bit(model.get_submodule(name), parameter, compress_statistics=True, quant_type="nf4")

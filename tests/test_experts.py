@@ -271,7 +271,7 @@ def test_in_16_bits_small_delta_weights_are_not_lost(workspace: Workspace, tmp_p
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.mul_(0.02)
-        ExpertLayers(model)
+        assert len(ExpertLayers(model).layers) == 2
         forward = find_experts(model)[0].outer.forward
         inputs = x.to(model.dtype), chosen, torch.full((64, 2), 0.5)
         with torch.no_grad():
@@ -280,6 +280,20 @@ def test_in_16_bits_small_delta_weights_are_not_lost(workspace: Workspace, tmp_p
                 changes.append((on - forward(*inputs).double()).flatten())
     exact, rounded = changes
     assert (exact @ rounded / exact.square().sum()).item() == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 20}, {"r": 3}], ids=str)
+def test_sizes_that_grouped_products_do_not_take(workspace: Workspace, tmp_path: Path, sizes: dict[str, int]) -> None:
+    base = saved(tmp_path, "qwen3_moe", **{name: size for name, size in sizes.items() if name != "r"})
+    settings = quantization("none", dtype="bfloat16" if "r" in sizes else "float32")  # so that Transformers takes them
+    model = load_quantized(base, settings).model
+    given = wanted(workspace, r=sizes.get("r", 4))
+    model = randomize(add_adapter(model, base, settings=settings, wanted=given))
+    expected, _ = gradients(model)
+    assert len(ExpertLayers(model).layers) == 2
+    found, found_gradients = gradients(model)
+    assert (found - expected).float().std() < 0.05 * expected.float().std()
+    assert all(gradient.isfinite().all() for gradient in found_gradients.values())
 
 
 def test_weights_and_activations_are_not_kept(workspace: Workspace, tmp_path: Path) -> None:
