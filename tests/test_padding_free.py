@@ -25,11 +25,21 @@ class RefusesKeywords(LlamaForCausalLM):  # type: ignore[misc]
         return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
 
 
+class ReadsMask(LlamaForCausalLM):  # type: ignore[misc]
+    """Takes for granted that there is a mask, as sparse attention does."""
+
+    def forward(self, row_layout: Any = None, attention_mask: Any = None, **named: Any) -> Any:
+        if row_layout is not None:
+            attention_mask[:, -1]
+        return super().forward(**named)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (LlamaForCausalLM, ""),
         (DropsKeywords, "its own code does not take the lengths of the rows"),
+        (ReadsMask, "its own code reads the attention mask"),
         (RefusesKeywords, "the model does not accept further keyword arguments"),
     ],
 )

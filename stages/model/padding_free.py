@@ -136,7 +136,8 @@ def _try_padding_free(model: Any, rows: Sequence[list[int]], expected: torch.Ten
     except TRIAL_ERRORS as error:
         if "unexpected keyword argument" in str(error):
             return "the model does not accept further keyword arguments"
-        return reason_of(error)
+        # There is no mask with this attention function, see PADDING_FREE.
+        return "its own code reads the attention mask" if "'NoneType' object" in str(error) else reason_of(error)
     if not layout.used:
         return OWN_CODE
     return "" if logits_match(logits, expected) else "its logits differ from those of single rows"

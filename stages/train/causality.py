@@ -5,10 +5,13 @@ from typing import Any
 import torch
 
 from stages.core.problem import Problem
-from stages.model.probe import TRIAL_ERRORS, last_logits, logits_match, probe_ids, reason_of
+from stages.model.probe import TRIAL_ERRORS, last_logits, probe_ids, reason_of
 
 SEEN = 3
 """The tokens of the trial row that are also computed by themselves."""
+LARGEST_CHANGE = 0.2
+"""Of their logits, in standard deviations. Rounding to 8 or 16 bits, and experts that it changes, stay far below it; a wrong
+refusal would cost more than a missed one."""
 
 
 def check_causal(model: Any) -> None:
@@ -29,7 +32,7 @@ def check_causal(model: Any) -> None:
         raise Problem(
             f"the base model fails on a row of {ids.shape[1]} tokens: {reason_of(error)}; fetch another base"
         ) from error
-    if not logits_match(within, alone):
+    if (within - alone).float().std() > LARGEST_CHANGE * alone.float().std():
         raise Problem(
             "the base model is not causal: later tokens of a row change the logits of earlier ones, so it cannot learn to "
             "predict them; fetch a causal language model, or set is_decoder in its config.json if it is an encoder"
