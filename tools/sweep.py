@@ -105,7 +105,7 @@ def sweep(names: list[str], folder: Path, options: dict[str, Any]) -> list[dict[
 
 
 def judge(facts: dict[str, Any]) -> dict[str, Any]:
-    """Families that people fine-tune must pass, and their experts be quantized or adapted; others may end with a sentence."""
+    """Families that people fine-tune must pass, with experts quantized or adapted; others may end with a sentence."""
     from tests.families import FAMILIES, REFUSED
 
     name, result = facts["name"], facts["result"]
