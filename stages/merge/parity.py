@@ -176,8 +176,8 @@ class _LabelLogits:
     def first_difference(
         self, hidden: torch.Tensor, trained_hidden: torch.Tensor, trained_head: torch.nn.Module
     ) -> float | None:
-        """Where this model's most likely token is first another one than the trained model's: by how much the trained model's
-        logit of its own token is above that of the other one. None if there is no difference.
+        """Where this model's most likely token is first another one than the trained model's: by how much the trained
+        model's logit of its own token is above that of the other one. None if there is no difference.
 
         Args:
             hidden: (tokens of the answer, hidden size) Of this model.
@@ -314,8 +314,8 @@ class AnswerFigures(NamedTuple):
 def compare_answers(trained: TrainedOutputs, model: Any, logit_difference: float) -> AnswerFigures:
     """How many of the trained model's greedy answers `model` would give.
 
-    It gives the same answer if, after the prompt and each part of the answer, its most likely token is the trained model's. So
-    one forward pass over prompt and answer is enough. What follows a different token is not compared.
+    It gives the same answer if, after the prompt and each part of the answer, its most likely token is the trained
+    model's. So one forward pass over prompt and answer is enough. What follows a different token is not compared.
 
     Let a be the trained model's token, and b the other one's. If no logit of the two models differs by more than d, then b
     can be on top only if the trained model's logits of a and b differ by at most 2 d: a near tie.

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -158,7 +159,7 @@ class Judge:
             if os.environ.get(KEY):
                 request.add_header("Authorization", f"Bearer {os.environ[KEY]}")
             try:
-                status, text = _within(TIMEOUT_S, lambda request=request: _read_reply(request))
+                status, text = _within(TIMEOUT_S, partial(_read_reply, request))
                 if status is None:
                     return str(json.loads(text)["choices"][0]["message"]["content"] or "")  # null: it only thought
                 refusal = text.decode(errors="replace")
