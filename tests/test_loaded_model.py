@@ -63,7 +63,7 @@ def test_a_model_without_gradients_is_refused() -> None:
 class WithoutCache(LlamaForCausalLM):  # type: ignore[misc]
     """Of its config no cache can be made."""
 
-    def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> Any:
+    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> Any:
         raise AttributeError("no num_hidden_layers")
 
 
