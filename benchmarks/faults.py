@@ -8,8 +8,8 @@ does one harm, runs `dvc repro` for the stage, and compares the hashes in dvc.lo
 counted:
 
     losses      a stage that had made all of its outputs is computed again
-    refusals    the rerun fails, though no process of the first run lives (but for a .dvc/tmp/rwlock that DVC cannot read,
-                which is deleted, as the README says)
+    refusals    the rerun fails, though no process of the first run lives (but for a .dvc/tmp/rwlock or dvc.lock that DVC
+                did not write whole: it is deleted or restored, as the README says)
     silent      the rerun ends well with other bytes
     unnamed     a damaged file would have been used next, and no line names it
 
@@ -41,7 +41,6 @@ from stages.core.params import read_yaml  # noqa: E402
 STAGES = ("fetch", "fetch_data", "ingest", "encode", "train", "merge", "generate@base", "generate@merged", "score")
 PATIENCE_S = 600
 """After this time a case is given up and counts as a refusal."""
-LOCK_OF_DVC = "Unable to read RWLock-file"
 TAKEN_UP = "takes up the result of an earlier run"
 
 
@@ -138,9 +137,8 @@ class Chain:
             damaged: What a line must name.
         """
         status, log = self.finish(self.start(stage))
-        if status and LOCK_OF_DVC in log:  # DVC was killed while it wrote it; the remedy is that of the README
-            (self.project / ".dvc/tmp/rwlock").unlink()
-            what += " (with an unreadable .dvc/tmp/rwlock)"
+        if status and self.mend_dvc(stage, log):
+            what += ", which left a file that DVC cannot read"
             status, log = self.finish(self.start(stage))
         if status:
             return Outcome(what, "refusals", log)
@@ -151,6 +149,19 @@ class Chain:
         if finished and not self._needed_no_work(stage, log):
             return Outcome(what, "losses", log)
         return Outcome(what)
+
+    def mend_dvc(self, stage: str, log: str) -> bool:
+        """Does what the README says about a file that DVC did not write whole. Returns whether there is one."""
+        if "Unable to read RWLock-file" in log:
+            (self.project / ".dvc" / "tmp" / "rwlock").unlink()
+        elif "dvc.lock' validation failed" in log or "dvc.lock' is invalid" in log or "YAML file structure" in log:
+            committed = self.states / stage / "dvc.lock"  # git checkout dvc.lock
+            (self.project / "dvc.lock").unlink()
+            if committed.exists():
+                shutil.copy(committed, self.project / "dvc.lock")
+        else:
+            return False
+        return True
 
     def _needed_no_work(self, stage: str, log: str) -> bool:
         if TAKEN_UP in log or f"> python -m stages {stage.partition('@')[0]} " not in log:
@@ -168,7 +179,7 @@ class Chain:
     @cached_property
     def unrecorded(self) -> str:
         """The state after a training that has ended, of which dvc was killed before it recorded the result."""
-        return self._killed_when("train", "train-unrecorded", lambda: any(self.kept_results()))
+        return self._killed_when("train", "train-unrecorded", lambda: any(self.kept_results("train")))
 
     def _killed_when(self, stage: str, name: str, reached: Callable[[], bool]) -> str:
         self.restore(stage)
@@ -187,11 +198,10 @@ class Chain:
         marks = self.project.glob(".checkpoints/train-*/checkpoint-*/complete")
         yield from sorted((mark.parent for mark in marks), key=lambda path: int(path.name.partition("-")[2]))
 
-    def kept_results(self) -> Iterator[Path]:
-        """The results that are kept until they are recorded."""
-        yield from (
-            mark.parent for mark in self.project.glob(".checkpoints/results/*/result.json") if not mark.parent.suffix
-        )
+    def kept_results(self, stage: str) -> Iterator[Path]:
+        """The results of a stage that are kept until they are recorded."""
+        marks = self.project.glob(f".checkpoints/results/{stage}-*/result.json")
+        yield from (mark.parent for mark in marks if not mark.parent.suffix)
 
 
 def members(session: int) -> Iterator[tuple[int, str]]:
@@ -219,7 +229,7 @@ def kill(target: str) -> Callable[[Chain, random.Random], Outcome]:
         if near_end:
             while not chain.made_all(stage) and dvc.poll() is None:
                 time.sleep(0.005)
-        delay = chance.uniform(0, 1.5 if near_end else chain.seconds[stage])
+        delay = chance.uniform(0, 1.0 if near_end else chain.seconds[stage])
         until = time.monotonic() + delay
         while time.monotonic() < until and dvc.poll() is None:
             time.sleep(0.005)
@@ -253,7 +263,7 @@ def _refused_by_name(chain: Chain, stage: str, running: list[int]) -> str:
     dvc = chain.start(stage)
     log = chain.finish(dvc)[1]
     named = any(f"process {pid} is running" in log for pid in running)
-    return "" if named or dvc.returncode == 0 or LOCK_OF_DVC in log else f"refusals\n{log}"
+    return "" if named or dvc.returncode == 0 or chain.mend_dvc(stage, log) else f"refusals\n{log}"
 
 
 # Damaged files that only a rerun reads
@@ -273,7 +283,7 @@ def flip_checkpoint(chain: Chain, chance: random.Random) -> Outcome:
 def flip_result(chain: Chain, chance: random.Random) -> Outcome:
     """Damages one file of a training's result that dvc has not recorded."""
     chain.restore(chain.unrecorded)
-    (kept,) = chain.kept_results()
+    (kept,) = chain.kept_results("train")
     what = damage(chance.choice(sorted(file for file in kept.rglob("*") if file.is_file())), chance)
     # Without its mark a result is one that was not finished.
     return chain.judge(

@@ -574,6 +574,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_gptq": Family("qwen2", "…-GPTQ-Int4", {}, (in_gptq,)),
 }
 
+REFUSED = {"qwen2_gptq": "gptq"}
+"""Those of FAMILIES that end before the training, each with a word of the reason."""
+
 OTHERS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "num_hidden_layers": 2,

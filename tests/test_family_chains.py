@@ -9,12 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import chain
-from tests.families import FAMILIES, write_release
+from tests.families import FAMILIES, REFUSED, write_release
 
-REFUSED = {
-    "qwen2_gptq": "gptq",
-}
-"""Families that end before the training, each with a word of the reason."""
 CHAINS = [
     "phi3_code",  # fused projections, code in the repository that must not run
     "gpt2",  # Conv1D, names without the model's prefix, a tied head
@@ -70,10 +66,10 @@ def test_the_checks_find_what_is_wrong(release: Path, monkeypatch: pytest.Monkey
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return folder
 
-    def flip(weights: dict[str, torch.Tensor], name: str) -> None:
+    def flip_a_bit(weights: dict[str, torch.Tensor], name: str) -> None:
         weights[name].view(torch.int32).view(-1)[5] ^= 1
 
-    flipped = spoil("model.norm.weight", flip)
+    flipped = spoil("model.norm.weight", flip_a_bit)
     with pytest.raises(chain.Failed, match=r"neither adapted nor quantized: \['model.norm.weight'\]"):
         chain.check_merged(base, flipped, adapter)
     lost = spoil("model.norm.weight", lambda weights, name: weights.pop(name))
@@ -82,7 +78,7 @@ def test_the_checks_find_what_is_wrong(release: Path, monkeypatch: pytest.Monkey
     scaled = spoil("model.layers.0.self_attn.q_proj.weight", lambda weights, name: weights[name].mul_(1.1))
     with pytest.raises(chain.Failed, match=r"mean KL from the trained one"):
         chain.check_trained_is_merged(base, scaled, adapter, report=run / "train.json")
-    with pytest.raises(chain.Failed, match=r"differs from Transformers' at token 1"):
+    with pytest.raises(chain.Failed, match=r"differs from Transformers' at token"):
         chain.check_answers(base, run)  # the answers are the merged model's
 
     from stages.model import padding_free

@@ -318,6 +318,52 @@ def test_checkpoints_stay_if_an_input_changed_during_the_run(
     assert "changed while 'ingest' ran: data/raw" in message
 
 
+def test_the_last_act_is_to_compare_the_inputs(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is edited while checkpoints are removed, or while Python ends, is noticed too."""
+    ending = _Ending(monkeypatch, during=lambda: None)
+
+    def shut_down() -> None:
+        ending.events.append("shut down")
+        os.utime("data/raw/zh.json", (0, 0))
+
+    assert launcher.main([*INGEST], shut_down=shut_down) == 1
+    assert ending.events == ["outputs", "cleaned up", "shut down"]
+    assert "changed while 'ingest' ran: data/raw" in capsys.readouterr().err
+    os.utime("data/raw/zh.json")
+
+
+def test_a_stage_ends_as_a_process_right_after_that(here: Workspace, tmp_path: Path) -> None:
+    """With its output flushed and Python's exit functions called, though the interpreter does not end by itself."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\natexit.register(lambda: print('exit function'))\n"
+        "class Late:\n    def __del__(self): os.write(1, b'the interpreter has ended\\n')\nsys.late = Late()\n"
+    )
+    words = [
+        "--raw",
+        "data/raw",
+        "--hub",
+        "data/hub",
+        "--examples",
+        str(tmp_path / "e"),
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "stages", "ingest", *words],
+        cwd=here.root,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first.startswith("ingest: 64 rows read")
+    assert second == "exit function"
+
+
 def test_checkpoints_stay_if_the_disk_is_full_at_the_last_file(
     here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

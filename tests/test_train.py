@@ -422,7 +422,7 @@ def test_what_is_not_quantized_or_not_adapted_is_described() -> None:
 
     model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=2))
     given: dict[str, Any] = {"quantization": "nf4", "method": "lora", "target_modules": "all-linear"}
-    quantized = Quantized(model, ["backbone.layers.0.mixer.in_proj"], [])
+    quantized = Quantized(model, ["backbone.layers.0.mixer.in_proj"], [], [])
     lines = list(describe_gaps(quantized, SimpleNamespace(**given), SimpleNamespace(**given)))
     assert re.fullmatch(
         r"\d+% of the weights of the layers are quantized; not quantized: mixer\.(in|out)_proj, .*", lines[0]

@@ -160,8 +160,8 @@ def _find_damage(
     what = "; ".join(name for name in names[:3] if name)
     return [
         f"{path}: is not what {by} {stage}{f': {what} differs' if what else ''}. It is damaged, or was edited or made "
-        f"without DVC. rm -r {whole} && dvc checkout {whole} puts back what {LOCK} records; dvc repro -f -s {stage} "
-        f"makes it again; dvc commit {stage} keeps it as it is"
+        f"without DVC. rm -r {whole} && dvc checkout {whole} puts back what {LOCK} records; dvc repro -f -s {stage} makes "
+        f"it again; dvc commit {stage} keeps it as it is"
     ]
 
 

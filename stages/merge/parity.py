@@ -22,6 +22,7 @@ from stages.merge.lora_weights import LoraPair
 from stages.merge.memory import LabelChunks, explain_out_of_memory
 from stages.model.collate import collate_padded
 from stages.model.logits import is_head_last, label_hidden_states, logits_of, modify_head_input
+from stages.model.probe import TRIAL_ERRORS, reason_of
 
 GREEDY_ROWS = 16
 """The number of rows whose prompts are answered."""
@@ -173,14 +174,13 @@ class _LabelLogits:
         return self._chunks.map(compute, len(targets))
 
     def first_difference(
-        self, hidden: torch.Tensor, answer: torch.Tensor, trained_hidden: torch.Tensor, trained_head: torch.nn.Module
+        self, hidden: torch.Tensor, trained_hidden: torch.Tensor, trained_head: torch.nn.Module
     ) -> float | None:
-        """Where this model's most likely token is first another one than the answer's: by how much the trained model's logit
-        of the answer's token is above that of the other one. None if there is no difference.
+        """Where this model's most likely token is first another one than the trained model's: by how much the trained
+        model's logit of its own token is above that of the other one. None if there is no difference.
 
         Args:
             hidden: (tokens of the answer, hidden size) Of this model.
-            answer: (tokens of the answer,)
             trained_hidden: As `hidden`, of the trained model.
             trained_head: The trained model's output head.
         """
@@ -188,11 +188,11 @@ class _LabelLogits:
         def compute(chunk: slice) -> torch.Tensor:
             top = self._logits(hidden[chunk]).argmax(-1, keepdim=True)
             trained = self._logits(trained_hidden[chunk], trained_head).float().to(top.device)
-            wanted = answer[chunk].to(top.device).unsqueeze(-1)
+            wanted = trained.argmax(-1, keepdim=True)
             margin = trained.gather(-1, wanted) - trained.gather(-1, top)
             return torch.stack([(top != wanted).float(), margin]).squeeze(-1)
 
-        differs, margin = self._chunks.map(compute, len(answer))
+        differs, margin = self._chunks.map(compute, len(hidden))
         return float(margin[int(differs.argmax())]) if differs.any() else None
 
     def _logits(self, hidden: torch.Tensor, head: torch.nn.Module | None = None) -> torch.Tensor:
@@ -274,21 +274,30 @@ def _explain_row(row: dict[str, Any]) -> Iterator[None]:
 
 
 def greedy_answer(model: Any, row: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The tokens before the first label, and the model's greedy answer to them."""
+    """The tokens before the first label, and the model's greedy answer to them.
+
+    If the model's own code cannot generate, the answer is the row's own, and a line says so.
+    """
     first = int(np.flatnonzero(np.asarray(row["labels"]) != IGNORE)[0])
     prompt = [int(token) for token in row["input_ids"][:first]]
     ids = torch.tensor([prompt], device=model.device)
     # Not the logits of the whole prompt, which only some models leave out by themselves.
-    with torch.no_grad(), modify_head_input(model.get_output_embeddings(), lambda hidden: hidden[:, -1:]):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-            repetition_penalty=1.0,
-            eos_token_id=list(stops) or None,
-            pad_token_id=0,
-        )
+    try:
+        with torch.no_grad(), modify_head_input(model.get_output_embeddings(), lambda hidden: hidden[:, -1:]):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=GREEDY_TOKENS,
+                do_sample=False,
+                repetition_penalty=1.0,
+                eos_token_id=list(stops) or None,
+                pad_token_id=0,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except TRIAL_ERRORS as error:
+        print(f"merge: the trained model cannot generate: {reason_of(error)}; a row's own answer is compared", flush=True)
+        return prompt, [int(token) for token in row["input_ids"][first:][:GREEDY_TOKENS]]
     return prompt, out[0, len(prompt) :].tolist()
 
 
@@ -305,8 +314,8 @@ class AnswerFigures(NamedTuple):
 def compare_answers(trained: TrainedOutputs, model: Any, logit_difference: float) -> AnswerFigures:
     """How many of the trained model's greedy answers `model` would give.
 
-    It gives the same answer if, after the prompt and each part of the answer, its most likely token is the next one. So one
-    forward pass over prompt and answer is enough. What follows a different token is not compared.
+    It gives the same answer if, after the prompt and each part of the answer, its most likely token is the trained
+    model's. So one forward pass over prompt and answer is enough. What follows a different token is not compared.
 
     Let a be the trained model's token, and b the other one's. If no logit of the two models differs by more than d, then b
     can be on top only if the trained model's logits of a and b differ by at most 2 d: a near tie.
@@ -325,7 +334,7 @@ def compare_answers(trained: TrainedOutputs, model: Any, logit_difference: float
         with torch.no_grad(), _explain_row(row):
             batch = _batch(row, model)
             hidden = label_hidden_states(model, batch)
-            margins.append(logits.first_difference(hidden, batch["targets"], trained.hidden[number], trained.head))
+            margins.append(logits.first_difference(hidden, trained.hidden[number], trained.head))
     near_ties = sum(margin is not None and margin <= 2 * logit_difference for margin in margins)
     same = margins.count(None)
     return AnswerFigures(same, near_ties, len(margins) - same - near_ties)

@@ -1,6 +1,7 @@
 """Which class of Transformers loads a model, whether its files fill it, and which of its modules are the language model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_config(folder: Path) -> Any:
 def skeleton(folder: Path, dtype: torch.dtype) -> Any:
     """The model in a folder on the meta device: names and shapes of its weights, which take no memory."""
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _packages_named(folder):
         return _auto_class(folder, config).from_config(config, dtype=dtype, trust_remote_code=_trusts(folder))
 
 
@@ -48,9 +49,10 @@ def load_pretrained(folder: Path, **options: Any) -> Any:
     """
     config = read_config(folder)
     try:
-        model, info = _auto_class(folder, config).from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=_trusts(folder), output_loading_info=True, **options
-        )
+        with _packages_named(folder):
+            model, info = _auto_class(folder, config).from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=_trusts(folder), output_loading_info=True, **options
+            )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -72,6 +74,17 @@ def load_pretrained(folder: Path, **options: Any) -> Any:
         problems[-1] += "; fetch a model whose files and config.json belong together, or use another version of Transformers"
         raise Problem(*problems)
     return model
+
+
+@contextmanager
+def _packages_named(folder: Path) -> Iterator[None]:
+    """Within the block, a package that a model needs and that is not installed is a Problem."""
+    try:
+        yield
+    except ImportError as error:
+        raise Problem(
+            f"{folder}: this model needs a package that is not installed: {_last_line(error)}; install it into .venv"
+        ) from None
 
 
 def _without_towers(names: Collection[str], model: Any) -> list[str]:

@@ -28,7 +28,6 @@ from stages.model.quantize import Quantization, Quantized, load_quantized, quant
 from stages.model.recurrent import describe_padding, prepare_recurrent_layers
 from stages.train.arguments import count_steps, make_arguments, set_intervals
 from stages.train.callbacks import say
-from stages.train.causality import check_causal
 from stages.train.checkpoints import last_checkpoint, remove_unusable
 from stages.train.checks import check_disk, check_learning_rate, check_parameters, check_rows, load_loss_of
 from stages.train.collator import StepCollator
@@ -37,6 +36,7 @@ from stages.train.effect import check_effect, weight_digests
 from stages.train.expert_layers import ExpertLayers
 from stages.train.fsdp import load_in_turns, make_mesh, shard_frozen, share_trained
 from stages.train.gradient_checkpointing import decoder_blocks
+from stages.train.loaded_model import check_causal, check_generates
 from stages.train.lora_layers import LoraLayers
 from stages.train.memory import use_expandable_segments
 from stages.train.memory_fit import fit_memory
@@ -205,6 +205,8 @@ def _train_here(params: Params, paths: _Paths, checkpoints: Path) -> None:
     model.eval()
     if params.method == "lora":  # with virtual tokens a row has more logits than tokens
         check_causal(model)
+    if not params.fsdp:  # each token would gather all shards
+        check_generates(model)
     padding_free = _enable_padding_free(params, arguments, model, longest)
     initial_weights = initial_lora(model, params)  # before they are trained
     lora_layers = _make_faster(params, model)

@@ -1,4 +1,4 @@
-"""What can be refused once the model is loaded: one in which a token sees later tokens."""
+"""What can be refused once the model is loaded: one in which a token sees later tokens, or that cannot generate."""
 
 from typing import Any
 
@@ -37,3 +37,30 @@ def check_causal(model: Any) -> None:
             "the base model is not causal: later tokens of a row change the logits of earlier ones, so it cannot learn to "
             "predict them; fetch a causal language model, or set is_decoder in its config.json if it is an encoder"
         )
+
+
+def check_generates(model: Any) -> None:
+    """Raises Problem if Transformers cannot generate text with the model.
+
+    Of some models it makes no key-value cache. `merge` and `generate`, which follow the training, need answers.
+
+    Args:
+        model: In evaluation mode.
+    """
+    ids = probe_ids(model)
+    try:
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=2,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except TRIAL_ERRORS as error:
+        raise Problem(
+            f"Transformers cannot generate text with the base model: {reason_of(error)}; fetch another base"
+        ) from error

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stages.core.problem import Problem
-from stages.train.causality import check_causal
+from stages.train.loaded_model import check_causal, check_generates
 from stages.train.lora_layers import LoraLayers
 from stages.train.recompute import Recompute
 
@@ -58,3 +58,17 @@ def test_a_model_without_gradients_is_refused() -> None:
     model = get_peft_model(Detached(LlamaConfig(**SIZES)), LoraConfig(target_modules=["q_proj"])).eval()
     with pytest.raises(Problem, match=r"^the base model cannot be trained: its own code fails: RuntimeError: element 0"):
         LoraLayers(model, fp8=False, keep_dequantized=True, recompute=Recompute())
+
+
+class WithoutCache(LlamaForCausalLM):  # type: ignore[misc]
+    """Of its config no cache can be made."""
+
+    def _prepare_cache_for_generation(self, *_: Any, **__: Any) -> Any:
+        raise AttributeError("no num_hidden_layers")
+
+
+def test_a_model_that_cannot_generate_is_refused() -> None:
+    check_generates(LlamaForCausalLM(LlamaConfig(**SIZES)).eval())
+    model = WithoutCache(LlamaConfig(**SIZES)).eval()
+    with pytest.raises(Problem, match=r"^Transformers cannot generate text with the base model: .*no num_hidden_layers"):
+        check_generates(model)
