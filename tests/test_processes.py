@@ -63,7 +63,7 @@ def test_the_exit_status_says_which_signal_ended_the_stage(
 ) -> None:
     given: tuple[int, ...] = ()
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt(*given)
 
     monkeypatch.setattr(main_module, "run", interrupted)
