@@ -36,6 +36,18 @@ def test_it_names_all_that_the_training_read_and_wrote(root: Path, workspace: Wo
     assert verify(root / FILE, root) == []
 
 
+def test_a_token_id_as_a_key_of_a_parameter_is_no_difference(root: Path) -> None:
+    """JSON has text for keys, YAML numbers too."""
+    recorded = json.loads((root / FILE).read_text())
+    recorded["params"]["label_weights"] = {"2": 5.0}
+    (root / FILE).write_text(json.dumps(recorded))
+    assert verify(root / FILE, root) == ["params.yaml: train.label_weights: was {'2': 5.0}, is {}"]
+    params = (root / "params.yaml").read_text()
+    assert "label_weights: {}" in params
+    (root / "params.yaml").write_text(params.replace("label_weights: {}", "label_weights: {2: 5.0}"))
+    assert verify(root / FILE, root) == []
+
+
 def touch(path: str) -> Any:
     return lambda root: (root / path).write_bytes((root / path).read_bytes() + b" ")
 
