@@ -23,6 +23,7 @@ from pathlib import Path
 
 from stages.core import results
 from stages.core.integrity import File, Record, check_inputs, md5_of, scan, write_record
+from stages.core.jsonl import as_json
 from stages.core.output import Done, only_writer
 from stages.core.params import FILE as PARAMS_FILE
 from stages.core.params import parse_section, read_section, read_stage, read_stages, read_yaml
@@ -116,12 +117,12 @@ def run(name: str, paths: dict[str, str], *, shut_down: Callable[[], None] = lam
         done: Done | None = None
         if keeping:
             results.remove_recorded(ROOT)
-            done = take_up(snapshot, paths)
+            done = take_up(snapshot, read, paths)
         taken = done is not None
         done = done or call(name, paths, snapshot)
         if done is None:  # one of several processes, which writes nothing
             return
-        safe = taken or not keeping or results.keep(snapshot, outputs, done.summary, dvc_lives=started_by() == dvc)
+        safe = taken or not keeping or results.keep(snapshot, read, outputs, done, dvc_lives=started_by() == dvc)
         if provenance:
             inputs = [Path(path) for path in paths.values() if path in snapshot.data]
             write_provenance(Path(provenance), inputs_of(name, snapshot.params, inputs, ROOT), map(Path, outputs))
@@ -161,8 +162,9 @@ def keep_record(snapshot: Snapshot, read: Mapping[str, Mapping[str, File]], path
     record = Record(
         stage=snapshot.name_in_lock,
         read={dep: dict(files) for dep, files in read.items()} | code,
-        params=snapshot.params,
+        params=as_json(snapshot.params),
         wrote={path: scan(Path(path)) for path in outputs},
+        entry=as_json(results.read_lock(ROOT).get(snapshot.name_in_lock)),
     )
     write_record(record, ROOT)
 
@@ -184,15 +186,16 @@ def call(name: str, paths: dict[str, str], snapshot: Snapshot) -> Done | None:
         done: Done | None = stage(params, **{key: Path(path) for key, path in paths.items()})
     except Problem:
         raise
-    except Exception:
-        check_inputs(snapshot.inputs, ROOT, large=sys.maxsize)  # a damage that only hashing all the weights shows
+    except Exception as error:
+        if os.environ.get("RANK", "0") == "0" and find_remedy(error, ()) is None:  # once; and a full disk is no damage
+            check_inputs(snapshot.inputs, ROOT, large=sys.maxsize)  # a damage that only hashing all the weights shows
         raise
     return done
 
 
-def take_up(snapshot: Snapshot, paths: Mapping[str, str]) -> Done | None:
+def take_up(snapshot: Snapshot, read: Mapping[str, Mapping[str, File]], paths: Mapping[str, str]) -> Done | None:
     """The result of a run that has ended and that DVC has not recorded, if that run has read the same; None otherwise."""
-    summary = None if missing_inputs(paths, snapshot) else results.take_up(snapshot)
+    summary = None if missing_inputs(paths, snapshot) else results.take_up(snapshot, read)
     return None if summary is None else Done(summary)
 
 

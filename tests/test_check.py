@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -11,7 +12,8 @@ import pytest
 
 from stages.commands import check as check_module
 from stages.commands.check import find_problems, is_recorded
-from stages.core.integrity import md5_of, read_records
+from stages.core.integrity import md5_of, read_records, write_record
+from stages.core.jsonl import as_json
 from tests.tiny import Workspace
 
 
@@ -59,7 +61,8 @@ def test_an_edit_in_the_moment_in_which_a_stage_ended_is_found(root: Path, stage
     for _ in range(2):  # until it is mended
         assert find_problems(root) == [
             f"{path}: edited in the moment in which {stage} ended. dvc.lock records the edit, but the result is that of the "
-            f"state before. Run dvc repro -f -s {stage}, then dvc repro"
+            f"state before. Run dvc repro -f -s {stage}, then dvc repro. If dvc.lock came from elsewhere since, as with git "
+            f"pull, it is right: rm reports/machine/files/{stage}.json"
         ]
 
 
@@ -83,6 +86,32 @@ def test_a_run_that_dvc_did_not_record_says_nothing(root: Path) -> None:
     record = json.loads(file.read_text())
     record["read"]["data/tokens/train.arrow"][""][1] = record["wrote"]["reports/train.json"][""][1] = "0" * 32
     file.write_text(json.dumps(record))
+    assert find_problems(root) == []
+
+
+def test_a_run_by_hand_that_wrote_the_same_is_no_edit(root: Path) -> None:
+    """Neither its code nor its parameters are those in dvc.lock, which has its outputs nevertheless."""
+    file = root / "reports/machine/files/train.json"
+    record = json.loads(file.read_text())
+    record["read"]["stages/__main__.py"][""][1] = "0" * 32
+    record["params"]["lora_alpha"] = 33
+    file.write_text(json.dumps(record))
+    assert len(find_problems(root)) == 1
+    record["entry"] = as_json(check_module.read_lock(root)["train"])
+    file.write_text(json.dumps(record))
+    assert find_problems(root) == []
+
+
+def test_parameters_that_json_cannot_hold_as_they_are_compare_equal(root: Path) -> None:
+    lock = (root / "dvc.lock").read_text()
+    at = lock.index("\n  train:\n")
+    given = re.search(r"\n( +)label_weights: \{\}", lock[at:])
+    assert given
+    weights = f"\n{given[1]}label_weights:\n{given[1]}  2: 5.0"
+    (root / "dvc.lock").write_text(lock[:at] + lock[at:].replace(given[0], weights, 1))
+    assert check_module.read_lock(root)["train"]["params"]["params.yaml"]["train"]["label_weights"] == {2: 5.0}
+    (record,) = (each for each in read_records(root) if each.stage == "train")
+    write_record(record._replace(params=as_json(record.params | {"label_weights": {2: 5.0}})), root)
     assert find_problems(root) == []
 
 

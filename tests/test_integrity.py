@@ -1,5 +1,6 @@
 """A damaged input stops the stage that reads it, by name, also where DVC does not look; an intact one never does."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -52,6 +53,9 @@ def test_what_dvc_computes_of_a_folder_is_computed(root: Path) -> None:
     for path in ("data/examples", "data/hub", "models/base", "models/merged", "models/adapter", "reports/loss"):
         assert folder_md5({name: file.md5 for name, file in scan(root / path).items()}) == outputs[path]
     assert md5_of(root / "reports/train.json") == outputs["reports/train.json"]
+    # As dvc 3.x computed it of d/a/x, d/a-b/x and d/a.txt, with "1", "2" and "3" and a newline in them.
+    md5s = {name: hashlib.md5(text).hexdigest() for name, text in (("a/x", b"1\n"), ("a-b/x", b"2\n"), ("a.txt", b"3\n"))}
+    assert folder_md5(md5s) == "998987800a59ba7a0792c11495a3e9ee.dir"
 
 
 @pytest.mark.parametrize("without", ["nothing", "dvc's cache", "dvc.lock", "records"])

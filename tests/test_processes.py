@@ -63,7 +63,7 @@ def test_the_exit_status_says_which_signal_ended_the_stage(
 ) -> None:
     given: tuple[int, ...] = ()
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt(*given)
 
     monkeypatch.setattr(main_module, "run", interrupted)
@@ -337,10 +337,14 @@ def test_processes_agree_on_the_step_at_which_they_stop() -> None:
         (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1"), "lost", "it lost the other"),
         (torch.distributed.DistBackendError("NCCL error in: x.cpp"), "lost", "it lost the other processes"),
         (RuntimeError("shape '[2]' is invalid"), "bug", ""),
+        (RuntimeError("cannot restore the state"), "bug", ""),
         (KeyError("x"), "bug", ""),
     ],
 )
-def test_a_failure_is_told_from_a_bug(error: Exception, kind: str, words: str) -> None:
+def test_a_failure_is_told_from_a_bug(error: Exception, kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "lost":
+        assert distributed.explain_failure(error) == ("bug", ())  # a process by itself has none to lose
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     found, messages = distributed.explain_failure(error)
     assert found == kind
     assert "".join(messages[:1]).startswith(words)

@@ -12,10 +12,21 @@ from pathlib import Path
 import pytest
 
 import stages.__main__ as launcher
-from stages.core import results
+from stages.core import provenance, results
+from stages.core.integrity import File, scan
 from stages.core.output import Done, only_writer
 from stages.core.problem import Problem
-from stages.core.results import MARK, dvc_hash, hash_files, keep, read_lock, remove_recorded, results_root, take_up
+from stages.core.results import (
+    MARK,
+    dvc_hash,
+    hash_files,
+    keep,
+    read_lock,
+    remove_recorded,
+    result_folder,
+    results_root,
+    take_up,
+)
 from stages.core.snapshot import Snapshot
 from stages.ingest import ingest
 from tests.test_main import INGEST, OUT, say, wait_for
@@ -28,7 +39,7 @@ WORDS = INGEST[2::2]
 def here(workspace: Workspace, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     """The workspace as under DVC, with a parameter of `ingest` that DVC has not seen and that changes no output."""
     monkeypatch.chdir(workspace.root)
-    with workspace.edited("params.yaml", "dvc.lock"):
+    with workspace.edited("params.yaml", "dvc.lock", "reports/machine/files/ingest.json"):
         params = workspace.params()
         params["ingest"]["max_chars"] += 1
         workspace.write(params)
@@ -140,7 +151,7 @@ def test_what_changes_while_its_inputs_are_hashed_is_not_kept(here: Workspace) -
     snapshot = Snapshot.take("ingest", WORDS, Path())
     os.utime("data/raw/zh.json", (1, 1))
     with pytest.raises(Problem, match="changed while 'ingest' ran: data/raw"):
-        keep(snapshot, OUT, "made", dvc_lives=True)
+        keep(snapshot, {}, OUT, Done("made"), dvc_lives=True)
     assert not kept()
 
 
@@ -184,13 +195,62 @@ def test_a_large_result_is_linked_only_if_dvc_does_not_copy_it_once_more(
     monkeypatch.setattr(results, "_reflink", lambda _, target: target.touch())
     monkeypatch.setattr(results, "_dvc_makes_hard_links", lambda: setting == "hardlink")
     snapshot = Snapshot.take("ingest", WORDS, Path())
-    assert keep(snapshot, OUT, "made", dvc_lives=dvc_lives)
+    assert keep(snapshot, {}, OUT, Done("made"), dvc_lives=dvc_lives)
     assert [(folder / OUT[1]).samefile(OUT[1]) for folder in kept()] == [True] * links
     if links:
         before = contents()
         Path(OUT[1]).unlink()
-        assert take_up(snapshot) == "made"
+        assert take_up(snapshot, {}) == "made"
         assert contents() == before
+
+
+@pytest.mark.parametrize("dvc_lives", [True, False])
+def test_a_large_adapter_is_copied_whatever_dvc_does(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch, dvc_lives: bool
+) -> None:
+    """Its checkpoints are removed, so nothing else would be left of hours if dvc is killed before it has recorded it."""
+    monkeypatch.setattr(results, "SMALL", 0)
+    monkeypatch.setattr(results, "_reflink", lambda _, target: target.touch())
+    monkeypatch.setattr(results, "_dvc_makes_hard_links", lambda: True)
+    snapshot = Snapshot.take("ingest", WORDS, Path())
+    assert keep(snapshot, {}, OUT, Done("made", copy_large=True), dvc_lives=dvc_lives)
+    (folder,) = kept()
+    assert not (folder / OUT[1]).samefile(OUT[1])
+
+
+def test_without_hard_links_a_large_result_is_not_kept_but_is_taken_up(
+    here: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where .checkpoints is on another file system than the outputs."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(results, "_reflink", lambda _, target: target.touch())
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    snapshot = Snapshot.take("ingest", WORDS, Path())
+    read = {path: scan(Path(path)) for path in snapshot.inputs}
+    assert keep(snapshot, read, OUT, Done("made"), dvc_lives=True)
+    monkeypatch.setattr(results, "SMALL", 0)
+    before = contents()
+    Path(OUT[1]).unlink()
+    assert take_up(snapshot, read) == "made"
+    assert contents() == before
+    results.remove(kept()[0])
+    assert not keep(snapshot, read, OUT, Done("made"), dvc_lives=False)
+    assert not kept()
+    assert "is not kept outside of the outputs (Invalid cross-device link)" in capsys.readouterr().out
+
+
+def test_the_name_of_a_result_needs_no_hash_of_what_is_hashed(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights too large to be hashed are those that their folder's manifest names."""
+    snapshot = Snapshot.take("ingest", WORDS, Path())
+    read = {path: scan(Path(path)) for path in snapshot.inputs}
+    other = read | {"data/raw": read["data/raw"] | {"zh.json": File(1, "0" * 32)}}
+    unhashed = read | {"data/raw": read["data/raw"] | {"zh.json": File(1, "")}}
+    assert result_folder(snapshot, unhashed) == result_folder(snapshot, read | {"data/raw": {"a": File(2, "")}})
+    monkeypatch.setattr(provenance, "hash_path", None)
+    assert result_folder(snapshot, read) != result_folder(snapshot, other)
 
 
 def test_the_setting_of_links_is_read_from_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stages.core.integrity import File, Record, folder_md5, md5_of, read_lock, read_records, scan, write_record
+from stages.core.integrity import LOCK, RECORDS, File, Record, folder_md5, read_lock, read_records, scan, write_record
+from stages.core.jsonl import as_json
 from stages.core.params import read_section
 from stages.core.problem import Problem
-from stages.core.snapshot import declared_deps, hash_code, is_code
+from stages.core.results import dvc_hash, hash_dep
+from stages.core.snapshot import declared_deps, is_code
 
 RWLOCKS = (Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/exps/rwlock"))
 """Where DVC notes which process reads and writes what."""
@@ -45,25 +47,19 @@ def is_recorded(name: str, root: Path) -> bool:
         entries = [entry for stage, entry in lock.items() if stage.partition("@")[0] == name]
         return bool(entries) and all(
             entry.get("params", {}).get("params.yaml", {}).get(name) == section
-            and {dep["path"]: dep["md5"] for dep in entry["deps"] if is_code(dep["path"])} == _hash_deps(name, code, root)
+            and {dep["path"]: dep["md5"] for dep in entry["deps"] if is_code(dep["path"])}
+            == {dep: dvc_hash(hash_dep(dep, root)) for dep in code}
             for entry in entries
         )
     except Problem:
         return False
 
 
-def _hash_deps(stage: str, code: set[str], root: Path) -> dict[str, str]:
-    """The md5 of each dependency that is code, as DVC computes it."""
-    found = {}
-    for dep in code:
-        files = {name: md5_of(root / name) for name in hash_code(stage, [dep], root)}
-        found[dep] = files[dep] if dep in files else folder_md5({name[len(dep) + 1 :]: md5 for name, md5 in files.items()})
-    return found
-
-
 def _compare(record: Record, entry: Mapping[str, Any], root: Path) -> list[str]:
     """One message if dvc.lock records for a run other inputs than the run has read; if not, that is noted."""
     wrote, outs = record.wrote, {out["path"]: out for out in entry.get("outs", ())}
+    if as_json(entry) == record.entry:
+        return []  # of a run by hand or under a dvc that was killed, though it may have written the same
     if not outs or not all(path in wrote and _is_same(wrote[path], out) for path, out in outs.items()):
         return []  # of another run, or dvc was killed before it recorded this one
     others = [
@@ -75,12 +71,13 @@ def _compare(record: Record, entry: Mapping[str, Any], root: Path) -> list[str]:
         and not (not is_code(dep["path"]) and _is_unchanged(root / dep["path"], record.read[dep["path"]]))
     ]
     name = record.stage.partition("@")[0]
-    if entry.get("params", {}).get("params.yaml", {}).get(name) != record.params:
+    if as_json(entry.get("params", {}).get("params.yaml", {}).get(name)) != record.params:
         others.append(f"params.yaml ({name})")
     if others:
         return [
             f"{', '.join(others)}: edited in the moment in which {record.stage} ended. dvc.lock records the edit, but "
-            f"the result is that of the state before. Run dvc repro -f -s {record.stage}, then dvc repro"
+            f"the result is that of the state before. Run dvc repro -f -s {record.stage}, then dvc repro. If {LOCK} came "
+            f"from elsewhere since, as with git pull, it is right: rm {RECORDS / record.stage}.json"
         ]
     with suppress(OSError):
         write_record(record._replace(recorded=True), root)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from stages.core.disk import LINK_TYPES, cache_folder, copying_cache, free_space, size_text
+from stages.core.integrity import scan
 from stages.core.output import checkpoint_root, without_writers
 from stages.core.params import parse_section, read_section, read_stages, read_yaml
 from stages.core.problem import Problem
@@ -252,9 +253,14 @@ def _current_results(stage: str) -> set[str] | None:
     if _stages_before_are_stale(stage):
         return None
     try:
-        return {result_folder(Snapshot.take(stage, paths, ROOT)).name for _, paths in _commands(stage)}
+        names = set()
+        for _, paths in _commands(stage):
+            snapshot = Snapshot.take(stage, paths, ROOT)
+            read = {path: scan(ROOT / path) for path in snapshot.inputs if (ROOT / path).exists()}
+            names.add(result_folder(snapshot, read).name)
     except (Problem, OSError):
         return None
+    return names
 
 
 @cache

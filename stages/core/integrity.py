@@ -84,9 +84,8 @@ def md5_of(path: Path) -> str:
 
 
 def folder_md5(md5s: Mapping[str, str]) -> str:
-    """DVC's md5 of a folder: that of a JSON list with the md5 and path of each file, sorted by the parts of the path."""
-    names = sorted(md5s, key=lambda name: name.split("/"))
-    listed = json.dumps([{"md5": md5s[name], "relpath": name} for name in names], sort_keys=True)
+    """DVC's md5 of a folder: that of a JSON list with the md5 and path of each file (`Tree.as_bytes` in dvc_data)."""
+    listed = json.dumps([{"md5": md5s[name], "relpath": name} for name in sorted(md5s)], sort_keys=True)
     return hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
@@ -264,8 +263,10 @@ class Record(NamedTuple):
     read: dict[str, dict[str, File]]
     """Inputs and code, by path as dvc.yaml declares it."""
     params: Any
-    """Its section of params.yaml."""
+    """Its section of params.yaml, as JSON has it."""
     wrote: dict[str, dict[str, File]]
+    entry: Any = None
+    """The stage's entry in dvc.lock at the end of the run, as JSON has it. DVC has not recorded it while it is the same."""
     recorded: bool = False
     """Whether dvc.lock was found to have the same."""
 

@@ -41,6 +41,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
+def as_json(value: Any) -> Any:
+    """A value of a YAML file as it is after it was written as JSON and read back: keys become text, as do dates."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of one of Loratory's own JSON-lines files. Only "\\n" ends a line: a string may contain U+2028."""
     try:

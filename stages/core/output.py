@@ -20,6 +20,9 @@ class Done(NamedTuple):
     """One line for the terminal: what was made."""
     clean_up: Callable[[], None] = lambda: None
     """Removes what only an interrupted run needs. Called last, when the outputs are written and the snapshot is checked."""
+    copy_large: bool = False
+    """Whether outputs of any size are copied for the next run (`stages.core.results`): they took hours to compute, and what
+    `clean_up` removes is larger."""
 
 
 def checkpoint_root() -> Path:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stages.core.jsonl import read_json, write_json
+from stages.core.jsonl import as_json, read_json, write_json
 from stages.core.output import fresh_file, sha256_of
 from stages.core.params import read_section
 from stages.core.problem import Problem
@@ -85,7 +85,7 @@ def verify(path: Path, root: Path) -> list[str]:
         f"params.yaml: {stage}.{name}: was {was!r}, is {params.get(name)!r}"
         for name in {**was_params, **params}
         for was in [was_params.get(name)]
-        if params.get(name) != was
+        if as_json(params.get(name)) != was
     ]
     found += [
         f"{package}: was {was}, is {_version(package)}" for package, was in packages.items() if _version(package) != was

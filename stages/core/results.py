@@ -6,27 +6,26 @@ where the hash is that of everything that the stage read; `take_up` gives them t
 `remove_recorded` removes those that dvc.lock names.
 
 Where the file system has reflinks, a copy takes neither time nor space. Elsewhere outputs of up to SMALL bytes are copied,
-which are those of all stages but `merge` and `fetch`. Larger ones get hard links, but only if DVC makes hard links of
-outputs too (cache.type) or has been killed: otherwise DVC would take an output with a second link for one to replace, and
-would copy it once more.
+which are those of all stages but `merge` and `fetch`, and those of `train` at any size. Larger ones get hard links, but only
+if DVC makes hard links of outputs too (cache.type) or has been killed: otherwise DVC would take an output with a second link
+for one to replace, and would copy it once more.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core.jsonl import read_json, write_json
-from stages.core.output import checkpoint_root, fresh_file, fresh_folder
-from stages.core.params import read_yaml
+from stages.core import integrity
+from stages.core.integrity import Files, folder_md5, md5_of, scan
+from stages.core.jsonl import as_json, read_json, write_json
+from stages.core.output import Done, checkpoint_root, fresh_file, fresh_folder
 from stages.core.problem import Problem
-from stages.core.provenance import HASHING_THREADS, fingerprint, inputs_of
+from stages.core.provenance import fingerprint, inputs_of
 from stages.core.snapshot import Snapshot, hash_code, is_code
 
 MARK = "result.json"
@@ -48,14 +47,24 @@ class Kept(NamedTuple):
     hashes: dict[str, dict[str, str]]
     """Output → (path in it, "" for a file) → md5."""
     entry: dict[str, Any] | None
-    """The stage's entry in dvc.lock when the result was kept. DVC has recorded the result if it is another one, with the
-    hashes of these outputs."""
+    """The stage's entry in dvc.lock when the result was kept, as JSON has it. DVC has recorded the result if it is another
+    one, with the hashes of these outputs."""
 
 
-def result_folder(snapshot: Snapshot) -> Path:
-    """Where the result of a stage that reads what the snapshot names is kept."""
-    inputs = inputs_of(snapshot.stage, snapshot.params, map(Path, snapshot.data), snapshot.root)
-    name = fingerprint(inputs | {"paths": snapshot.paths})
+def result_folder(snapshot: Snapshot, read: Mapping[str, Files]) -> Path:
+    """Where the result of a stage that reads what the snapshot names is kept.
+
+    `read` has the inputs that are hashed already, as `stages.core.integrity.scan` gives them. Large weights are not: their
+    folder's manifest stands for them.
+    """
+    known = {
+        path: dvc_hash({name: file.md5 for name, file in files.items()})
+        for path, files in read.items()
+        if all(file.md5 for file in files.values())
+    }
+    others = [Path(path) for path in snapshot.data if path not in known]
+    inputs = inputs_of(snapshot.stage, snapshot.params, others, snapshot.root)
+    name = fingerprint(inputs | {"hashed": known, "paths": snapshot.paths})
     return results_root() / f"{snapshot.stage}-{name}"
 
 
@@ -64,19 +73,28 @@ def results_root() -> Path:
     return checkpoint_root() / "results"
 
 
-def keep(snapshot: Snapshot, outputs: Sequence[str], summary: str, *, dvc_lives: bool) -> bool:
+def keep(snapshot: Snapshot, read: Mapping[str, Files], outputs: Sequence[str], done: Done, *, dvc_lives: bool) -> bool:
     """Keeps outputs that are complete.
+
+    Args:
+        snapshot: Of the stage.
+        read: As in `result_folder`.
+        outputs: Files and folders.
+        done: What the stage has returned.
+        dvc_lives: Whether DVC waits for the stage, and will hash and copy the outputs.
 
     Returns whether checkpoints can be removed: false if a file could not be written, which a line says.
 
     Raises Problem if what the stage reads has changed since the snapshot: then nothing is kept.
     """
-    folder = result_folder(snapshot)
+    folder = result_folder(snapshot, read)
     snapshot.check()  # after the inputs were hashed: the name stands for what was read
     partial = folder.with_suffix(".partial")
     try:
         remove(partial)
-        if not _copy_all({output: partial / output for output in outputs}, dvc_lives=dvc_lives):
+        copy = done.copy_large or sum(_size(Path(output)) for output in outputs) <= SMALL
+        link = not copy and (not dvc_lives or _dvc_makes_hard_links())
+        if not _copy_all({output: partial / output for output in outputs}, link=link, copy=copy):
             remove(partial)
             return True  # large, and not made from checkpoints
         hashes = {output: hash_files(partial / output) for output in outputs}
@@ -84,8 +102,8 @@ def keep(snapshot: Snapshot, outputs: Sequence[str], summary: str, *, dvc_lives:
         if entry is not None and _names(entry, hashes) and _names_inputs(entry, snapshot):
             remove(partial)
             return True  # dvc repro --force: DVC has these outputs, and nobody wants to have them taken up
-        write_json(partial / MARK, Kept(snapshot.stage, summary, str(Path.cwd()), hashes, entry)._asdict())
-        if _size(partial) <= SMALL:
+        write_json(partial / MARK, Kept(snapshot.stage, done.summary, str(Path.cwd()), hashes, as_json(entry))._asdict())
+        if copy:
             for file in partial.rglob("*"):
                 _flush(file)
         remove(folder)
@@ -102,14 +120,15 @@ def keep(snapshot: Snapshot, outputs: Sequence[str], summary: str, *, dvc_lives:
     return True
 
 
-def take_up(snapshot: Snapshot) -> str | None:
+def take_up(snapshot: Snapshot, read: Mapping[str, Files]) -> str | None:
     """Puts the kept result of a run that has read the same in the place of the outputs, and returns the stage's summary.
 
-    None if there is none, or if one of its files is not what was kept, which a line says; then it is removed.
+    None if there is none, or if one of its files is not what was kept, which a line says; then it is removed. `read` is as
+    in `result_folder`.
     """
     if not any(results_root().glob(f"{snapshot.stage}-*/{MARK}")):
         return None  # nothing is hashed
-    folder = result_folder(snapshot)
+    folder = result_folder(snapshot, read)
     if not folder.is_dir():
         return None
     kept = read_kept(folder)
@@ -130,7 +149,8 @@ def take_up(snapshot: Snapshot) -> str | None:
             output: stack.enter_context((fresh_file if "" in files else fresh_folder)(Path(output)))
             for output, files in kept.hashes.items()
         }
-        _copy_all({str(folder / output): place for output, place in fresh.items()}, dvc_lives=False)
+        large = sum(_size(folder / output) for output in fresh) > SMALL
+        _copy_all({str(folder / output): place for output, place in fresh.items()}, link=large, copy=True)
     with fresh_file(folder / MARK) as file:
         write_json(file, kept._replace(project=str(Path.cwd()))._asdict())
     print(
@@ -155,7 +175,7 @@ def remove_recorded(root: Path) -> None:
 def is_recorded(kept: Kept, entries: Mapping[str, Any]) -> bool:
     """Whether dvc.lock, as `read_lock` gives it, has got an entry with the hashes of these outputs since they were kept."""
     entry = _find_entry(entries, kept.hashes)
-    return entry is not None and entry != kept.entry and _names(entry, kept.hashes)
+    return entry is not None and as_json(entry) != kept.entry and _names(entry, kept.hashes)
 
 
 def read_kept(folder: Path) -> Kept | None:
@@ -177,25 +197,12 @@ def remove(folder: Path) -> None:
 
 def hash_files(path: Path) -> dict[str, str]:
     """Path below `path` → md5, of each file; "" for `path` itself if it is a file."""
-    files = _files_of(path)
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        digests = list(pool.map(_md5_of, files))
-    return {
-        "" if file == path else file.relative_to(path).as_posix(): each for file, each in zip(files, digests, strict=True)
-    }
+    return {name: file.md5 for name, file in scan(path, large=sys.maxsize).items()}
 
 
 def dvc_hash(files: Mapping[str, str]) -> str:
-    """The "md5" in dvc.lock of a file or folder with these hashes; of a folder, that of the list which dvc-data writes."""
-    if "" in files:
-        return files[""]
-    listed = [{"md5": digest, "relpath": name} for name, digest in sorted(files.items())]
-    return hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
-
-
-def _md5_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    """The "md5" in dvc.lock of a file or folder with these hashes."""
+    return files[""] if "" in files else folder_md5(files)
 
 
 def _damaged_files(folder: Path, kept: Kept) -> list[str]:
@@ -208,23 +215,34 @@ def _damaged_files(folder: Path, kept: Kept) -> list[str]:
     ]
 
 
-def _copy_all(places: Mapping[str, Path], *, dvc_lives: bool) -> bool:
-    """Copies files and folders. Returns false if they are too large to be copied and DVC, which lives, makes no links."""
-    size = sum(_size(Path(source)) for source in places)
-    link = size > SMALL and (not dvc_lives or _dvc_makes_hard_links())
+def _copy_all(places: Mapping[str, Path], *, link: bool, copy: bool) -> bool:
+    """Makes reflinks of files and folders; where that fails hard links, if `link`; where that fails copies, if `copy`.
+
+    Returns false if there are no reflinks, and neither links nor copies are wanted. Raises OSError if links alone are
+    wanted, and cannot be made.
+    """
     for source, target in places.items():
         for file in _files_of(Path(source)):
             place = target / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             if _reflink(file, place):
                 continue
-            if link:
-                place.unlink()
-                place.hardlink_to(file)
-            elif size <= SMALL:
-                shutil.copyfile(file, place)
-            else:
+            if link and _hard_link(file, place, may_fail=copy):
+                continue
+            if not copy:
                 return False
+            shutil.copyfile(file, place)
+    return True
+
+
+def _hard_link(source: Path, target: Path, *, may_fail: bool) -> bool:
+    target.unlink()
+    try:
+        target.hardlink_to(source)
+    except OSError:  # as between file systems
+        if not may_fail:
+            raise
+        return False
     return True
 
 
@@ -248,8 +266,10 @@ def _size(path: Path) -> int:
 
 def _dvc_makes_hard_links() -> bool:
     """Whether DVC's cache gets hard links to outputs, by its setting cache.type."""
-    from dvc.config import Config  # takes a while, and only a large result asks
-
+    try:
+        from dvc.config import Config  # takes a while, and only a large result asks
+    except ImportError:  # DVC is installed elsewhere
+        return False
     kinds: list[str] = Config(".dvc")["cache"].get("type") or [""]
     return kinds[0] == "hardlink"
 
@@ -266,10 +286,10 @@ def _flush(path: Path) -> None:
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """The entries of dvc.lock by stage; none if it is missing or damaged."""
+    """The entries of dvc.lock by stage; none if it is missing, or damaged: DVC may be writing it."""
     try:
-        return dict(read_yaml(root / "dvc.lock")["stages"])
-    except (OSError, Problem, LookupError, TypeError, ValueError):
+        return integrity.read_lock(root)
+    except (OSError, Problem):
         return {}
 
 
@@ -300,13 +320,14 @@ def _names_inputs(entry: Mapping[str, Any], snapshot: Snapshot) -> bool:
         return False
     deps = _hashes(entry, "deps")
     paths = sorted(deps, key=lambda dep: not is_code(dep))
-    return {*snapshot.data} <= deps.keys() and all(deps[dep] == dvc_hash(_hash_dep(dep, snapshot.root)) for dep in paths)
+    return {*snapshot.data} <= deps.keys() and all(deps[dep] == dvc_hash(hash_dep(dep, snapshot.root)) for dep in paths)
 
 
-def _hash_dep(dep: str, root: Path) -> dict[str, str]:
+def hash_dep(dep: str, root: Path) -> dict[str, str]:
+    """As `hash_files`, for a dependency, of which DVC sees only the code if it is a folder of code."""
     path = root / dep
-    if is_code(dep) and path.is_dir():  # DVC sees only its code
-        return {Path(name).name: _md5_of(root / name) for name in hash_code("", [dep], root)}
+    if is_code(dep) and path.is_dir():
+        return {Path(name).name: md5_of(root / name) for name in hash_code("", [dep], root)}
     return hash_files(path) if path.exists() else {}
 
 

@@ -19,7 +19,9 @@ TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: with train.fsdp they may load a large model one after the other."""
 
 SAME_WAY = "all processes must compute in the same way; use the same GPUs, packages, code, parameters and data for them"
-LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store|timed out waiting", re.IGNORECASE)
+LOST = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|\b(tcp)?store\b|timed out waiting", re.IGNORECASE
+)
 """In the message of a RuntimeError: the process could not reach another one, which has failed before or was killed."""
 OWN_FAULT = re.compile("device-side assert|illegal memory access|misaligned address|invalid (argument|configuration|device)")
 """In the message of a CUDA error: not the GPU has failed, but a kernel."""
@@ -219,7 +221,8 @@ def explain_failure(error: Exception) -> tuple[Literal["problem", "lost", "bug"]
         return "problem", (f"out of memory: {line or type(error).__name__}; lower the batch size, or use a larger machine",)
     if isinstance(error, torch.AcceleratorError) and not OWN_FAULT.search(str(error)):
         return "problem", (f"its GPU has failed: {line}; see nvidia-smi. dvc repro resumes from what was finished",)
-    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error))):
+    lost = isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error)))
+    if lost and world_size() > 1:  # one process by itself has none to lose
         return "lost", (
             f"it lost the other processes, one of which has failed or was killed ({line.partition('. ')[0]}); "
             "dvc repro resumes from what was finished",

@@ -283,7 +283,8 @@ class _Group:
             pid = member.process.pid
             if pid is not None and pid not in self._told and member.running:
                 self._told.add(pid)
-                os.kill(pid, self.interrupted)
+                with suppress(ProcessLookupError):  # a signal can come between the end of a process and the note of it
+                    os.kill(pid, self.interrupted)
 
     def kill(self) -> None:
         """Kills the processes that still run."""
@@ -313,6 +314,7 @@ class _Group:
                     limit = min(limit or float("inf"), time.monotonic() + grace)
             if limit is not None and time.monotonic() >= limit:
                 self.kill()
+                limit = None  # their ends are waited for: a process that hangs in a driver takes a while to die
 
     def raise_failure(self) -> None:
         """Raises what the process that failed first has raised. See `launch`."""

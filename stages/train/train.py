@@ -156,7 +156,7 @@ def train(
         else:
             with distributed.failures_explained():
                 _train_here(params, paths, checkpoints.path)
-        return Done(_summary(paths), checkpoints.remove)
+        return Done(_summary(paths), checkpoints.remove, copy_large=True)
 
 
 class _Paths(NamedTuple):
