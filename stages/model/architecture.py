@@ -83,7 +83,7 @@ def _packages_named(folder: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise Problem(
-            f"{folder}: this model needs a package that is not installed: {_last_line(error)}; install it into .venv"
+            f"{folder}: this model needs a package that is not installed: {_one_line(error)}; install it into .venv"
         ) from None
 
 
