@@ -23,6 +23,8 @@ from stages.model.experts import (
     expert_parameters,
     expert_weight,
     find_experts,
+    weight_chunks,
+    wrapper_factors,
     write_sum,
 )
 from stages.model.load import load_model
@@ -544,6 +546,27 @@ def test_a_missing_delta_weight_of_one_expert_is_found(workspace: Workspace, tmp
     checks = right.check(plain)
     assert checks[f"{name}[2]"].share == pytest.approx(0, abs=1e-3)
     assert {each for each in experts if checks[each].error > 0.5} == {f"{name}[2]"}
+
+
+def test_experts_in_full_may_be_trained_in_another_dtype_than_that_of_the_files(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    base, settings = saved(tmp_path, "qwen3_moe"), quantization("none", "bfloat16")
+    model = load_quantized(base, settings).model
+    model = add_adapter(model, base, settings=settings, wanted=wanted(workspace))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 1e-4 * torch.randn_like(parameter).sign()
+    deltas = {f"{each.name}.{name}": wrapper_factors(each, name) for each in find_experts(model) for name in each.shapes}
+    training = Training(settings, *[frozenset[str]()] * 3, experts=frozenset(deltas), rows=1, tokens=3, label_tokens=2)
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    right = TrainedWeights(model, base, training=training, dequantized=True, initial={}, row=row)
+    plain = build("qwen3_moe")
+    for name, factors in deltas.items():
+        weight = plain.get_parameter(name).data
+        write_sum(weight_chunks(weight), factors, out=weight)
+    checks = right.check(plain.to(torch.bfloat16))
+    assert max(checks[f"{name}[{number}]"].error for name in deltas for number in range(4)) < 1e-3
 
 
 def test_checkpointing_and_resuming_give_the_same_bytes(workspace: Workspace, scratch: Path) -> None:

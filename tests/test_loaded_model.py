@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stages.core.problem import Problem
+from stages.model.adapter import find_targets
 from stages.train.loaded_model import check_causal, check_generates
 from stages.train.lora_layers import LoraLayers
 from stages.train.recompute import Recompute
@@ -41,6 +42,7 @@ class FailsOnRows(LlamaForCausalLM):  # type: ignore[misc]
 
 def test_a_model_that_fails_on_a_short_row_is_refused() -> None:
     model = FailsOnRows(LlamaConfig(**SIZES)).eval()
+    assert find_targets(model, ["q_proj"]), "what comes before does not fail"
     with pytest.raises(Problem, match=r"^the base model fails on a row of 5 tokens: ValueError: rows must have 64 tokens"):
         check_causal(model)
 

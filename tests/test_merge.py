@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from stages.core.params import parse_section
 from stages.core.problem import Problem
@@ -495,3 +495,15 @@ def test_the_folder_is_a_complete_model_with_the_template_and_stop_tokens_of_its
     assert f"Trained on {train.num_rows} rows with {tokens:,} tokens, " in card
     assert f"; validated on {validation.num_rows} other rows" in card
     assert str(workspace.root) not in "".join(path.read_text() for path in merged.glob("*.json"))
+
+
+def test_the_template_of_a_multimodal_base_is_replaced_everywhere(tmp_path: Path) -> None:
+    folder, template = tmp_path / "merged", tmp_path / "template.jinja"
+    folder.mkdir()
+    template.write_text("trained")
+    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
+        (folder / name).write_text(json.dumps({"chat_template": "base", "processor_class": "Gemma3Processor"}))
+    module._set_chat_template(folder, template)
+    from_files, _ = ProcessorMixin.get_processor_dict(folder)
+    assert from_files["chat_template"] == "trained"
+    assert not [path.name for path in folder.iterdir() if "base" in path.read_text()]

@@ -67,6 +67,7 @@ def test_wrong_layers_are_named() -> None:
     assert messages({}, layers=right) == []
     quantized = {"layer": LayerCheck(error=0.2, share=None)}
     assert messages({}, layers=quantized)[0] == "layer: is not the quantized weight that was trained with"
+    assert messages({}, layers=quantized, base="full")[0] == "layer: is not the base's original weight"
     assert messages({}, layers={"layer": LayerCheck(error=float("nan"), share=1.0)})
 
 

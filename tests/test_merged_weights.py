@@ -248,6 +248,22 @@ def test_what_float32_files_keep_is_all(workspace: Workspace, tmp_path: Path) ->
     assert kept.dtype == "float32"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quantization": "none"},
+        {"quantization": "none", "init_lora_weights": "pissa"},
+        {"llm_int8_skip_modules": ["q_proj"]},
+    ],
+    ids=["none", "none with pissa", "a layer that is not quantized"],
+)
+def test_layers_in_full_may_be_trained_in_another_dtype_than_that_of_the_files(
+    workspace: Workspace, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    chain = Chain(workspace, tmp_path, files=torch.float32, size=BARELY, **given)
+    assert max(check.error for check in chain.check(chain.trained_weights()).values()) < 1e-3
+
+
 def test_a_quantized_layer_without_an_adapter_is_checked_too(workspace: Workspace, tmp_path: Path) -> None:
     chain = Chain(workspace, tmp_path, target_modules=["q_proj"])
     right = chain.trained_weights()

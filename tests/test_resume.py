@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl
 
 import stages.__main__ as launcher
 from stages.core.problem import Problem
@@ -194,6 +195,23 @@ def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str], monke
         signal.raise_signal(signal.SIGTERM)  # of several processes, only the one that has started them ends them
     assert capsys.readouterr().out == "train: interrupted; saving a checkpoint after this step\n"
     assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_signal_during_the_exchange_counts_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchange(value: int) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return value
+
+    interruption, control = Interruption(), TrainerControl()
+    with interruption.handled():
+        with monkeypatch.context() as patched:
+            patched.setattr("stages.model.distributed.largest", exchange)
+            interruption.on_step_end(None, None, control)
+        assert not control.should_training_stop, "the other processes do not know of it"
+        interruption.on_step_end(None, None, control)
+    assert control.should_training_stop
+    assert control.should_save
+    assert interruption.requested == signal.SIGTERM
 
 
 def test_a_closed_terminal_does_not_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:

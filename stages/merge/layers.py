@@ -2,9 +2,9 @@
 
 The logits do not show one layer whose delta weight is missing: of 14 layers of a test model, left out one at a time, 13
 changed the logits by a mean KL divergence below 1e-3, the least by 5e-6. And after a short training the delta weight is
-smaller than what rounding the weight to bfloat16 changes. So what is right is computed to the last bit, from the trained
-model: the weight that its layer holds, plus the delta weight, rounded to the dtype of the files. The merged model must have
-that.
+smaller than what rounding the weight to bfloat16 changes. So what is right is computed to the last bit: the weight that the
+trained model's layer holds, or that of the files if it is not quantized, plus the delta weight, rounded to the dtype of the
+files. The merged model must have that.
 """
 
 import copy
@@ -119,7 +119,8 @@ class TrainedWeights:
         plain = layer.get_base_layer() if hasattr(layer, "lora_A") else layer
         weight = self._weight(name, plain)
         delta = _Delta(layer, weight) if hasattr(layer, "lora_A") else None
-        right = RightWeight(adapted=delta is not None, stored=self._base[f"{name}.weight"].dtype, loaded=self._compute_dtype)
+        stored = self._base.dtype(f"{name}.weight")
+        right = RightWeight(adapted=delta is not None, stored=stored, loaded=self._compute_dtype)
         tokens = seen[0] if seen else weight.new_empty(0, weight.shape[1])
         directions = (_directions(delta.lora_a) if delta else weight[:0]).to(self._compute_dtype)
         outputs, deltas = [], []
@@ -145,7 +146,7 @@ class TrainedWeights:
         """Keeps what is needed of the experts of a layer; their weights may be (in, out), which changes nothing here."""
         full_name, factors = f"{experts.name}.{name}", wrapper_factors(experts, name)
         stored = self._base.dtype(full_name)
-        original = None if self._dequantized else self._base[full_name]
+        original = None if self._is_dequantized(full_name) else self._base[full_name]
         rights = self._experts[full_name] = []
         for part, chunk in read_chunks(experts.module, name) if original is None else weight_chunks(original):
             start = chunk.to(experts.module._parameters[name].device)
@@ -161,17 +162,26 @@ class TrainedWeights:
 
     def _weight(self, name: str, layer: Any) -> torch.Tensor:
         """The weight (out, in) in float32 to which merging adds the delta weight: the trained layer's, or the files'."""
-        if self._dequantized and not (isinstance(layer, DequantizedLinear) and self._in_float32(name)):
+        dequantized = self._is_dequantized(f"{name}.weight")
+        if dequantized and not (isinstance(layer, DequantizedLinear) and self._in_float32(name)):
             return _dequantize(layer, in_float32=self._in_float32(name))
         weight = self._base[f"{name}.weight"].to(layer.weight.device, torch.float32)
         weight = weight.T if is_transposed(layer) else weight
         if name in self._initial:
             initial_a, initial_b = (tensor.to(weight) for tensor in self._initial[name])
             weight = weight - initial_b @ initial_a
-        if not self._dequantized:
+        if not dequantized:
             return weight
         packed, state = quantize_4bit(weight, self._training.settings)
         return _to_float32(packed, state)
+
+    def _is_dequantized(self, name: str) -> bool:
+        """Whether merging adds the delta weight to the quantized and dequantized weight.
+
+        A layer that is not quantized was trained with its weight rounded to the dtype of matrix products, which the files
+        need not have: merging adds the delta weight to that of the files.
+        """
+        return self._dequantized and name in self._training.quantized
 
     def _in_float32(self, name: str) -> bool:
         return f"{name}.weight" in self._training.summed_in_float32

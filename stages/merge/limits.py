@@ -44,7 +44,7 @@ def check_parity(
         outputs: TrainedWeights.outputs.
         base: The parameter merge.base.
     """
-    problems = [*_wrong_layers(layers), *_wrong_outputs(outputs)]
+    problems = [*_wrong_layers(layers, base), *_wrong_outputs(outputs)]
     rounding = figures["rounding"]
     most = max(MEAN_KL, ROUNDING * rounding["mean_kl"])
     if not figures["mean_kl"] <= most:
@@ -72,13 +72,14 @@ def check_parity(
         raise Problem(*problems)
 
 
-def _wrong_layers(layers: Mapping[str, LayerCheck]) -> list[str]:
+def _wrong_layers(layers: Mapping[str, LayerCheck], base: str) -> list[str]:
+    kept = "quantized weight that was trained with" if base == "dequantized" else "base's original weight"
     wrong = {name: check for name, check in layers.items() if not check.error <= MAX_ERROR}
     problems = [
         f"{name}: has {check.share:.2f} of the delta weight that was trained, and an error of {check.error:.2f} of it; "
         "wanted 1 and 0"
         if check.share is not None
-        else f"{name}: is not the quantized weight that was trained with"
+        else f"{name}: is not the {kept}"
         for name, check in list(wrong.items())[:NAMED_LAYERS]
     ]
     if len(wrong) > NAMED_LAYERS:

@@ -223,13 +223,18 @@ def _write_model(folder: Path, base: Path, *, weights: MergedWeights, chat_templ
 
 
 def _set_chat_template(folder: Path, chat_template: Path) -> None:
-    """Writes chat_template.jinja, and removes the base's template from tokenizer_config.json."""
+    """Writes chat_template.jinja, and removes the base's template from the other files that may have it.
+
+    Transformers' processors, of multimodal models, would prefer those.
+    """
     shutil.copyfile(chat_template, folder / "chat_template.jinja")
-    path = folder / "tokenizer_config.json"
-    if path.exists():
-        config = read_json(path)
-        if config.pop("chat_template", None) is not None:
-            write_json(path, config)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        path = folder / name
+        if path.exists():
+            config = read_json(path)
+            if config.pop("chat_template", None) is not None:
+                write_json(path, config)
 
 
 def _set_stop_tokens(folder: Path, stops: list[int]) -> None:

@@ -6,6 +6,7 @@ of D's Frobenius norm (Freivalds 1977, Hutchinson 1990).
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ def blocks(weight: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, weight.shape[0], size))
 
 
+@cache  # a model has a few sizes, and thousands of experts
 def _probes(columns: int) -> torch.Tensor:
     """(columns, PROBES) in float64 on the CPU: normally distributed, always the same."""
     return torch.randn(columns, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -25,7 +25,7 @@ from stages.model.device import pick_device
 from stages.model.experts import as_float32, expert_parameters, find_experts, install
 from stages.model.lora import lora_scaling, subtract_lora
 from stages.model.peft_targets import PATTERNS, portable_config, read_lora_config, targets_as_given
-from stages.model.probe import probe_ids
+from stages.model.probe import TRIAL_ERRORS, probe_ids
 from stages.model.quantize import Quantization, ends_of, is_transposed, round_trip, set_weight
 from stages.model.routers import find_routers
 
@@ -247,7 +247,8 @@ def unsuitable_layers(model: Any) -> dict[str, str]:
 def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
     """The layers that a trial run does not call, though it calls the module that they belong to.
 
-    Of a module that is not called nothing is known: a few tokens do not reach all experts.
+    Of a module that is not called nothing is known: a few tokens do not reach all experts. Nor if the run fails, which
+    `check_causal` and `LoraLayers` explain.
     """
     if model.device.type != pick_device().type:  # in main memory, for FSDP, where a run would take long
         return set()
@@ -258,6 +259,8 @@ def _unused_layers(model: Any, layers: Iterable[str]) -> set[str]:
     try:
         with torch.no_grad():
             model(input_ids=probe_ids(model), use_cache=False)
+    except TRIAL_ERRORS:
+        return set()
     finally:
         for hook in hooks:
             hook.remove()

@@ -56,7 +56,7 @@ def load_pretrained(folder: Path, **options: Any) -> Any:
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise Problem(f"{folder}: a tensor has another shape than config.json says: {_last_line(error)}") from None
+        raise Problem(f"{folder}: a tensor has another shape than config.json says: {_one_line(error)}") from None
     problems = [
         f"{folder}: the files lack {_count(info['missing_keys'], 'tensor')} of the {type(model).__name__}, which "
         "Transformers would fill with random numbers"
@@ -83,7 +83,7 @@ def _packages_named(folder: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise Problem(
-            f"{folder}: this model needs a package that is not installed: {_last_line(error)}; install it into .venv"
+            f"{folder}: this model needs a package that is not installed: {_one_line(error)}; install it into .venv"
         ) from None
 
 
@@ -124,7 +124,7 @@ def _count(names: Collection[str], noun: str) -> str:
     return f"{len(names):,} {noun}{'s' if len(names) > 1 else ''} ({', '.join(shown)}{more})"
 
 
-def _last_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 

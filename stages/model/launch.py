@@ -5,14 +5,17 @@ already sent to them, kills them 30 seconds later whether or not their checkpoin
 happens to look at first instead of the one that failed first, and waits forever for processes that end by Ctrl-C.
 """
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -96,6 +99,7 @@ def launch(function: Callable[..., object], processes: int, *arguments: object) 
     )
     run_id = uuid.uuid4().hex
     parent, _alive = context.Pipe(duplex=False)  # closed by the system when this process ends
+    call = pickle.dumps((function, arguments))  # read, with the imports that this needs, where libraries are quiet
     group = _Group()
     try:
         with group.forwarding_signals():
@@ -103,9 +107,7 @@ def launch(function: Callable[..., object], processes: int, *arguments: object) 
                 for rank in range(processes):
                     report, writer = context.Pipe(duplex=False)
                     environment = _environment(rank, processes, port=store.port, run_id=run_id)
-                    process = context.Process(
-                        target=_run, args=(function, arguments, Path.cwd(), environment, writer, parent)
-                    )
+                    process = context.Process(target=_run, args=(call, Path.cwd(), environment, writer, parent))
                     process.start()
                     writer.close()
                     group.members.append(_Member(process, report))
@@ -131,8 +133,7 @@ def _environment(rank: int, processes: int, *, port: int, run_id: str) -> dict[s
 
 
 def _run(
-    function: Callable[..., object],
-    arguments: tuple[object, ...],
+    call: bytes,
     root: Path,
     environment: Mapping[str, str],
     report: Connection,
@@ -144,6 +145,9 @@ def _run(
     try:
         _raise_first_signal()
         os.chdir(root)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in stages/__main__.py, which is not imported here
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        function, arguments = pickle.loads(call)
         function(*arguments)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -319,6 +323,8 @@ class _Group:
     def raise_failure(self) -> None:
         """Raises what the process that failed first has raised. See `launch`."""
         outcomes = [member.outcome for member in self.members]
+        if all(outcome is not None and outcome.kind == "done" for outcome in outcomes):
+            return  # a signal may have come too late to end them
         ended = [(rank, outcomes[rank]) for rank in self._order if not self.members[rank].stopped]
         failed = [(rank, outcome) for rank, outcome in ended if outcome and outcome.kind not in ("done", "interrupted")]
         number = self.interrupted or next((each.number for _, each in ended if each and each.kind == "interrupted"), 0)

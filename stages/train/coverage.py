@@ -8,7 +8,7 @@ import torch
 
 from stages.model.adapter import Adapter, adapted_parameters, unsuitable_layers
 from stages.model.architecture import outside_language_model
-from stages.model.experts import expert_parameters, find_experts
+from stages.model.experts import expert_parameters, expert_shapes, find_experts, is_packed
 from stages.model.placement import gigabytes
 from stages.model.quantize import DequantizedLinear, Quantization, Quantized, bits_per_weight
 from stages.model.routers import find_routers
@@ -32,7 +32,7 @@ def describe_weights(quantized: Quantized, adapted: Any, *, settings: Quantizati
         wanted: The adapter.
     """
     sizes = _quantized_sizes(quantized)
-    rest, memory = _other_weights(quantized, adapted)
+    rest, memory = _other_weights(quantized)
     done = sum(sizes.values())
     dtype = str(adapted.dtype).removeprefix("torch.")
     parts = []
@@ -122,11 +122,10 @@ def _held_bytes(quantized: Quantized, sizes: dict[str, int], settings: Quantizat
     return found
 
 
-def _other_weights(quantized: Quantized, adapted: Any) -> tuple[Counter[str], int]:
+def _other_weights(quantized: Quantized) -> tuple[Counter[str], int]:
     """The number of the frozen weights that are not quantized, by kind, and their bytes."""
     model = quantized.model
     done = {id(_base_layer(model, name)) for name in quantized.layers}
-    packed = {id(each.module) for each in find_experts(adapted) if vars(each.module).get("packed_experts")}
     outside = {id(_base_layer(model, name)) for name in outside_language_model(model)}
     routers = _router_modules(model)
     head = model.get_output_embeddings()
@@ -136,8 +135,7 @@ def _other_weights(quantized: Quantized, adapted: Any) -> tuple[Counter[str], in
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_weight = id(module) not in done or name == "bias"
-            quantized_here = id(module) in packed and name in vars(module)["packed_experts"]
-            if parameter.requires_grad or not is_weight or quantized_here or id(parameter) in seen:
+            if parameter.requires_grad or not is_weight or is_packed(module, name) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             memory += parameter.nbytes
@@ -147,7 +145,7 @@ def _other_weights(quantized: Quantized, adapted: Any) -> tuple[Counter[str], in
                 kind = "vision or audio tower"
             elif id(module) in routers:
                 kind = "routers"
-            elif parameter.dim() == 3 and getattr(module, "num_experts", None) == parameter.shape[0]:
+            elif name in expert_shapes(module):
                 kind = "experts"
             else:
                 kind = "norms and biases" if parameter.dim() < 2 else "other layers"

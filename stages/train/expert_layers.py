@@ -103,7 +103,8 @@ class _RecomputedForward:
 def _why_unsupported(experts: Experts) -> str:
     """Why the class of a module of experts is not supported; "" if it is."""
     module = experts.module
-    if not hasattr(module, "_apply_gate") or len(experts.shapes) != 2 or list(experts.shapes)[1] != "down_proj":
+    by_transformers = hasattr(module, "has_post_expert_norm")  # set by use_experts_implementation, as has_gate is
+    if not by_transformers or len(experts.shapes) != 2 or list(experts.shapes)[1] != "down_proj":
         return "which have code of their own"
     return "which have a norm after each expert" if module.has_post_expert_norm else ""
 

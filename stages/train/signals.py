@@ -55,8 +55,10 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the Trainer after each optimizer step."""
-        self.requested = distributed.largest(self.requested)
-        if self.requested:
+        # A signal may come during the exchange: it stays requested, and counts in the next step.
+        agreed = distributed.largest(self.requested)
+        if agreed:
+            self.requested = agreed
             self._say()
             control.should_save = control.should_training_stop = True
 
