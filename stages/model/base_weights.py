@@ -87,7 +87,7 @@ class BaseWeights:
 
     def read(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors by their names in the files."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for shard in dict.fromkeys(self._shards[key] for key in keys):
             # Not once for each tensor: the header is parsed each time, which takes 1 ms with 1,200 tensors.
             with safe_open(shard, framework="pt") as file:
