@@ -448,6 +448,15 @@ def test_a_kill_while_dequantizing_leaves_no_model_and_keeps_the_download(hub: H
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_kept_download_that_was_damaged_is_removed(hub: Hub, tmp_path: Path) -> None:
+    assert from_hub(hub, tmp_path, before=KILLED).returncode == 9
+    (weights,) = tmp_path.glob(".fetch-*/model.safetensors")
+    with weights.open("r+b") as file:
+        file.write(b"damaged " * 2)
+    assert "model.safetensors: the hub's checksum does not match; removed" in refused_by_hub(hub, tmp_path)
+    assert from_hub(hub, tmp_path).returncode == 0
+
+
 def test_the_hub_is_asked_for_the_headers_alone_before_the_download(hub: Hub, tmp_path: Path) -> None:
     """So that the space is known, and what fetch cannot dequantize is refused, before 600 GB are downloaded."""
     no_space = "shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 8, 1)"

@@ -33,7 +33,7 @@ from stages.fetch.prepare import plan_for, prepare, read_headers
 from stages.fetch.quantization import find_quantization
 from stages.fetch.quantized_tensors import Headers
 from stages.fetch.remote_code import find_code, read_object
-from stages.fetch.safetensors_files import TensorInfo, read_header
+from stages.fetch.safetensors_files import TensorInfo
 
 NETWORK_ERRORS = (
     HfHubHTTPError,
@@ -117,7 +117,9 @@ def _read_headers(repository: str, commit: str, *, weights: Mapping[str, int], f
 
     def read(name: str) -> dict[str, TensorInfo]:
         if (folder / name).is_file() and (folder / name).stat().st_size == weights[name]:
-            return read_header(folder / name)
+            local = read_headers(folder, [name])
+            if local:  # a damaged file is removed by `_download`, which compares checksums
+                return dict(local[name])
         found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
         return {each: TensorInfo(t.dtype, tuple(t.shape), *t.data_offsets) for each, t in found.tensors.items()}
 
