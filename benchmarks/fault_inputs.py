@@ -142,7 +142,7 @@ def full_disk(project: Project, chance: random.Random) -> Outcome:
     """Runs a stage on a small file system that has a few kB left. Needs the right to mount one."""
     stage = chance.choice(STAGES)
     needed = sum(len(data) for path in project.outs[stage] for data in project.before[path].values())
-    left = chance.randrange(4096, max(8192, needed + 200_000))
+    left = chance.randrange(4096, max(8192, 2 * needed))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
