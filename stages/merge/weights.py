@@ -104,9 +104,10 @@ class MergedWeights:
     def _compute_experts(self, name: str, original: torch.Tensor) -> torch.Tensor:
         """As `_compute`, for the weights (experts, ...) of all experts: the function that training called."""
         device = pick_device()
-        chunks = weight_chunks(original.to(device))
         if name in self._dequantized:
             data, packed = pack_experts(original, self.training.settings)
             chunks = packed.chunks(data)
+        else:
+            chunks = weight_chunks(original.to(device))
         factors = self.lora.expert_factors(name, experts=len(original), device=device)
         return write_sum(chunks, factors, out=torch.empty(original.shape, device=device))
