@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "RANK": "a process of several",
     "WORLD_SIZE": "a process of several",
     "LOCAL_RANK": "a process of several",
+    "LOCAL_WORLD_SIZE": "a process of several",
     "MASTER_ADDR": "a process of several",
     "PYTORCH_CUDA_ALLOC_CONF": "how memory is allocated",
     "PYTORCH_ALLOC_CONF": "how memory is allocated",

