@@ -574,7 +574,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_gptq": Family("qwen2", "…-GPTQ-Int4", {}, (in_gptq,)),
 }
 
-REFUSED = {"qwen2_gptq": "gptq"}
+REFUSED = {"qwen2_gptq": "gptq", "gemma3n": "needs a package that is not installed"}
 """Those of FAMILIES that end before the training, each with a word of the reason."""
 
 OTHERS: dict[str, dict[str, Any]] = {
