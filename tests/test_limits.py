@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import resource
+import shlex
 import socketserver
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def test_a_limit_of_the_file_size_is_one_message(workspace: Workspace, tmp_path:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     script = f"ulimit -f 2; exec python -m stages {' '.join(words)}"
     done = subprocess.run(
-        ["bash", "-c", script.replace("exec python", f"exec {sys.executable}")],
+        ["bash", "-c", script.replace("exec python", f"exec {shlex.quote(sys.executable)}")],
         cwd=workspace.root,
         capture_output=True,
         text=True,
